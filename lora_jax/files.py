@@ -129,7 +129,7 @@ def iter_safetensors(
             dtype, shape, start, size = entries[name]
             flat = np.empty(size, np.uint8)
             file.seek(start)
-            if file.readinto(flat) != size:
+            if file.readinto(flat.data) != size:
                 raise FileError(f"{path} ended inside tensor '{name}': it was changed while being read. Read it again.")
             yield name, flat.view(dtype).reshape(shape)
 
