@@ -19,51 +19,11 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from lora_jax.files import write_safetensors
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-WORDS = [
-    "the",
-    "a",
-    "is",
-    "are",
-    "was",
-    "it",
-    "this",
-    "that",
-    "i",
-    "you",
-    "we",
-    "they",
-    "not",
-    "very",
-    "good",
-    "bad",
-    "great",
-    "poor",
-    "movie",
-    "film",
-    "plot",
-    "actor",
-    "order",
-    "invoice",
-    "meeting",
-    "report",
-    "please",
-    "thanks",
-    "sorry",
-    "why",
-    "when",
-    "how",
-    "where",
-    "what",
-    "could",
-    "can",
-    "would",
-    "send",
-    "help",
-    "late",
-    "broken",
-    "love",
-    "hate",
-]
+_WORDS = """
+the a is are was it this that i you we they not very good bad great poor movie film plot actor order invoice meeting
+report please thanks sorry why when how where what could can would send help late broken love hate
+"""
+WORDS = tuple(_WORDS.split())
 
 
 def write_tiny_bert(
