@@ -1,0 +1,182 @@
+"""Best and last checkpoints of a run, through Orbax: trainable leaves and what training needs to go on, never the base.
+
+A checkpoint is written under a temporary name and renamed when it is whole, so a process that is killed, or a disk
+that is full, leaves the earlier ones as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from .errors import CheckpointError, NotFiniteError
+from .step import TrainState
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        state: trainable leaves, optimizer state and step.
+        key: the run's random key.
+        progress: plain values: the data's position, the best metric so far, tokens seen, …
+    """
+
+    state: TrainState
+    key: jax.Array
+    progress: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a folder: the last, and the best by `score`; others are deleted.
+
+    Args:
+        folder: made if it doesn't exist. Unfinished checkpoints in it are removed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(
+            step_prefix="step",
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            preservation_policy=_BestAndLast(),
+        )
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"The checkpoints in {folder} can't be opened: {error}") from error
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def last_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the largest score, the later of equals; `None` where none has a score."""
+        scores = {step: self._score(step) for step in self._manager.all_steps()}
+        scored = [(score, step) for step, score in scores.items() if score is not None]
+        return max(scored)[1] if scored else None
+
+    def save(self, checkpoint: Checkpoint, *, score: float | None) -> None:
+        """Writes a checkpoint, then deletes those that are neither best nor last.
+
+        Args:
+            checkpoint: what to write.
+            score: larger is better; `None` where nothing was evaluated.
+
+        Raises:
+            NotFiniteError: a trainable leaf holds NaN or infinity; nothing is written.
+            CheckpointError: a full disk, or another failure to write. The earlier checkpoints are whole.
+        """
+        arrays = jax.device_get(_arrays(checkpoint.state) | {"key": jax.random.key_data(checkpoint.key)})
+        step = int(checkpoint.state.step)
+        for name, value in arrays["trainable"].items():
+            if not np.isfinite(value).all():
+                raise NotFiniteError(f"{name} isn't finite at step {step}: no checkpoint of it is kept.", step=step)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(checkpoint.progress)
+                ),
+                metrics=None if score is None else {"score": score},
+                force=True,
+            )
+        except Exception as error:  # tensorstore's and Orbax's own kinds, for a full disk too
+            self._remove_unfinished()
+            earlier = self.last_step
+            kept = f"the one of step {earlier} is whole" if earlier is not None else "there is no earlier one"
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk (or the quota) is full" if full or "space" in str(error).lower() else _short(error)
+            raise CheckpointError(
+                f"The checkpoint of step {step} can't be written to {self.folder}: {reason}. Of the checkpoints, "
+                f"{kept}; free some space and start the same command again."
+            ) from error
+
+    def restore(self, step: int, template: TrainState) -> Checkpoint:
+        """Reads a checkpoint back, onto the shapes and dtypes of `template`.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another run.
+        """
+        expected = _arrays(template) | {"key": jax.random.key_data(jax.random.key(0))}
+        abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
+        try:
+            loaded = self._manager.restore(
+                step,
+                args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self.folder} can't be read: {_short(error)}. Delete its folder to "
+                "go on from the other one, or choose another `--output`."
+            ) from error
+        arrays = jax.tree.map(jax.numpy.asarray, loaded["arrays"])
+        key = jax.random.wrap_key_data(arrays["key"])
+        return Checkpoint(_state(arrays, template), key, loaded["progress"])
+
+    def _score(self, step: int) -> float | None:
+        metrics = self._manager.metrics(step)
+        return metrics["score"] if metrics else None
+
+    def _remove_unfinished(self) -> None:
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path)
+
+
+class _BestAndLast:
+    """Orbax asks this which checkpoints to keep; they come in the order of their steps."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        scores = [info.metrics["score"] if info.metrics else None for info in checkpoints]
+        scored = [(score, place) for place, score in enumerate(scores) if score is not None]
+        kept = {len(checkpoints) - 1, *([max(scored)[1]] if scored else [])}
+        return [place in kept for place in range(len(checkpoints))]
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """The leaves by name: a plain nested dictionary that any Orbax can read, without our node types or `None`s."""
+    return {
+        "trainable": _by_name(state.trainable),
+        "optimizer": _by_name(state.optimizer),
+        "step": state.step,
+    }
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _state(arrays: Mapping[str, Any], template: TrainState) -> TrainState:
+    def filled(tree: Any, by_name: Mapping[str, Any]) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(tree), [by_name[name] for name in _by_name(tree)])
+
+    return TrainState(
+        filled(template.trainable, arrays["trainable"]),
+        filled(template.optimizer, arrays["optimizer"]),
+        arrays["step"],
+    )
+
+
+def _short(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + " …"

@@ -1,0 +1,215 @@
+"""Every choice of a training run, in one frozen object that a YAML file can hold."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_jax import files
+
+from .errors import ConfigError
+from .method_options import default_learning_rate, make_method, method_options
+from .task import KINDS
+
+DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+SCHEDULES = ("linear", "cosine", "constant")
+DTYPES = ("float32", "bfloat16")
+POOLINGS = ("first", "mean")
+
+# What doesn't change the result: a run with other values of these is the same run.
+_PRESENTATION = ("output", "log_every", "tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, and how.
+
+    Attributes:
+        train: a data file (`.tsv`, `.csv`, `.jsonl`, `.parquet`) or a hub data set (`owner/name:subset@split`).
+        output: the run's folder.
+        dev: data that chooses the best checkpoint; without it the last is taken.
+        test: data that the chosen checkpoint is scored on, once.
+        text, text_pair, label: column names.
+        task: `"classification"` or `"regression"`.
+        base: a known name, a hub name or a folder.
+        pooling: the sentence vector is the first token's or the mean.
+        method: one of `lj.Frozen`, `lj.BitFit`, `lj.LoRA`, `lj.FullFineTune`; or its options as a mapping
+            (`{"name": "lora", "rank": 4}`).
+        max_length: tokens of a text, at most the model's positions; longer ones are cut, counted and reported.
+        dropout: of the model's hidden states and attention while training, in place of the base's own rates; `None`
+            for those. (LoRA's is an option of the method.)
+        dtype: of the frozen base: `"float32"` or `"bfloat16"`.
+        epochs: how often every row is seen, unless `steps` says how many batches.
+        batch_size: rows of one optimizer step.
+        accumulate: computes a step in this many parts, one after the other: less memory, the same result.
+        lr: the peak learning rate of AdamW, or one for each label (`{"lora_a": 1e-3, "lora_b": 4e-3, "head": 1e-3}`);
+            `None` takes the method's.
+        weight_decay: decoupled, on every trainable leaf, biases and norms too, as `torch.optim.AdamW` does with one
+            group of parameters; or one for each label.
+        warmup: the share of the steps in which the rate rises linearly from 0.
+        schedule: then it falls to 0 as a line or half a cosine, or stays.
+        clip_norm: the global norm of the trainable leaves' gradient is cut to this; `None` for no clipping.
+        buckets: the most lengths that batches are padded to.
+        seed: of the head, the factors, the order and the dropout.
+        metric: that `dev` chooses by; `None` takes accuracy or Pearson's correlation.
+        eval_every: steps between evaluations and checkpoints; `None` for once an epoch.
+        log_every: steps between rows of `metrics.jsonl`.
+        tensorboard: whether to write scalars for TensorBoard too.
+    """
+
+    train: str
+    output: str
+    dev: str | None = None
+    test: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    task: str = "classification"
+    base: str = DEFAULT_BASE
+    pooling: str = "first"
+    method: Any = field(default_factory=lambda: make_method("lora"))
+    max_length: int = 128
+    dropout: float | None = None
+    dtype: str = "float32"
+    epochs: int = 4
+    steps: int | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    lr: float | Mapping[str, float] | None = None
+    weight_decay: float | Mapping[str, float] = 0.01
+    warmup: float = 0.06
+    schedule: str = "linear"
+    clip_norm: float | None = 1.0
+    buckets: int = 4
+    seed: int = 0
+    metric: str | None = None
+    eval_every: int | None = None
+    log_every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("train", "output", "text", "label", "base"):
+            _check_text(name, getattr(self, name))
+        for name in ("dev", "test", "text_pair", "metric"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+        for name, choices in (
+            ("task", KINDS),
+            ("pooling", POOLINGS),
+            ("schedule", SCHEDULES),
+            ("dtype", DTYPES),
+            ("tensorboard", (True, False)),
+        ):
+            _check_choice(name, getattr(self, name), choices)
+        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("buckets", 1), ("log_every", 1)):
+            _check_int(name, getattr(self, name), least)
+        for name in ("steps", "eval_every"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
+        _check_int("max_length", self.max_length, 4)
+        _check_int("seed", self.seed, 0)
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"`accumulate` is {self.accumulate}, which doesn't divide `batch_size` {self.batch_size}: a step is "
+                "computed in equal parts."
+            )
+        if isinstance(self.method, (str, Mapping)):
+            object.__setattr__(self, "method", make_method(self.method))
+        if self.lr is None:
+            object.__setattr__(self, "lr", default_learning_rate(self.method))
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, {label: _number(f"{name}.{label}", v) for label, v in value.items()})
+            else:
+                object.__setattr__(self, name, _number(name, value))
+        for name in ("dropout", "warmup"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _number(name, getattr(self, name), below=1.0))
+        if self.clip_norm is not None:
+            object.__setattr__(self, "clip_norm", _number("clip_norm", self.clip_norm))
+            if self.clip_norm == 0:
+                raise ConfigError("`clip_norm` is 0, which would stop all learning: leave it out for no clipping.")
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> TrainConfig:
+        """The config of these options; an unknown one is named, and so is the nearest known."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [key for key in options if key not in names]:
+            near = difflib.get_close_matches(str(unknown[0]), names, n=1)
+            hint = f"; the nearest is `{near[0]}`" if near else f". Known are {', '.join(names)}"
+            raise ConfigError(f"`{unknown[0]}` is no option of a training run{hint}.")
+        if missing := [name for name in ("train", "output") if options.get(name) is None]:
+            raise ConfigError(f"`{missing[0]}` is missing: a run needs the option `{missing[0]}`.")
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option, in plain types."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return options | {"method": method_options(self.method)}
+
+    def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+        """`{option: (mine, other's)}` where the two would not give the same result."""
+        mine, others = _flat(self.to_dict()), _flat(other.to_dict())
+        keys = [key for key in {**mine, **others} if key not in _PRESENTATION]
+        return {key: (mine.get(key), others.get(key)) for key in keys if mine.get(key) != others.get(key)}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file, read safely: plain values only."""
+    path = Path(path)
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} doesn't exist.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path} must hold options, one a line (`train: data.tsv`).")
+    return options
+
+
+def write_yaml(path: str | Path, config: TrainConfig) -> None:
+    """Writes the resolved options, atomically."""
+    files.write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=120))
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"`{name}` is {value!r}, and a non-empty text is expected.")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices or type(value) is not type(choices[0]):
+        raise ConfigError(f"`{name}` is {value!r}, and one of {', '.join(map(str, choices))} is expected.")
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ConfigError(f"`{name}` is {value!r}, and a whole number of at least {least} is expected.")
+
+
+def _number(name: str, value: object, *, below: float = math.inf) -> float:
+    # YAML reads `1e-3`, without a point, as a text.
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+        limit = "" if below == math.inf else f" and below {below:g}"
+        raise ConfigError(f"`{name}` is {value!r}, and a number of at least 0{limit} is expected.")
+    return float(value)

@@ -1,0 +1,257 @@
+"""A whole run: steps, evaluations, checkpoints, adapter. Interrupted anywhere, it goes on where it was."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any, NamedTuple
+
+import jax
+
+import lora_jax as lj
+
+from .batching import Batch, padding_share
+from .checkpoint import Checkpoint, Checkpoints
+from .config import TrainConfig
+from .errors import NotFiniteError, RunFolderError
+from .events import Evaluated, Event, Listener, Note, StepDone
+from .meter import Meter
+from .metrics import better, measure
+from .predict import make_forward, predict_outputs
+from .result import RunResult, read_result, write_result
+from .run_folder import RunFolder
+from .setup import Run, prepare
+from .step import StepOutput, make_step
+from .task_file import TaskFile, write_task
+from .tensorboard import Scalars
+
+
+def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunResult:
+    """Fine-tunes a bundled model as `config` says, and saves the adapter.
+
+    A run that was interrupted, by a kill at any moment, goes on from its last checkpoint when it is called again with
+    the same config, and ends with the same trainable leaves, bit for bit (on the same machine and JAX). One that is
+    complete is not done again.
+
+    Args:
+        config: what to train, on what, and where to.
+        on_progress: called with every `Event`; `LiveProgress` draws them.
+
+    Returns:
+        Metrics, counts, times, and where the adapter is.
+
+    Raises:
+        DataError: a data file that can't be used.
+        RunFolderError: `config.output` holds another run or other files.
+        NotFiniteError: the loss or its gradient became NaN or infinite; the last good checkpoint is kept.
+        CheckpointError, lora_jax.files.FileError: a full disk; what was saved before is whole.
+
+    Example:
+        result = train(TrainConfig(train="train.tsv", dev="dev.tsv", output="out"))
+        result.metrics["dev"]["accuracy"]
+    """
+
+    def listen(event: Event) -> None:
+        if on_progress is not None:
+            on_progress(event)
+
+    folder = RunFolder(config)
+    if (finished := folder.finished()) is not None:
+        listen(Note(message=f"{folder.path} holds this run, and it is complete: nothing is done again."))
+        return read_result(folder, finished)
+    run = prepare(config, listen)
+    folder.start(config)
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        progress = _Progress(run, config, folder, checkpoints, listen)
+        progress.run_steps()
+        return progress.finish()
+
+
+class _Progress:
+    """A run under way: the state that changes from step to step, and all that is done with it."""
+
+    def __init__(
+        self, run: Run, config: TrainConfig, folder: RunFolder, checkpoints: Checkpoints, listen: Listener
+    ) -> None:
+        self.run, self.config, self.folder, self.checkpoints, self.listen = run, config, folder, checkpoints, listen
+        self.state, self.meter, self.position = run.state, Meter(), 0
+        self.resumed_from = checkpoints.last_step
+        if self.resumed_from is not None:
+            self._restore(self.resumed_from)
+        self.folder.rewind_log(self.position)
+        self.forward = make_forward(run.apply)
+
+    def _restore(self, step: int) -> None:
+        checkpoint = self.checkpoints.restore(step, self.state)
+        progress = checkpoint.progress
+        if progress["data"] != self.run.fingerprint:
+            raise RunFolderError(
+                f"`output` {self.folder.path} holds a run on other training data: {self.config.train} has changed "
+                "since. Choose another folder."
+            )
+        self.state, self.meter = checkpoint.state, Meter(**progress["meter"])
+        self.position = progress["iterator"]["next_index"]
+        if step < self.run.steps:
+            self.listen(Note(message=f"going on from step {step:,} of {self.run.steps:,}"))
+
+    def run_steps(self) -> None:
+        run, config = self.run, self.config
+        step = make_step(
+            run.apply,
+            run.task,
+            run.tx,
+            clip_norm=config.clip_norm,
+            accumulate=config.accumulate,
+            model_dropout=config.dropout != 0,
+        )
+        if self.position >= run.steps:
+            return
+        batches = run.batches.iterator(self.position)
+        eval_every = config.eval_every or run.batches.steps_per_epoch
+        pending: deque[_Pending] = deque()
+        tensorboard = self.folder.tensorboard if config.tensorboard else None
+        with Scalars(tensorboard, start=self.position) as self.scalars:
+            self.meter.start()
+            for number in range(self.position + 1, run.steps + 1):
+                batch = next(batches)
+                self.state, output = step(self.state, run.frozen, batch, run.key)
+                pending.append(_Pending(number, batch, output))
+                if number % eval_every and number < run.steps:
+                    # The output before this one: the device is at work on the next step while the host reads.
+                    if len(pending) > 1:
+                        self._settle(pending.popleft())
+                    continue
+                while pending:
+                    self._settle(pending.popleft())
+                self.meter.stop()
+                self._evaluate_and_save(number, batches.get_state())
+                self.meter.start()
+            self.meter.stop()
+
+    def _settle(self, pending: _Pending) -> None:
+        """Reads what a step gave, and tells of it."""
+        number, batch, output = pending
+        loss, correct, rows, norm = (float(value) for value in jax.device_get(output))
+        for what, value in (("loss", loss), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                self._refuse(number, f"The {what} became {value}")
+        tokens = int(batch.attention_mask[batch.weights > 0].sum())
+        self.meter.count(tokens=tokens, shape=batch.input_ids.shape, loss=loss, correct=correct, rows=rows)
+        regression = self.run.task.is_regression
+        self.listen(
+            StepDone(
+                step=number,
+                steps=self.run.steps,
+                epoch=number / self.run.batches.steps_per_epoch,
+                loss=loss,
+                accuracy=None if regression else correct / rows,
+                grad_norm=norm,
+                tokens_per_second=self.meter.tokens_per_second,
+                seconds_left=self.meter.seconds_left(self.run.steps - number),
+            )
+        )
+        if number % self.config.log_every == 0 or number == self.run.steps:
+            row = self.meter.take_means() | {"grad_norm": norm}
+            if regression:
+                del row["accuracy"]
+            if (speed := self.meter.tokens_per_second) is not None:
+                row["tokens_per_second"] = speed
+            self._log(number, "train", row)
+
+    def _evaluate_and_save(self, number: int, iterator_state: dict[str, Any]) -> None:
+        metrics, score = None, None
+        if "dev" in self.run.splits:
+            metrics = self._evaluate(self.state.trainable, "dev")
+            score = better(self.run.metric, metrics[self.run.metric])
+            if not math.isfinite(score):
+                self._refuse(number, f"The dev set's {self.run.metric} became {score}")
+            self._log(number, "dev", metrics)
+        progress = {
+            "iterator": iterator_state,
+            "meter": self.meter.state(),
+            "data": self.run.fingerprint,
+            "dev": metrics,
+        }
+        self.checkpoints.save(Checkpoint(self.state, self.run.key, progress), score=score)
+        if metrics is not None:
+            best = self.checkpoints.best_step == number
+            self.listen(Evaluated(step=number, split="dev", metrics=metrics, best=best))
+
+    def _evaluate(self, trainable: Any, split: str) -> dict[str, float]:
+        run = self.run
+        encoded, targets = run.splits[split]
+        params = lj.combine(trainable, run.frozen)
+        outputs = predict_outputs(self.forward, params, encoded, buckets=run.buckets, pad_id=run.pad_id)
+        return measure(run.task, outputs, targets)
+
+    def _log(self, number: int, split: str, values: dict[str, float]) -> None:
+        self.folder.log({"step": number, "split": split, **values})
+        self.scalars.write(split, values, number)
+
+    def _refuse(self, number: int, what: str) -> None:
+        last = self.checkpoints.last_step
+        kept = f"the checkpoint of step {last:,} is kept" if last is not None else "there is no checkpoint before it"
+        raise NotFiniteError(
+            f"{what} at step {number:,} of {self.run.steps:,}, and training stopped; {kept} in {self.folder.path}. "
+            f"Start again in another folder with a lower `lr` (it is {self.config.lr}) or a longer `warmup`.",
+            step=number,
+        )
+
+    def finish(self) -> RunResult:
+        """Saves the adapter of the chosen checkpoint, and scores it."""
+        run, config, folder = self.run, self.config, self.folder
+        best = self.checkpoints.best_step
+        step = best if best is not None else self.checkpoints.last_step
+        assert step is not None  # the last step saves
+        chosen = self.checkpoints.restore(step, run.state)
+        metrics: dict[str, dict[str, float]] = {}
+        if chosen.progress["dev"] is not None:
+            metrics["dev"] = chosen.progress["dev"]
+        if "test" in run.splits:
+            metrics["test"] = self._evaluate(chosen.state.trainable, "test")
+            self.listen(Evaluated(step=step, split="test", metrics=metrics["test"]))
+
+        params = lj.combine(chosen.state.trainable, run.frozen)
+        lj.save_adapter(folder.adapter, params, config.method)
+        write_task(
+            folder.adapter,
+            TaskFile(
+                base=config.base,
+                task=run.task,
+                pooling=config.pooling,
+                max_length=run.max_length,
+                dtype=config.dtype,
+                text=config.text,
+                text_pair=config.text_pair,
+                label=config.label,
+            ),
+        )
+        result = RunResult(
+            output=folder.path,
+            adapter=folder.adapter,
+            metrics=metrics,
+            chosen=f"best {run.metric} on dev" if best is not None else "last",
+            chosen_step=step,
+            steps=run.steps,
+            labels=run.task.labels,
+            trainable=run.counts.trainable,
+            total=run.counts.total,
+            percent=run.counts.percent,
+            adapter_bytes=(folder.adapter / "adapter.safetensors").stat().st_size,
+            train_seconds=self.meter.seconds,
+            step_ms=self.meter.step_ms,
+            padding_share=padding_share(self.meter.tokens, self.meter.slots),
+            truncated={split: labelled.encoded.truncated for split, labelled in run.splits.items()},
+            resumed_from=self.resumed_from,
+            history=folder.history(),
+        )
+        write_result(folder, result)
+        return result
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched and not yet read."""
+
+    number: int
+    batch: Batch
+    output: StepOutput

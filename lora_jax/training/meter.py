@@ -1,0 +1,80 @@
+"""Keeps time and counts while a run goes on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+_WINDOW = 20  # steps that pace and throughput are taken over
+
+
+class Meter:
+    """Time, tokens and means of a run.
+
+    Args:
+        seconds, tokens, slots: what an earlier part of the run had counted.
+    """
+
+    def __init__(self, *, seconds: float = 0.0, tokens: int = 0, slots: int = 0) -> None:
+        self.tokens = tokens
+        self.slots = slots
+        self._seconds = seconds
+        self._started: float | None = None
+        self._last: float | None = None
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._step_times: list[float] = []
+        self._seen_shapes: set[tuple[int, ...]] = set()
+        self._window: list[tuple[float, float, float]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Time between `start` and `stop`, summed."""
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._seconds + running
+
+    def start(self) -> None:
+        self._started = self._last = time.perf_counter()
+
+    def stop(self) -> None:
+        self._seconds, self._started, self._last = self.seconds, None, None
+
+    def count(self, *, tokens: int, shape: tuple[int, ...], loss: float, correct: float, rows: float) -> None:
+        """One step is done."""
+        now = time.perf_counter()
+        self.tokens += tokens
+        self.slots += int(np.prod(shape))
+        self._window.append((loss * rows, correct, rows))
+        # The first batch of a shape is compiled: its time says nothing of the next ones.
+        if self._last is not None and shape in self._seen_shapes:
+            self._recent.append((now - self._last, tokens))
+            self._step_times.append(now - self._last)
+        self._seen_shapes.add(shape)
+        self._last = now
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        seconds = sum(seconds for seconds, _ in self._recent)
+        return sum(tokens for _, tokens in self._recent) / seconds if seconds else None
+
+    def seconds_left(self, steps: int) -> float | None:
+        """For so many more steps."""
+        return steps * sum(seconds for seconds, _ in self._recent) / len(self._recent) if self._recent else None
+
+    @property
+    def step_ms(self) -> float | None:
+        """The median step, of those that compiled nothing."""
+        return 1000 * statistics.median(self._step_times) if self._step_times else None
+
+    def take_means(self) -> dict[str, float]:
+        """Mean loss and accuracy over the rows since the last call."""
+        loss, correct, rows = (sum(column) for column in zip(*self._window, strict=True))
+        self._window.clear()
+        return {"loss": loss / rows, "accuracy": correct / rows}
+
+    def state(self) -> dict[str, Any]:
+        """The arguments of a meter that counts on."""
+        return {"seconds": self.seconds, "tokens": self.tokens, "slots": self.slots}

@@ -1,0 +1,78 @@
+"""Methods as plain data: `{"name": "lora", "rank": 8, ...}` and back, for YAML files and command lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import lora_jax as lj
+
+from .errors import ConfigError
+
+METHODS: dict[str, type] = {"frozen": lj.Frozen, "bitfit": lj.BitFit, "lora": lj.LoRA, "full": lj.FullFineTune}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "frozen": {"also_train": ("classifier",)},
+    "bitfit": {"targets": "all", "also_train": ("classifier",)},
+    "lora": {"rank": 8, "alpha": 16.0, "targets": "all-linear", "also_train": ("classifier",)},
+    "full": {"also_train": ("classifier",)},
+}
+
+
+def make_method(options: Mapping[str, Any] | str) -> Any:
+    """The method that `{"name": ..., **fields}` describes; what isn't said is as in `DEFAULTS`.
+
+    Example:
+        >>> make_method({"name": "lora", "rank": 4}).rank
+        4
+    """
+    options = {"name": options} if isinstance(options, str) else dict(options)
+    name = options.pop("name", "lora")
+    if name not in METHODS:
+        raise ConfigError(f"`method` is {name!r}, and one of {', '.join(METHODS)} is expected.")
+    fields = [field.name for field in dataclasses.fields(METHODS[name])]
+    if unknown := [key for key in options if key not in fields]:
+        near = difflib.get_close_matches(unknown[0], fields, n=1)
+        hint = f"; the nearest is `{near[0]}`" if near else ""
+        raise ConfigError(f"`{unknown[0]}` is no option of {name}{hint}. It has {', '.join(fields)}.")
+    return METHODS[name](**{**DEFAULTS[name], **{key: _tuples(value) for key, value in options.items()}})
+
+
+def method_name(method: Any) -> str:
+    for name, kind in METHODS.items():
+        if type(method) is kind:
+            return name
+    raise ConfigError(f"`method` is a {type(method).__name__}, and one of {', '.join(METHODS)} is expected.")
+
+
+def method_options(method: Any) -> dict[str, Any]:
+    """The inverse of `make_method`, of types that YAML and JSON have."""
+    return {"name": method_name(method)} | {
+        field.name: _plain(field.name, getattr(method, field.name)) for field in dataclasses.fields(method)
+    }
+
+
+def default_learning_rate(method: Any) -> float:
+    """A learning rate for AdamW that served each method well on the default base (`docs/results.md`)."""
+    name = method_name(method)
+    if name == "lora":
+        targets = method.targets
+        few = not isinstance(targets, str) and not callable(targets) and len(targets) <= 2
+        return 2e-3 if few else 1e-3
+    return {"frozen": 5e-3, "bitfit": 3e-3, "full": 1e-4}[name]
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(name: str, value: Any) -> Any:
+    if callable(value):
+        raise ConfigError(f"`{name}` is a function, which a file can't hold: name the leaves instead.")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(name, item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(name, item) for item in value]
+    return value

@@ -1,0 +1,194 @@
+"""Predictions in batches of a few shapes; and the saved adapter as a thing that classifies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+import lora_jax as lj
+
+from .batching import Batch, collate, plan_in_order
+from .buckets import cover
+from .data import Examples
+from .encoding import Encoded, encode
+from .errors import TrainingError
+from .metrics import measure
+from .step import ModelApply
+from .task import Task
+from .task_file import TASK_FILE, TaskFile, read_task
+
+if TYPE_CHECKING:
+    import tokenizers
+
+MAX_BATCH = 64
+
+Forward = Callable[[Any, Batch], jax.Array]
+
+
+def make_forward(apply: ModelApply) -> Forward:
+    """A jitted `forward(params, batch)` without dropout: logits `(size, labels)`, or numbers `(size,)`."""
+
+    @jax.jit
+    def forward(params: Any, batch: Batch) -> jax.Array:
+        return apply(params, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+
+    return forward
+
+
+def predict_outputs(
+    forward: Forward, params: Any, encoded: Encoded, *, buckets: Sequence[int], pad_id: int
+) -> np.ndarray:
+    """The model's outputs for every row, in the rows' order: float32 `(rows, labels)`, or `(rows,)`."""
+    lengths = encoded.lengths
+    buckets = cover(buckets, int(lengths.max()), encoded.max_length)
+    size = min(MAX_BATCH, 1 << (encoded.rows - 1).bit_length())
+    no_targets = np.zeros(encoded.rows, np.float32)
+    plans = plan_in_order(lengths, buckets, batch_size=size)
+    # All are dispatched before any is read, so that the device doesn't wait for the host.
+    parts = [forward(params, collate(encoded, no_targets, plan, batch_size=size, pad_id=pad_id)) for plan in plans]
+    outputs = np.empty((encoded.rows, *parts[0].shape[1:]), np.float32)
+    for plan, part in zip(plans, parts, strict=True):
+        outputs[plan.rows] = np.asarray(part, np.float32)[: len(plan.rows)]
+    return outputs
+
+
+class Prediction(NamedTuple):
+    """What is predicted of one text.
+
+    Attributes:
+        label: the most probable label; in a regression the number.
+        probability: the label's; `None` in a regression.
+        probabilities: every label's, in the order of the task's labels; empty in a regression.
+    """
+
+    label: str | float
+    probability: float | None
+    probabilities: tuple[float, ...]
+
+
+class Predictor:
+    """A model with its parameters, tokenizer and task: texts in, labels out.
+
+    Args:
+        apply: `apply(params, input_ids, attention_mask, token_type_ids)`, wrapped by `lj.adapt` if `params` needs it.
+        params: adapted or merged.
+        task: names the outputs.
+        tokenizer: of the base.
+        max_length: longer texts are cut.
+    """
+
+    def __init__(
+        self, apply: ModelApply, params: Any, *, task: Task, tokenizer: tokenizers.Tokenizer, max_length: int
+    ) -> None:
+        self.params = params
+        self.task = task
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._forward = make_forward(apply)
+        # The same few shapes whatever comes: a later call compiles nothing new.
+        self._buckets = (*(length for length in (16, 32, 64, 128, 256) if length < max_length), max_length)
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
+        examples = Examples("texts", list(texts), None if pairs is None else list(pairs))
+        return encode(examples, self._tokenizer, self.max_length)
+
+    def outputs(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
+        """Logits `(texts, labels)`, or numbers `(texts,)`."""
+        return self.encoded_outputs(self.encode(texts, pairs))
+
+    def encoded_outputs(self, encoded: Encoded) -> np.ndarray:
+        pad_id = padding_id(self._tokenizer)
+        return predict_outputs(self._forward, self.params, encoded, buckets=self._buckets, pad_id=pad_id)
+
+    def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
+        """One prediction a text, in order."""
+        return [self._prediction(row) for row in self.outputs(texts, pairs)] if texts else []
+
+    def evaluate(self, examples: Examples) -> dict[str, float]:
+        """The metrics of labelled rows; see `metrics.measure`."""
+        return measure(self.task, self.outputs(examples.texts, examples.pairs), self.task.encode(examples))
+
+    def _prediction(self, output: np.ndarray) -> Prediction:
+        if self.task.is_regression:
+            return Prediction(float(output), None, ())
+        powers = np.exp(output.astype(np.float64) - output.max())
+        probabilities = powers / powers.sum()
+        best = int(probabilities.argmax())
+        return Prediction(self.task.labels[best], float(probabilities[best]), tuple(map(float, probabilities)))
+
+
+class LoadedAdapter(NamedTuple):
+    """An adapter on its base.
+
+    Attributes:
+        model: the base with a head of the task's size.
+        params: with the adapter's leaves.
+        method: as it was trained.
+        task_file: base, task, columns, length.
+        folder: where the adapter's files are.
+    """
+
+    model: Any
+    params: Any
+    method: Any
+    task_file: TaskFile
+    folder: Path
+
+
+def load_adapter(folder: str | Path, *, base: str | None = None) -> LoadedAdapter:
+    """Loads the adapter of a run and the base that it belongs to.
+
+    Args:
+        folder: a run's folder, or the `adapter` folder in it.
+        base: where the base is now, if not where it was when the adapter was trained.
+    """
+    folder = adapter_folder(folder)
+    saved = read_task(folder)
+    model = lj.models.load(
+        base or saved.base,
+        task=saved.task.kind,
+        num_labels=saved.task.num_labels,
+        dtype=saved.dtype,
+        pooling=saved.pooling,
+    )
+    adapter = lj.load_adapter(folder, model.params)
+    return LoadedAdapter(model, adapter.params, adapter.method, saved, folder)
+
+
+def load_predictor(folder: str | Path, *, base: str | None = None) -> Predictor:
+    """What `lora-jax predict` uses: the adapter of a run, ready to classify. Args as `load_adapter`.
+
+    Example:
+        predictor = load_predictor("out")
+        predictor.predict(["where is my order?"])[0].label
+    """
+    loaded = load_adapter(folder, base=base)
+    return Predictor(
+        lj.adapt(loaded.model.apply),
+        loaded.params,
+        task=loaded.task_file.task,
+        tokenizer=lj.models.load_tokenizer(base or loaded.task_file.base),
+        max_length=loaded.task_file.max_length,
+    )
+
+
+def adapter_folder(folder: str | Path) -> Path:
+    """The folder itself, or the `adapter` in a run's folder: the one with a `task.json`."""
+    folder = Path(folder)
+    for candidate in (folder / "adapter", folder):
+        if (candidate / TASK_FILE).is_file():
+            return candidate
+    hint = ": its run isn't complete; start the same command again" if (folder / "config.yaml").is_file() else ""
+    raise TrainingError(f"`adapter` {folder} holds no adapter of a run ({TASK_FILE} is missing){hint}.")
+
+
+def padding_id(tokenizer: tokenizers.Tokenizer) -> int:
+    """The id that rows are filled up with; masked everywhere, so any known one does."""
+    for token in ("[PAD]", "<pad>"):
+        if (found := tokenizer.token_to_id(token)) is not None:
+            return found
+    return 0

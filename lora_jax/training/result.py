@@ -1,0 +1,72 @@
+"""What a run gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_jax import files
+
+from .run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """A finished run; `results.json` holds the same, without the paths and the history.
+
+    Attributes:
+        output: the run's folder.
+        adapter: the adapter's.
+        metrics: `{"dev": {...}, "test": {...}}` of the chosen checkpoint, as far as there is such data.
+        chosen: how the checkpoint was chosen: `"best accuracy on dev"` or `"last"`.
+        chosen_step, steps: its step, and how many there were.
+        labels: the label names; empty in a regression.
+        trainable, total, percent: parameters, the adapter's own included in the total.
+        adapter_bytes: size of `adapter.safetensors`.
+        train_seconds: of the steps, compiling included, evaluations and checkpoints not.
+        step_ms: the median time of a step, compiling not included; `None` of a run too short to tell.
+        padding_share: of the places in training batches that held no token.
+        truncated: `{split: rows cut at max_length}`.
+        resumed_from: the step that this call went on from; `None` of a run done in one go.
+        history: the rows of `metrics.jsonl`.
+    """
+
+    output: Path
+    adapter: Path
+    metrics: dict[str, dict[str, float]]
+    chosen: str
+    chosen_step: int
+    steps: int
+    labels: tuple[str, ...]
+    trainable: int
+    total: int
+    percent: float
+    adapter_bytes: int
+    train_seconds: float
+    step_ms: float | None
+    padding_share: float
+    truncated: dict[str, int]
+    resumed_from: int | None
+    history: list[dict[str, Any]]
+
+
+_NOT_IN_FILE = ("output", "adapter", "history")
+
+
+def write_result(folder: RunFolder, result: RunResult) -> None:
+    """Writes `results.json`, which also says that the run is complete."""
+    fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _NOT_IN_FILE}
+    files.write_json(folder.results, fields | {"labels": list(result.labels)})
+
+
+def read_result(folder: RunFolder, saved: Mapping[str, Any]) -> RunResult:
+    """The result of a run that was complete before."""
+    return RunResult(
+        output=folder.path,
+        adapter=folder.adapter,
+        history=folder.history(),
+        **{**saved, "labels": tuple(saved["labels"])},
+    )

@@ -1,0 +1,70 @@
+"""`task.json`, beside an adapter: what `predict` needs to know that the adapter's own files don't say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_jax import files
+
+from .errors import TrainingError
+from .task import Task
+
+TASK_FILE = "task.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFile:
+    """What an adapter is for.
+
+    Attributes:
+        base: the name or folder of the base.
+        task: kind and labels.
+        pooling, max_length, dtype: as trained.
+        text, text_pair, label: the columns, as defaults for other files.
+    """
+
+    base: str
+    task: Task
+    pooling: str
+    max_length: int
+    dtype: str
+    text: str
+    text_pair: str | None
+    label: str
+
+
+def write_task(folder: Path, saved: TaskFile) -> None:
+    """Writes `task.json`, atomically."""
+    fields = {name: getattr(saved, name) for name in _fields() if name != "task"}
+    content = {"format": _FORMAT, "task": saved.task.kind, "labels": list(saved.task.labels), **fields}
+    files.write_json(folder / TASK_FILE, content)
+
+
+def read_task(folder: Path) -> TaskFile:
+    """Reads `task.json`, and checks it: it may come from elsewhere."""
+    path = folder / TASK_FILE
+    content: Any = files.read_json(path)
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path} must hold an object, and holds a {type(content).__name__}.")
+    if content.get("format") != _FORMAT:
+        raise TrainingError(f"{path} has format {content.get('format')!r}, and this version reads {_FORMAT}.")
+    kinds: dict[str, Any] = {name: str for name in _fields()} | {"max_length": int, "text_pair": (str, type(None))}
+    for name, kind in {**kinds, "labels": list}.items():
+        if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
+            raise TrainingError(
+                f"{path}: `{name}` is {content.get(name)!r:.80}, which can't be. Save the adapter again."
+            )
+    labels = content["labels"]
+    if not all(isinstance(label, str) for label in labels) or (content["task"] == "classification" and len(labels) < 2):
+        raise TrainingError(f"{path}: `labels` is {labels!r:.80}, and two names or more are expected.")
+    if not 1 <= content["max_length"] <= 1_000_000:
+        raise TrainingError(f"{path}: `max_length` is {content['max_length']}, which can't be.")
+    task = Task(kind=content["task"], labels=tuple(labels))
+    return TaskFile(**{name: content[name] for name in _fields()} | {"task": task})
+
+
+def _fields() -> list[str]:
+    return list(TaskFile.__dataclass_fields__)
