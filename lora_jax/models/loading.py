@@ -1,0 +1,194 @@
+"""`load`: a bundled model from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..files import FileError
+from ..paths import leaves_by_path, path_key
+from .bert import BertConfig, Pooling
+from .checkpoint import Located, locate_tensors, read_config, read_tensors
+from .hub import find_base
+from .model import Model, Task, difference, skeleton
+from .names import PREFIX, is_transposed, layer_count, modern_names, module_names, tensor_name
+
+# Leaves that a base may lack, to be drawn anew, or have without use.
+_HEADS = ("pooler", "classifier")
+
+# The sizes of the configuration that shapes in the checkpoint repeat.
+_SIZES = {
+    "embeddings.word_embeddings.weight": ("vocab_size", "hidden_size"),
+    "embeddings.position_embeddings.weight": ("max_position_embeddings", "hidden_size"),
+    "embeddings.token_type_embeddings.weight": ("type_vocab_size", "hidden_size"),
+    "encoder.layer.0.intermediate.dense.weight": ("intermediate_size", "hidden_size"),
+}
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    task: Task = None,
+    num_labels: int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
+    pooling: Pooling = "first",
+) -> Model:
+    """Loads a BERT with its pretrained weights.
+
+    Args:
+        source: a Hugging Face folder, a hub name (`"owner/name"`, `"owner/name@revision"`) or an alias; see
+            `find_base`.
+        task: `"classification"` or `"regression"` for a head, `None` for the last hidden states.
+        num_labels: logits of a classification; those of the checkpoint's own head if `None`.
+        dtype: of the parameters and of the computation; float32 if `None`, whatever the checkpoint holds. With
+            bfloat16 half the memory is taken, norms and softmax stay in float32, and parameters are cast to bfloat16
+            where they are used: so leaves to be trained may (and, for small updates not to be rounded away, should)
+            be made float32.
+        seed: of a head that the checkpoint lacks: normal with deviation `initializer_range`, biases zero, drawn from
+            the leaf's path.
+        pooling: what the head sees: `"first"`, the pooler on the first token (transformers'
+            `BertForSequenceClassification`), or `"mean"`, the mean over the tokens that aren't padding.
+
+    Returns:
+        A `Model`. Its `params` hold no leaf without use: the pooler is there for a head with `pooling="first"` only.
+
+    Raises:
+        FileError: no such model, or files that are malformed or contradict each other: a pickle, missing, unexpected
+            or misshapen tensors (each named), sizes that the checkpoint doesn't have. No memory is taken before.
+        ValueError: an argument outside its choices, or a classification without `num_labels`.
+
+    A base without a pooler gets a new one, with a warning: it starts random, so it must be trained
+    (`also_train=("pooler", "classifier")`), or replaced by `pooling="mean"`.
+    """
+    _check_arguments(task, num_labels, pooling)
+    dtype = _float_dtype(dtype)
+    folder = find_base(source)
+    try:
+        config = BertConfig.from_dict(read_config(folder))
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(f"{folder / 'config.json'}: {error}") from error
+    tensors = locate_tensors(folder)
+    names = modern_names(tensors)
+    _check_sizes(config, {name: tensors[held].info.shape for name, held in names.items()}, folder)
+    outputs = _count_outputs(task, num_labels, tensors, names, folder)
+    apply, shapes = skeleton(config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype)
+    expected = leaves_by_path(shapes)
+    held = _match(expected, tensors, names, folder)
+
+    values: dict[str, jax.Array] = {}
+    paths = {held_name: path for path, held_name in held.items()}
+    for name, array in read_tensors(tensors, held.values()):
+        path = paths[name]
+        # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
+        values[path] = jnp.array((array.T if is_transposed(path) else array).astype(dtype, copy=False), copy=True)
+    for path in expected.keys() - held.keys():
+        values[path] = _draw(path, expected[path], config, seed)
+    if "pooler/kernel" in expected and "pooler/kernel" not in held:
+        warnings.warn(
+            f"{folder} has no pooler, so a new one was drawn from `seed`: train it with the head "
+            '(`also_train=("pooler", "classifier")`), or use `pooling="mean"`.',
+            stacklevel=2,
+        )
+    params = jax.tree.unflatten(jax.tree.structure(shapes), [values[path] for path in expected])
+    return Model(
+        apply=apply,
+        params=params,
+        config=config,
+        names=module_names(expected, prefix=PREFIX if task else ""),
+        task=task,
+        pooling=pooling,
+    )
+
+
+def _check_arguments(task: object, num_labels: object, pooling: object) -> None:
+    if task not in (None, "classification", "regression"):
+        raise ValueError(f'`task` must be "classification", "regression" or None, not {task!r}.')
+    if pooling not in get_args(Pooling):
+        raise ValueError(f'`pooling` must be "first" or "mean", not {pooling!r}.')
+    if num_labels is None:
+        return
+    if task == "classification" and (type(num_labels) is not int or num_labels < 2):
+        raise ValueError(f"`num_labels` must be 2 or more, not {num_labels!r}; a single value is a regression.")
+    if task == "regression" and num_labels != 1:
+        raise ValueError(f"`num_labels` must be 1 (or left out) for a regression, not {num_labels!r}.")
+    if task is None:
+        raise ValueError('`num_labels` needs a `task`: pass `task="classification"`.')
+
+
+def _float_dtype(dtype: jax.typing.DTypeLike | None) -> np.dtype:
+    result = np.dtype(jnp.float32) if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(result, jnp.floating) or jax.dtypes.canonicalize_dtype(result) != result:
+        raise ValueError(f"`dtype` must be float32, bfloat16, float16 (or float64 where JAX has it), not {result}.")
+    return result
+
+
+def _check_sizes(config: BertConfig, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Before anything is built from them: a configuration may claim sizes that no memory has."""
+    for tensor, sizes in _SIZES.items():
+        wanted = tuple(getattr(config, size) for size in sizes)
+        if tensor in shapes and shapes[tensor] != wanted:
+            said = " and ".join(f"`{size}` {number:,}" for size, number in zip(sizes, wanted, strict=True))
+            raise FileError(
+                f"{folder}: config.json says {said}, and the tensor '{tensor}' has shape {shapes[tensor]}. They belong to different models."
+            )
+    layers = layer_count(shapes)
+    if layers != config.num_hidden_layers:
+        raise FileError(
+            f"{folder}: config.json says `num_hidden_layers` {config.num_hidden_layers:,}, and the checkpoint has "
+            f"{layers:,} layers: tensors are missing, or they belong to different models."
+        )
+
+
+def _count_outputs(
+    task: Task, num_labels: int | None, tensors: Mapping[str, Located], names: Mapping[str, str], folder: Path
+) -> int:
+    if task is None:
+        return 1
+    held = names.get("classifier.weight")
+    outputs = tensors[held].info.shape[0] if held is not None and tensors[held].info.shape else None
+    wanted = 1 if task == "regression" else num_labels
+    if wanted is None and outputs is None:
+        raise ValueError(f"`num_labels` is needed: {folder} has no head of its own.")
+    if wanted is not None and outputs is not None and wanted != outputs:
+        raise FileError(
+            f"{folder} has a head of {outputs} outputs, and {wanted} are asked for: leave `num_labels` out to use it, "
+            "or start from the base without a head."
+        )
+    return wanted if wanted is not None else outputs  # pyright: ignore[reportReturnType]
+
+
+def _match(
+    expected: Mapping[str, Any], tensors: Mapping[str, Located], names: Mapping[str, str], folder: Path
+) -> dict[str, str]:
+    """`{leaf path: tensor in the checkpoint}`, having compared every name, dtype and shape."""
+    paths = {tensor_name(path): path for path in expected}
+    absent = {head for head in _HEADS if not any(name.startswith(f"{head}.") for name in names)}
+    wanted = {name for name, path in paths.items() if path.split("/")[0] not in absent}
+    found = {name for name in names if name in paths or name.split(".")[0] not in _HEADS}
+    if found != wanted:
+        raise FileError(f"{folder}: the checkpoint doesn't fit its config.json: {difference(found, wanted)}.")
+    for name in sorted(wanted):
+        info, shape = tensors[names[name]].info, expected[paths[name]].shape
+        shape = shape[::-1] if is_transposed(paths[name]) else shape
+        if info.shape != shape:
+            raise FileError(f"{folder}: the tensor '{names[name]}' has shape {info.shape}, and {shape} is expected.")
+        if not jnp.issubdtype(info.dtype, jnp.floating):
+            raise FileError(f"{folder}: the tensor '{names[name]}' has dtype {info.dtype}, and a float is expected.")
+    return {paths[name]: names[name] for name in wanted}
+
+
+def _draw(path: str, leaf: jax.ShapeDtypeStruct, config: BertConfig, seed: int) -> jax.Array:
+    if path.endswith("/bias"):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    draw = jax.random.normal(path_key(jax.random.key(seed), path), leaf.shape)
+    return (draw * config.initializer_range).astype(leaf.dtype)

@@ -1,0 +1,133 @@
+"""`save_pretrained`: a model as a Hugging Face folder that transformers loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..files import write_json, write_safetensors, write_text
+from ..paths import leaves_by_path
+from ..weights import is_adapted
+from .checkpoint import WEIGHTS, locate_tensors, read_config, read_tensors
+from .hub import find_base
+from .model import Model, difference
+from .names import PREFIX, is_transposed, modern_names, tensor_name
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+)
+
+
+def save_pretrained(
+    folder: str | os.PathLike[str],
+    model: Model,
+    params: Mapping[str, Any],
+    *,
+    source: str | os.PathLike[str],
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """Writes `config.json`, `model.safetensors` and the tokenizer's files, under Hugging Face's names.
+
+    With `pooling="first"` the folder is a `BertForSequenceClassification` and `AutoModelForSequenceClassification`
+    gives equal logits. Without a task it is a `BertModel` with equal hidden states. transformers has no class with
+    `pooling="mean"`: then the folder is a `BertModel` with the head's tensors beside it, which `lora_jax.models.load`
+    reads back.
+
+    Args:
+        folder: where to; made if it doesn't exist. Not the base's own.
+        model: as from `load`.
+        params: the model's tree with plain arrays; merge adapted weights first (`lora_jax.merge_params`).
+        source: the base: its configuration's other entries and its tokenizer are kept, and so is its pooler where the
+            model doesn't use it.
+        labels: the classes' names, in the order of the logits; the source's own, or `LABEL_0` …, if `None`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: adapted weights, another model's tree, a wrong number of labels, the base's own folder.
+        FileError: the base isn't found, or the disk is full; `config.json` is written last, so that a folder that was
+            not finished doesn't load.
+    """
+    base, folder = find_base(source), Path(folder)
+    if folder.exists() and folder.resolve() == base.resolve():
+        raise ValueError(f"`folder` is the base's own, {base}: save to another, so that the base stays as it is.")
+    leaves = _check_params(model, params)
+    tensors = _tensors(model, leaves) | _unused_pooler(model, base)
+    config = _config(model, read_config(base), leaves, labels)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        if (base / name).is_file():
+            write_text(folder / name, (base / name).read_bytes().decode())
+    (folder / "config.json").unlink(missing_ok=True)
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def _check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
+    leaves, expected = leaves_by_path(params), leaves_by_path(model.params)
+    for path, leaf in leaves.items():
+        if is_adapted(leaf):
+            raise ValueError(f"`params` holds an adapted weight at {path}: fold it in with `lora_jax.merge_params`.")
+    if leaves.keys() != expected.keys():
+        raise ValueError(f"`params` isn't this model's tree: {difference(leaves.keys(), expected.keys())}.")
+    for path, leaf in leaves.items():
+        if jnp.shape(leaf) != jnp.shape(expected[path]):
+            raise ValueError(f"`params` at {path} has shape {jnp.shape(leaf)}, not {jnp.shape(expected[path])}.")
+    return leaves
+
+
+def _tensors(model: Model, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = _prefix(model)
+    return {
+        tensor_name(path, prefix=prefix): np.asarray(leaf).T if is_transposed(path) else leaf
+        for path, leaf in leaves.items()
+    }
+
+
+def _unused_pooler(model: Model, base: Path) -> dict[str, np.ndarray]:
+    """Kept as it was: without it transformers would draw a new one."""
+    if model.task is not None and model.pooling == "first":
+        return {}
+    tensors = locate_tensors(base)
+    held = {held: name for name, held in modern_names(tensors).items() if name.startswith("pooler.")}
+    return {_prefix(model) + held[name]: array for name, array in read_tensors(tensors, held)}
+
+
+def _prefix(model: Model) -> str:
+    return PREFIX if model.task is not None and model.pooling == "first" else ""
+
+
+def _config(
+    model: Model, source: Mapping[str, Any], leaves: Mapping[str, Any], labels: Sequence[str] | None
+) -> dict[str, Any]:
+    # `torch_dtype` is the old name of `dtype`; the source's would make transformers cast the weights.
+    config = {name: value for name, value in source.items() if name not in ("torch_dtype", "num_labels")}
+    config["dtype"] = jnp.result_type(*leaves.values()).name
+    config["architectures"] = ["BertForSequenceClassification" if _prefix(model) else "BertModel"]
+    if model.task is None:
+        return config
+    outputs = leaves["classifier/bias"].shape[0]
+    if labels is None:
+        own = source.get("id2label")
+        labels = list(own.values()) if isinstance(own, dict) and len(own) == outputs else None
+    names = [f"LABEL_{index}" for index in range(outputs)] if labels is None else [str(label) for label in labels]
+    if len(names) != outputs:
+        raise ValueError(f"`labels` has {len(names)} names, and the model has {outputs} outputs.")
+    if len(set(names)) != outputs:
+        raise ValueError(f"`labels` has a name twice: {', '.join(names)}.")
+    config["id2label"] = {str(index): name for index, name in enumerate(names)}
+    config["label2id"] = {name: index for index, name in enumerate(names)}
+    config["problem_type"] = "regression" if model.task == "regression" else "single_label_classification"
+    return config
