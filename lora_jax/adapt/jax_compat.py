@@ -1,0 +1,100 @@
+"""Everything that depends on JAX's version, or reaches below its public surface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend as jex
+import jax.extend.core
+import jax.extend.source_info_util
+from jax.interpreters import partial_eval
+
+from ..weights import Unfactorable
+
+Equation = jex.core.JaxprEqn
+
+
+class Program(NamedTuple):
+    """A jaxpr with its constants: `ClosedJaxpr` before JAX 0.11, a `Jaxpr` that holds its constants since."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+
+def program(body: Any) -> Program:
+    """The `Program` of an equation's body, whichever form it has."""
+    return Program(getattr(body, "jaxpr", body), getattr(body, "consts", ()))
+
+
+def trace(function: Callable[..., Any], *args: Any) -> Program:
+    """Traces `function` without the code that its outputs do not need.
+
+    Flax NNX returns weights as unused outputs of `remat` and `jit`; left in, they look as if they were used.
+    """
+    closed = jax.make_jaxpr(function)(*args)
+    jaxpr = getattr(closed, "jaxpr", closed)
+    consts = closed.consts
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return Program(live, consts)
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, jex.core.Literal)
+
+
+def run_equation(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Runs an equation as it was, its custom rules, context and name stack included, through a jaxpr of its own."""
+    invars, values = [], []
+    for atom, value in zip(eqn.invars, operands, strict=True):
+        if not is_literal(atom) and atom not in invars:
+            invars.append(atom)
+            values.append(value)
+    single = jex.core.Jaxpr([], invars, eqn.outvars, [eqn], eqn.effects)
+    return jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(single, ()))(*values)
+
+
+@contextlib.contextmanager
+def context(eqn: Equation) -> Iterator[None]:
+    """The equation's name stack, source and configuration, for what a rule computes in its place."""
+    info = jex.source_info_util
+    names = info.current_name_stack() + eqn.source_info.name_stack
+    with info.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
+
+
+def bind(eqn: Equation, *operands: Any) -> Any:
+    """The equation's primitive on other operands; for primitives without a body, inside `context`."""
+    return eqn.primitive.bind(*operands, **eqn.params)
+
+
+def source_line(eqn: Equation) -> str:
+    return jex.source_info_util.summarize(eqn.source_info)
+
+
+def param(eqn: Equation, name: str) -> Any:
+    """A parameter of the equation; a name that this JAX does not have leads to materialization, not to a crash."""
+    try:
+        return eqn.params[name]
+    except KeyError:
+        raise Unfactorable(f"this version of JAX gives {eqn.primitive.name} no parameter `{name}`") from None
+
+
+def scan_counts(eqn: Equation) -> tuple[int, int]:
+    """Numbers of constants and of carried values of a `scan`; the rest of its operands are scanned over."""
+    if "ft_in" in eqn.params:
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return param(eqn, "num_consts"), param(eqn, "num_carry")
+
+
+def manual_axes(eqn: Equation) -> Any:
+    """The mesh axes that a `shard_map` makes manual."""
+    return eqn.params["newly_manual_axes"] if "newly_manual_axes" in eqn.params else param(eqn, "manual_axes")
+
+
+def specified(sharding: Any) -> Any:
+    """`None` for an unspecified sharding, which has no public name."""
+    return sharding if isinstance(sharding, jax.sharding.Sharding) else None

@@ -1,0 +1,439 @@
+"""What each primitive does when it meets an adapted weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..weights import STACK, AdaptedWeight, ConvSpec, DotSpec, TakeSpec, Unfactorable
+from . import jax_compat
+from .jax_compat import Equation, param, program
+from .walk import Traced, Walker
+
+Rule = Callable[[Walker, Equation, list[Any]], list[Any]]
+
+
+def _only(operands: Sequence[Any], place: int) -> Traced:
+    """The weight at `place`, which must be the only one among the operands."""
+    if sum(isinstance(operand, Traced) for operand in operands) > 1 or not isinstance(operands[place], Traced):
+        raise Unfactorable("it meets the weight in a place where only the merged array can stand")
+    return operands[place]
+
+
+# Where a weight does its work.
+
+
+def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    left, right = operands
+    if isinstance(left, Traced) and isinstance(right, Traced):
+        left = walker.materialize(left, eqn, "both operands are adapted weights")
+    weight_is_lhs = isinstance(left, Traced)
+    value, other = (left, right) if weight_is_lhs else (right, left)
+    ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)) = param(eqn, "dimension_numbers")
+    sides = [tuple(lhs_contract), tuple(lhs_batch)], [tuple(rhs_contract), tuple(rhs_batch)]
+    weight_side, other_side = sides if weight_is_lhs else sides[::-1]
+    spec = DotSpec(*weight_side, *other_side, weight_is_lhs, param(eqn, "precision"))
+
+    def run(base: jax.Array) -> jax.Array:
+        return jax_compat.bind(eqn, base, other) if weight_is_lhs else jax_compat.bind(eqn, other, base)
+
+    with jax_compat.context(eqn):
+        output = walker.counted(value).node.dot_general(other, spec, run)
+    walker.factored(value, eqn)
+    return [output]
+
+
+def _gather(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    value, indices = _only(operands, 0), operands[1]
+    numbers = param(eqn, "dimension_numbers")
+    axes = tuple(numbers.start_index_map)
+    whole = [size if axis not in axes else 1 for axis, size in enumerate(value.node.shape)]
+    if (
+        len(axes) != 1
+        or tuple(numbers.collapsed_slice_dims) != axes
+        or numbers.operand_batching_dims
+        or list(param(eqn, "slice_sizes")) != whole
+    ):
+        raise Unfactorable("a gather that is no lookup of whole slices along one axis")
+    spec = TakeSpec(axes[0], tuple(numbers.offset_dims), param(eqn, "mode"), param(eqn, "fill_value"))
+    with jax_compat.context(eqn):
+        output = value.node.take(indices, spec, lambda base: jax_compat.bind(eqn, base, indices))
+    walker.factored(value, eqn)
+    return [output]
+
+
+def _conv(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    value, other = _only(operands, 1), operands[0]
+    numbers = param(eqn, "dimension_numbers")
+    if param(eqn, "feature_group_count") != 1 or param(eqn, "batch_group_count") != 1:
+        raise Unfactorable("a grouped convolution")
+    spec = ConvSpec(numbers.rhs_spec[0], numbers.out_spec[1], dict(eqn.params))
+    with jax_compat.context(eqn):
+        output = walker.counted(value).node.conv(other, spec, lambda base: jax_compat.bind(eqn, other, base))
+    walker.factored(value, eqn)
+    return [output]
+
+
+# Layout: the weight stays a weight.
+
+
+def _layout(change: Callable[[AdaptedWeight, Equation], AdaptedWeight]) -> Rule:
+    def rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+        del walker
+        value = _only(operands, 0)
+        with jax_compat.context(eqn):
+            return [value._replace(node=change(value.node, eqn))]
+
+    return rule
+
+
+def _transpose(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    return node.transpose(param(eqn, "permutation"))
+
+
+def _reshape(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    if eqn.params.get("dimensions") is not None:
+        raise Unfactorable("a reshape that also transposes")
+    return node.reshape(param(eqn, "new_sizes"))
+
+
+def _squeeze(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    dimensions = param(eqn, "dimensions")
+    return node.reshape([size for axis, size in enumerate(node.shape) if axis not in dimensions])
+
+
+def _broadcast_in_dim(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    return node.broadcast_in_dim(param(eqn, "shape"), param(eqn, "broadcast_dimensions"))
+
+
+def _slice(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    starts, limits = param(eqn, "start_indices"), param(eqn, "limit_indices")
+    strides = param(eqn, "strides") or [1] * node.ndim
+
+    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+        slices = [slice(None) if axis is None else slice(starts[axis], limits[axis], strides[axis]) for axis in axes]
+        return array[tuple(slices)]
+
+    return node.cut(cutter)
+
+
+def _convert(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    dtype = param(eqn, "new_dtype")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise Unfactorable(f"a cast to {dtype}")
+    # Factors stay float32: what is computed with them takes the activations' precision where it is used.
+    return node.with_base(jax_compat.bind(eqn, node.base))
+
+
+def _on_base(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    return node.with_base(jax_compat.bind(eqn, node.base))
+
+
+def _stop_gradient(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    del eqn
+    return node.each(lax.stop_gradient)
+
+
+def _on_every_array(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    return node.each(lambda array: jax_compat.bind(eqn, array))
+
+
+def _negate(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    del eqn
+    return node.times(jnp.asarray(-1, node.dtype))
+
+
+def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    value, starts = _only(operands, 0), operands[1:]
+    sizes = param(eqn, "slice_sizes")
+
+    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+        for dim, axis in enumerate(axes):
+            # A slice of the whole axis starts at 0, whatever its start says: `dynamic_slice` clamps.
+            if axis is not None and sizes[axis] != array.shape[dim]:
+                array = lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], axis=dim)
+        return array
+
+    del walker
+    with jax_compat.context(eqn):
+        return [value._replace(node=value.node.cut(cutter))]
+
+
+def _split(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    del walker
+    value = _only(operands, 0)
+    split_axis, sizes = param(eqn, "axis"), param(eqn, "sizes")
+    ends = np.cumsum(sizes)
+    parts = []
+    for start, end in zip(ends - np.asarray(sizes), ends, strict=True):
+
+        def cutter(array: jax.Array, axes: list[int | None], start: int = int(start), end: int = int(end)) -> jax.Array:
+            return lax.slice_in_dim(array, start, end, axis=axes.index(split_axis)) if split_axis in axes else array
+
+        with jax_compat.context(eqn):
+            parts.append(value._replace(node=value.node.cut(cutter)))
+    return parts
+
+
+def _scalar_multiple(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    del walker
+    place = next(index for index, operand in enumerate(operands) if isinstance(operand, Traced))
+    value, other = _only(operands, place), operands[1 - place]
+    divides = eqn.primitive.name == "div"
+    if np.ndim(other) != 0 or (divides and place == 1):
+        raise Unfactorable("elementwise arithmetic with more than a scalar")
+    with jax_compat.context(eqn):
+        factor = jnp.asarray(other, value.node.dtype)
+        return [value._replace(node=value.node.times(1 / factor if divides else factor))]
+
+
+def _optimization_barrier(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    del walker
+    bases = [operand.node.base if isinstance(operand, Traced) else operand for operand in operands]
+    with jax_compat.context(eqn):
+        passed = jax_compat.bind(eqn, *bases)
+    return [
+        operand._replace(node=operand.node.with_base(base)) if isinstance(operand, Traced) else base
+        for operand, base in zip(operands, passed, strict=True)
+    ]
+
+
+# Control flow: the body is walked in turn.
+
+
+class _Entry:
+    """Operands of a body as one list of pytrees, adapted weights as their nodes, and the way back."""
+
+    def __init__(self, walker: Walker, operands: Sequence[Any]):
+        self.paths = [operand.path if isinstance(operand, Traced) else None for operand in operands]
+        self.tree = [walker.counted(operand).node if isinstance(operand, Traced) else operand for operand in operands]
+
+    def operands(self, tree: Sequence[Any]) -> list[Any]:
+        return [leaf if path is None else Traced(leaf, path) for leaf, path in zip(tree, self.paths, strict=True)]
+
+
+def _walk_body(walker: Walker, eqn: Equation, body: Any, operands: Sequence[Any]) -> list[Any]:
+    """The body's outputs as arrays, computed by a walker of its own."""
+    inner = walker.inner()
+    outputs = inner.run(program(body), operands)
+    return [inner.materialize(output, eqn, "the body returns it") for output in outputs]
+
+
+def _jit(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    body = param(eqn, "jaxpr")
+    in_shardings = [jax_compat.specified(sharding) for sharding in param(eqn, "in_shardings")]
+    out_shardings = [jax_compat.specified(sharding) for sharding in param(eqn, "out_shardings")]
+    options, donated = dict(param(eqn, "compiler_options_kvs")), param(eqn, "donated_invars")
+    if not (any(in_shardings) or any(out_shardings) or options or any(donated)):
+        return walker.run(program(body), operands)
+    entry = _Entry(walker, operands)
+    leaves = [jax.tree.leaves(operand) for operand in entry.tree]
+    treedef = jax.tree.structure(entry.tree)
+
+    def call(*flat: Any) -> list[Any]:
+        return _walk_body(walker, eqn, body, entry.operands(jax.tree.unflatten(treedef, flat)))
+
+    # A node's base keeps its operand's place; its other arrays are free. A donated base stays with its owner.
+    flat_shardings, donate = [], []
+    for arrays, sharding, gone in zip(leaves, in_shardings, donated, strict=True):
+        if gone and len(arrays) == 1:
+            donate.append(len(flat_shardings))
+        flat_shardings += [sharding] + [None] * (len(arrays) - 1)
+    jitted = jax.jit(
+        call,
+        in_shardings=tuple(flat_shardings),
+        out_shardings=out_shardings,
+        donate_argnums=tuple(donate),
+        compiler_options=options or None,
+    )
+    with jax_compat.context(eqn):
+        return jitted(*(array for arrays in leaves for array in arrays))
+
+
+def _remat(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    body, policy, prevent_cse = param(eqn, "jaxpr"), param(eqn, "policy"), param(eqn, "prevent_cse")
+    entry = _Entry(walker, operands)
+
+    def call(tree: list[Any]) -> list[Any]:
+        return _walk_body(walker, eqn, body, entry.operands(tree))
+
+    with jax_compat.context(eqn):
+        return jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(entry.tree)
+
+
+def _unchanged(walker: Walker, eqn: Equation, jaxpr: Any, first: int, carry: list[Any]) -> list[Any]:
+    """Merges the adapted weights among carried values that the loop's body changes; the others are constants."""
+    return [
+        value
+        if not isinstance(value, Traced) or jaxpr.outvars[place] is jaxpr.invars[first + place]
+        else walker.materialize(value, eqn, "the loop carries it from one iteration to the next, changed")
+        for place, value in enumerate(carry)
+    ]
+
+
+def _scan(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    body = param(eqn, "jaxpr")
+    jaxpr = program(body).jaxpr
+    num_consts, num_carry = jax_compat.scan_counts(eqn)
+    consts, carry, xs = (
+        operands[:num_consts],
+        operands[num_consts : num_consts + num_carry],
+        operands[num_consts + num_carry :],
+    )
+    carry = _unchanged(walker, eqn, jaxpr, num_consts, carry)
+    sliced: list[Any] = []
+    members: list[Any] = []
+    for value in xs:
+        member = None
+        if isinstance(value, Traced):
+            try:
+                value, member = _stacked(walker, value)
+            except Unfactorable as reason:
+                value = walker.materialize(value, eqn, str(reason))
+        sliced.append(value)
+        members.append(member)
+    entry = _Entry(walker, consts + carry)
+    moving = [place for place, value in enumerate(carry) if not isinstance(value, Traced)]
+
+    def call(state: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+        number, slices = slices
+        constants = entry.operands([_in_iteration(value, number) for value in entry.tree])
+        for place, value in zip(moving, state, strict=True):
+            constants[num_consts + place] = value
+        stacked = [value if member is None else member(value) for member, value in zip(members, slices, strict=True)]
+        inner = walker.inner()
+        outputs = inner.run(program(body), constants + stacked)
+        arrays = [
+            output
+            if place < num_carry and place not in moving
+            else inner.materialize(output, eqn, "the loop's body returns it")
+            for place, output in enumerate(outputs)
+        ]
+        return [arrays[place] for place in moving], arrays[num_carry:]
+
+    with jax_compat.context(eqn):
+        state, ys = lax.scan(
+            call,
+            [carry[place] for place in moving],
+            (jnp.arange(param(eqn, "length"), dtype=jnp.int32), sliced),
+            length=param(eqn, "length"),
+            reverse=param(eqn, "reverse"),
+            unroll=param(eqn, "unroll"),
+        )
+    carried = list(carry)
+    for place, value in zip(moving, state, strict=True):
+        carried[place] = value
+    return carried + ys
+
+
+def _stacked(walker: Walker, value: Traced) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Traced]]:
+    arrays, member = walker.counted(value).node.stacked()
+    return arrays, lambda slices: Traced(member(slices), value.path)
+
+
+def _in_iteration(value: Any, number: jax.Array) -> Any:
+    return value.for_use(number) if isinstance(value, AdaptedWeight) else value
+
+
+def _while(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    cond_body, body = param(eqn, "cond_jaxpr"), param(eqn, "body_jaxpr")
+    first, second = param(eqn, "cond_nconsts"), param(eqn, "body_nconsts")
+    carry = operands[first + second :]
+    carry = _unchanged(walker, eqn, program(body).jaxpr, second, carry)
+    entry = _Entry(walker, operands[: first + second] + carry)
+    moving = [place for place, value in enumerate(carry) if not isinstance(value, Traced)]
+
+    def filled(number: jax.Array, state: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        values = entry.operands([_in_iteration(value, number) for value in entry.tree])
+        for place, value in zip(moving, state, strict=True):
+            values[first + second + place] = value
+        return values[:first], values[first : first + second], values[first + second :]
+
+    def cond(state: tuple[jax.Array, list[Any]]) -> Any:
+        cond_consts, _, carried = filled(*state)
+        return _walk_body(walker, eqn, cond_body, cond_consts + carried)[0]
+
+    def step(state: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
+        number, _ = state
+        _, body_consts, carried = filled(*state)
+        inner = walker.inner()
+        outputs = inner.run(program(body), body_consts + carried)
+        return number + 1, [inner.materialize(outputs[place], eqn, "the loop's body returns it") for place in moving]
+
+    with jax_compat.context(eqn):
+        _, state = lax.while_loop(cond, step, (jnp.int32(0), [carry[place] for place in moving]))
+    carried = list(carry)
+    for place, value in zip(moving, state, strict=True):
+        carried[place] = value
+    return carried
+
+
+def _cond(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    index, *values = operands
+    index = walker.materialize(index, eqn, "it chooses the branch")
+    entry = _Entry(walker, values)
+
+    def branch(body: Any) -> Callable[[list[Any]], list[Any]]:
+        return lambda tree: _walk_body(walker, eqn, body, entry.operands(tree))
+
+    with jax_compat.context(eqn):
+        return lax.switch(index, [branch(body) for body in param(eqn, "branches")], entry.tree)
+
+
+def _shard_map(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    body, in_specs, out_specs = param(eqn, "jaxpr"), param(eqn, "in_specs"), param(eqn, "out_specs")
+    entry = _Entry(walker, operands)
+    specs = [
+        value.partition_specs(spec) if isinstance(value, AdaptedWeight) else spec
+        for value, spec in zip(entry.tree, in_specs, strict=True)
+    ]
+
+    def call(tree: list[Any]) -> list[Any]:
+        return _walk_body(walker, eqn, body, entry.operands(tree))
+
+    mapped = jax.shard_map(
+        call,
+        mesh=param(eqn, "mesh"),
+        in_specs=(specs,),
+        out_specs=list(out_specs),
+        axis_names=jax_compat.manual_axes(eqn),
+        check_vma=param(eqn, "check_vma"),
+    )
+    with jax_compat.context(eqn):
+        return mapped(entry.tree)
+
+
+RULES: dict[str, Rule] = {
+    "dot_general": _dot_general,
+    "gather": _gather,
+    "conv_general_dilated": _conv,
+    "transpose": _layout(_transpose),
+    "reshape": _layout(_reshape),
+    "squeeze": _layout(_squeeze),
+    "broadcast_in_dim": _layout(_broadcast_in_dim),
+    "slice": _layout(_slice),
+    "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "convert_element_type": _layout(_convert),
+    "mul": _scalar_multiple,
+    "div": _scalar_multiple,
+    "neg": _layout(_negate),
+    "sharding_constraint": _layout(_on_base),
+    "name": _layout(_on_base),
+    "copy": _layout(_on_base),
+    "stop_gradient": _layout(_stop_gradient),
+    "pvary": _layout(_on_every_array),
+    "optimization_barrier": _optimization_barrier,
+    "jit": _jit,
+    "checkpoint": _remat,
+    "remat2": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+}

@@ -1,0 +1,366 @@
+"""What a task saves: its trained leaves, its method resolved to paths and axes, and the fingerprint of its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from .files import (
+    FileError,
+    read_json,
+    read_safetensors,
+    read_safetensors_header,
+    sha256_file,
+    write_json,
+    write_safetensors,
+)
+from .masks import label_params
+from .methods import Method
+from .methods.base import FROZEN
+from .paths import flatten_with_paths, leaves_by_path, nearest, shape_text
+from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted
+
+DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
+FORMAT, VERSION = "lora_jax adapter", 1
+_SAMPLES = 64
+
+
+class AdapterError(ValueError):
+    """An adapter that does not fit: another base, missing or misshapen tensors, values that are not finite."""
+
+
+class Adapter(NamedTuple):
+    """A loaded adapter: the adapted parameter tree and the method that labels it."""
+
+    params: Any
+    method: Method
+
+
+def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) -> Path:
+    """Saves what the method trained, and nothing of the base.
+
+    Writes `lora_jax_adapter.json` (method, axes, shapes, the base's fingerprint) and `adapter.safetensors` (the trained
+    leaves, named by leaf path). Both are complete on disk before either takes its place, so that a full disk leaves an
+    earlier adapter in the folder whole.
+
+    The fingerprint covers the frozen leaves: path, shape, and a sample of values at fixed places rounded to bfloat16. It
+    catches mistakes; it is no security check.
+
+    Args:
+        folder: made if it does not exist.
+        params: the tree from `attach`, trained.
+        method: the method that it was trained with.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: a trained leaf holds NaN or infinity.
+        FileError: the files cannot be written, a full disk for example.
+
+    Example:
+        >>> import lora_jax as lj, tempfile
+        >>> method = lj.BitFit()
+        >>> folder = lj.save_adapter(tempfile.mkdtemp(), {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, method)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['adapter.safetensors', 'lora_jax_adapter.json']
+    """
+    folder = Path(folder)
+    leaves = leaves_by_path(params)
+    labels = dict(zip(leaves, _leaves(label_params(params, method)), strict=True))
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in leaves.items():
+        for name, array in _trained_arrays(path, leaf, labels[path]).items():
+            tensors[name] = np.asarray(array)
+    _require_finite(tensors, "cannot save")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = folder / f".saving-{secrets.token_hex(4)}"
+        staging.mkdir()
+    except OSError as error:
+        raise FileError(f"{folder} cannot hold an adapter: {error.strerror}. Choose another folder.") from error
+    try:
+        write_safetensors(staging / TENSORS, tensors)
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "method": _method_to_json(method.resolved(leaves)),
+            "adapted": {path: _static(leaf) for path, leaf in leaves.items() if is_adapted(leaf)},
+            "tensors": {
+                name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in tensors.items()
+            },
+            "sha256": sha256_file(staging / TENSORS),
+            "base": fingerprint(_frozen_leaves(leaves, labels)),
+        }
+        write_json(staging / DESCRIPTION, description)
+        for name in (TENSORS, DESCRIPTION):
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def load_adapter(
+    folder: str | os.PathLike[str],
+    base_params: Any,
+    *,
+    check_base: Literal["error", "warn", "ignore"] = "error",
+) -> Adapter:
+    """Puts a saved adapter onto its base.
+
+    Args:
+        folder: written by `save_adapter`.
+        base_params: the base parameters, in the structure they had; frozen leaves of the result are the same objects.
+        check_base: what to do when the fingerprint does not fit: `"error"`, `"warn"` or `"ignore"`. Structure and shapes of
+            what the adapter touches must fit in any case.
+
+    Returns:
+        `Adapter(params, method)`; `params` equals the saved tree exactly.
+
+    Raises:
+        AdapterError: another base (the leaves that differ are named); a tensor is missing, extra, misshapen, of another dtype or not
+            finite (each named); a description that this version cannot read.
+        FileError: a file is missing, truncated or corrupt.
+
+    Example:
+        >>> import lora_jax as lj, tempfile
+        >>> base, method = {"kernel": jnp.ones((4, 3))}, lj.LoRA(rank=2, alpha=2, targets=("kernel",))
+        >>> folder = lj.save_adapter(tempfile.mkdtemp(), lj.attach(base, method, key=jax.random.key(0)), method)
+        >>> lj.load_adapter(folder, base).params["kernel"].a.shape
+        (2, 4)
+    """
+    folder = Path(folder)
+    if check_base not in ("error", "warn", "ignore"):
+        raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
+    description = read_description(folder)
+    tensors = _read_tensors(folder, description)
+    leaves = leaves_by_path(base_params)
+    adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
+    if adapted:
+        raise AdapterError(
+            f"`base_params` has factors already, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`"
+        )
+
+    trained: dict[str, Any] = {}
+    for path, static in description["adapted"].items():
+        trained[path] = _node(path, static, _base_leaf(path, leaves, folder), tensors, folder)
+    used = {f"{path}/{name}" for path in description["adapted"] for name in trained[path].fields}
+    for name, array in tensors.items():
+        if name in used:
+            continue
+        base = _base_leaf(name, leaves, folder)
+        if tuple(base.shape) != array.shape:
+            raise AdapterError(
+                f"{folder}: `{name}` has the shape {array.shape}, and the base's leaf has {tuple(base.shape)}"
+            )
+        trained[name] = _placed(array, base)
+
+    if check_base != "ignore":
+        frozen = {path: trained[path].base if is_adapted(trained.get(path)) else leaf for path, leaf in leaves.items()
+                  if path not in trained or is_adapted(trained[path])}  # fmt: skip
+        differences = _differences(description["base"], fingerprint(frozen))
+        if differences:
+            message = f"{folder} was trained on another base: {'; '.join(differences[:8])}" + (
+                f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+            )
+            if check_base == "error":
+                raise AdapterError(f'{message}. Load the base that it was trained on, or pass `check_base="warn"`')
+            warnings.warn(message, stacklevel=2)
+    _, _, treedef = flatten_with_paths(base_params)
+    params = jax.tree.unflatten(treedef, [trained.get(path, leaf) for path, leaf in leaves.items()])
+    return Adapter(params, _method_from_json(description["method"], folder))
+
+
+def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The checked content of an adapter's `lora_jax_adapter.json`.
+
+    Raises:
+        FileError: the file is missing or no JSON.
+        AdapterError: it is no adapter of this format, or one of a newer version.
+    """
+    path = Path(folder) / DESCRIPTION
+    description = read_json(path)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise AdapterError(f"{path} describes no lora_jax adapter: its `format` is not {FORMAT!r}")
+    if description.get("version") != VERSION:
+        raise AdapterError(
+            f"{path} has the format version {description.get('version')!r}, and this lora_jax reads {VERSION}: install a newer lora_jax"
+        )
+    expected = {"method": dict, "adapted": dict, "tensors": dict, "sha256": str, "base": dict}
+    for name, kind in expected.items():
+        if not isinstance(description.get(name), kind):
+            raise AdapterError(
+                f"{path}: `{name}` must be a JSON {kind.__name__}, got {type(description.get(name)).__name__}"
+            )
+    return description
+
+
+def fingerprint(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`{path: {"shape", "sample"}}`: for each leaf its shape and a hash of values at evenly spaced places.
+
+    Values are rounded to bfloat16 first, so a base loaded in bfloat16 has the fingerprint of its float32 form. It tells a
+    wrong base from the right one; values that are not sampled may differ.
+    """
+    return {
+        path: {"shape": list(leaf.shape), "sample": _sample(leaf)}
+        for path, leaf in leaves.items()
+        if hasattr(leaf, "shape")
+    }
+
+
+def _sample(leaf: Any) -> str:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or math.prod(leaf.shape) == 0:
+        return ""
+    size = math.prod(leaf.shape)
+    places = np.unique(np.linspace(0, size - 1, _SAMPLES).astype(np.int64))
+    values = np.asarray(leaf[np.unravel_index(places, leaf.shape)])
+    if np.issubdtype(values.dtype, np.floating) or values.dtype == ml_dtypes.bfloat16:
+        values = values.astype(np.float32).astype(ml_dtypes.bfloat16)
+    return hashlib.blake2s(values.tobytes(), digest_size=8).hexdigest()
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    found = [f"`{path}` is missing here" for path in saved if path not in here]
+    found += [f"`{path}` was not in it" for path in here if path not in saved]
+    for path in saved:
+        if path in here and saved[path] != here[path]:
+            shapes = [tuple(side[path].get("shape", ())) for side in (saved, here)]
+            found.append(
+                f"`{path}` has other values"
+                if shapes[0] == shapes[1]
+                else f"`{path}` had the shape {shapes[0]}, not {shapes[1]}"
+            )
+    return found
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=is_adapted)
+
+
+def _trained_arrays(path: str, leaf: Any, label: Any) -> dict[str, Any]:
+    if not is_adapted(leaf):
+        return {} if label == FROZEN else {path: leaf}
+    return {f"{path}/{name}": getattr(leaf, name) for name in leaf.fields if getattr(label, name) not in (None, FROZEN)}
+
+
+def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        path: leaf.base if is_adapted(leaf) else leaf
+        for path, leaf in leaves.items()
+        if is_adapted(leaf) or labels[path] == FROZEN
+    }
+
+
+def _require_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
+    broken = [name for name, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+    if broken:
+        raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}; go back to an earlier checkpoint")
+
+
+def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    path = folder / TENSORS
+    header = read_safetensors_header(path)
+    expected = description["tensors"]
+    missing, extra = sorted(set(expected) - set(header)), sorted(set(header) - set(expected))
+    if missing or extra:
+        parts = [
+            f"{word} {', '.join(names[:8])}"
+            for word, names in (("lacks", missing), ("has, unannounced,", extra))
+            if names
+        ]
+        raise AdapterError(
+            f"{path} {' and '.join(parts)}, by what {DESCRIPTION} lists: copy both files of the adapter again"
+        )
+    for name, info in header.items():
+        wanted = expected[name]
+        if list(info.shape) != wanted.get("shape") or str(info.dtype) != wanted.get("dtype"):
+            raise AdapterError(
+                f"{path}: `{name}` is {info.dtype} {info.shape}, and {DESCRIPTION} says {wanted.get('dtype')} "
+                f"{tuple(wanted.get('shape') or ())}: copy both files of the adapter again"
+            )
+    tensors = read_safetensors(path)
+    _require_finite(tensors, f"{path} is not usable")
+    if sha256_file(path) != description["sha256"]:
+        raise AdapterError(
+            f"{path} is not the file that {DESCRIPTION} was written with: copy both files of the adapter again"
+        )
+    return tensors
+
+
+def _base_leaf(path: str, leaves: Mapping[str, Any], folder: Path) -> Any:
+    if path not in leaves:
+        near = nearest(path, leaves)
+        raise AdapterError(
+            f"{folder} has `{path}`, and the base has no such leaf: load the base that it was trained on. Nearest: {', '.join(near) or 'none'}"
+        )
+    return leaves[path]
+
+
+def _placed(array: np.ndarray, like: Any) -> jax.Array:
+    """On the device, split as the base's leaf is; the dtype stays the saved one."""
+    return jax.device_put(array, like.sharding) if isinstance(like, jax.Array) else jnp.asarray(array)
+
+
+def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], folder: Path) -> AdaptedWeight:
+    cls = AdaptedWeight.registry.get(static.get("node", "")) if isinstance(static, dict) else None
+    if cls is None:
+        raise AdapterError(f"{folder}: `{path}` is adapted in a way that this lora_jax does not know: {static!r:.80}")
+    values = {name: value for name, value in static.items() if name != "node"}
+    axes = values.get("axes")
+    if not isinstance(axes, str) or len(axes) != len(base.shape) or set(axes) - {IN, OUT, STACK}:
+        raise AdapterError(f"{folder}: the axis labels {axes!r} of `{path}` do not fit the base's {shape_text(base)}")
+    try:
+        node = cls(base, **dict.fromkeys(cls.fields), **values)
+    except TypeError as error:
+        raise AdapterError(f"{folder}: the description of `{path}` does not fit {cls.__name__}: {error}") from None
+    numbers = {name: value for name, value in values.items() if name != "axes"}
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers.values()):
+        raise AdapterError(f"{folder}: `{path}` has settings that are no finite numbers: {numbers}")
+    arrays = {name: tensors[f"{path}/{name}"] for name in cls.fields if f"{path}/{name}" in tensors}
+    missing = [f"{path}/{name}" for name in cls.saved if name not in arrays]
+    if missing:
+        raise AdapterError(f"{folder} lacks {', '.join(missing)}")
+    problem = node.misfit({name: array.shape for name, array in arrays.items()})
+    if problem:
+        raise AdapterError(f"{folder}: `{path}`: {problem}")
+    return dataclasses.replace(node, **{name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+def _static(node: AdaptedWeight) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(node) if field.name not in ("base", *node.fields)]  # type: ignore[arg-type]
+    return {"node": type(node).__name__, **{name: getattr(node, name) for name in names}}
+
+
+def _method_to_json(method: Method) -> dict[str, Any]:
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    plain = {
+        name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
+        for name, v in values.items()
+    }
+    return {"name": type(method).__name__, **plain}
+
+
+def _method_from_json(description: Mapping[str, Any], folder: Path) -> Method:
+    name = description.get("name")
+    cls = Method.registry.get(name) if isinstance(name, str) else None
+    if cls is None:
+        known = ", ".join(sorted(Method.registry))
+        raise AdapterError(f"{folder}: this lora_jax has no method {name!r}, only {known}")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in description.items() if key != "name"}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{folder}: the description of the method {name} is not usable: {error}") from None

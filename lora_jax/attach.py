@@ -1,0 +1,68 @@
+"""From a base tree to one with factors, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from .masks import copied
+from .methods import Method
+from .paths import flatten_with_paths, leaves_by_path
+from .weights import is_adapted
+
+
+def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, Any] | None = None) -> Any:
+    """A new tree in which the method's targets are adapted weights.
+
+    At the start it stands for the same function: `adapt(f)(attach(p, …), x) == f(p, x)`. Each leaf's initial factors depend
+    on `key` and on the leaf's path alone, so adding a target never changes another's start.
+
+    Args:
+        params: the base parameters, any pytree.
+        method: what to train.
+        key: random key of the initial factors.
+        uses: `{path: Use}` from `trace_weights`; needed where a target has more than two axes. Without it a two-axis weight
+            is read as `(in, out)`, JAX's convention; a model that stores `(out, in)`, as Equinox does, trains the same
+            function either way, with `a` and `b` in exchanged places.
+
+    Returns:
+        A tree like `params` with nodes (`LoRAWeight`) at the targets. Leaves of `also_train` are copied, so that donating
+        them leaves the base whole; all others are the same objects.
+
+    Raises:
+        SelectionError: a selector matches nothing, or nothing suitable; a leaf is both target and head.
+        ValueError: a rank is larger than a weight allows; the roles of a weight's axes are unknown; a target has factors already.
+
+    Example:
+        >>> import lora_jax as lj
+        >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+        >>> tree = lj.attach(params, lj.LoRA(rank=2, alpha=2, targets=("dense",)), key=jax.random.key(0))
+        >>> type(tree["dense"]["kernel"]).__name__, tree["dense"]["bias"] is params["dense"]["bias"]
+        ('LoRAWeight', True)
+    """
+    leaves = leaves_by_path(params)
+    adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
+    if adapted:
+        raise ValueError(
+            f"`params` has factors already, at {', '.join(adapted[:5])}: take them off with `lj.detach` or fold them in with "
+            "`lj.merge_params` first"
+        )
+    changed = {path: copied(leaves[path]) for path in method.head(leaves)}
+    changed |= method.attach(leaves, key=key, uses=uses)
+    _, _, treedef = flatten_with_paths(params)
+    return jax.tree.unflatten(treedef, [changed.get(path, leaf) for path, leaf in leaves.items()])
+
+
+def detach(params: Any) -> Any:
+    """Takes the factors off: the base weights, and every other leaf as it is (trained biases and heads stay trained).
+
+    Example:
+        >>> import lora_jax as lj
+        >>> params = {"w": jnp.ones((4, 3))}
+        >>> tree = lj.attach(params, lj.LoRA(rank=2, alpha=2, targets=("w",)), key=jax.random.key(0))
+        >>> lj.detach(tree)["w"] is params["w"]
+        True
+    """
+    return jax.tree.map(lambda leaf: leaf.base if is_adapted(leaf) else leaf, params, is_leaf=is_adapted)

@@ -1,0 +1,198 @@
+"""What is trained: labels, masks, the split of a parameter tree and its inverse."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .methods import Method
+from .methods.base import FROZEN, HEAD
+from .paths import flatten_with_paths, leaf_paths, leaves_by_path
+from .weights import is_adapted
+
+
+class Partition(NamedTuple):
+    """A parameter tree in two: where one side has a leaf, the other has `None`."""
+
+    trainable: Any
+    frozen: Any
+
+
+class LabelCount(NamedTuple):
+    """Size of the leaves of one label: numbers and bytes."""
+
+    params: int
+    bytes: int
+
+
+class ParamCount(NamedTuple):
+    """Parameter counts of a labelled tree; `bytes` and `percent` are those of the trainable part."""
+
+    trainable: int
+    total: int
+    percent: float
+    bytes: int
+    per_label: dict[str, LabelCount]
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"
+
+
+def label_params(params: Any, method: Method) -> Any:
+    """A tree of labels with the structure of `params`: what each leaf is to the method.
+
+    Args:
+        params: a parameter tree; for `LoRA`, one returned by `attach`.
+        method: what is trained.
+
+    Returns:
+        `params` with a string in place of every array: `"frozen"`, `"head"`, or a label of the method (`"lora_a"`,
+        `"lora_b"`, `"bias"`, `"full"`). An adapted weight keeps its node: `LoRAWeight(base="frozen", a="lora_a", …)`.
+
+    Raises:
+        ValueError: the method trains nothing, or expects factors that the tree does not have.
+        SelectionError: a selector of the method matches nothing.
+
+    Example:
+        >>> import lora_jax as lj
+        >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "head": jnp.ones(2)}
+        >>> lj.label_params(params, lj.BitFit(also_train=("head",)))
+        {'dense': {'bias': 'bias', 'kernel': 'frozen'}, 'head': 'head'}
+    """
+    leaves = leaves_by_path(params)
+    labels = {path: leaf.label(False) if is_adapted(leaf) else FROZEN for path, leaf in leaves.items()}
+    labels |= method.own_labels(leaves)
+    labels |= dict.fromkeys(method.head(leaves), HEAD)
+    if all(label == FROZEN for label in jax.tree.leaves(labels)):
+        raise ValueError(f"{method} trains nothing: name leaves in `also_train`, or choose a method that trains some")
+    _, _, treedef = flatten_with_paths(params)
+    return jax.tree.unflatten(treedef, list(labels.values()))
+
+
+def trainable_mask(params: Any, method: Method) -> Any:
+    """A tree of booleans with the structure of `params`: `True` where `label_params` says anything but `"frozen"`.
+
+    Example:
+        >>> import lora_jax as lj
+        >>> lj.trainable_mask({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, lj.BitFit())
+        {'bias': True, 'kernel': False}
+    """
+    return jax.tree.map(lambda label: label != FROZEN, label_params(params, method))
+
+
+def partition(params: Any, mask: Any) -> Partition:
+    """Splits `params` by `mask`; `combine` is the inverse.
+
+    Frozen leaves stay the same objects. Trainable leaves outside of adapted weights are copied, since a training step
+    that donates them would otherwise delete the arrays of the base tree that they came from.
+
+    Args:
+        params: any tree.
+        mask: booleans, in the structure of `params`.
+
+    Returns:
+        `Partition(trainable, frozen)`, both with the structure of `params` and `None` for each absent leaf.
+
+    Raises:
+        ValueError: the structures differ.
+
+    Example:
+        >>> partition({"w": 1.0, "b": 2.0}, {"w": False, "b": True})
+        Partition(trainable={'b': 2.0, 'w': None}, frozen={'b': None, 'w': 1.0})
+    """
+    paths, leaves, treedef = flatten_with_paths(params)
+    mask_leaves = _matching_leaves("mask", mask, paths, treedef)
+    trainable, frozen = [], []
+    for leaf, keep in zip(leaves, mask_leaves, strict=True):
+        if is_adapted(leaf):
+            trainable.append(jax.tree.map(lambda array, chosen: array if chosen else None, leaf, keep))
+            frozen.append(jax.tree.map(lambda array, chosen: None if chosen else array, leaf, keep))
+        else:
+            trainable.append(copied(leaf) if keep else None)
+            frozen.append(None if keep else leaf)
+    return Partition(jax.tree.unflatten(treedef, trainable), jax.tree.unflatten(treedef, frozen))
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """Puts the two sides of a `Partition` together again.
+
+    Raises:
+        ValueError: the structures differ, or both sides have the same leaf.
+
+    Example:
+        >>> combine({"w": None, "b": 2.0}, {"w": 1.0, "b": None})
+        {'b': 2.0, 'w': 1.0}
+    """
+
+    def pick(path: Any, ours: Any, theirs: Any) -> Any:
+        if ours is not None and theirs is not None:
+            raise ValueError(f"both sides have the leaf at `{jax.tree_util.keystr(path, simple=True, separator='/')}`")
+        return theirs if ours is None else ours
+
+    try:
+        return jax.tree_util.tree_map_with_path(pick, trainable, frozen, is_leaf=lambda node: node is None)
+    except ValueError as error:
+        if "both sides" in str(error):
+            raise
+        raise ValueError(
+            f"`trainable` and `frozen` do not come from one `partition`: their structures differ. JAX says: {error}"
+        ) from None
+
+
+def count_params(params: Any, labels: Any) -> ParamCount:
+    """Counts what a labelled tree trains.
+
+    Args:
+        params: arrays, or anything with `size` and `dtype` (`jax.ShapeDtypeStruct`).
+        labels: strings in the structure of `params`, from `label_params`.
+
+    Returns:
+        A `ParamCount`; `total` includes the factors of adapted weights.
+
+    Raises:
+        ValueError: the structures differ.
+
+    Example:
+        >>> params = {"w": jnp.ones((9, 11)), "b": jnp.ones(1)}
+        >>> count = count_params(params, {"w": "frozen", "b": "bias"})
+        >>> print(count, count.bytes)
+        1 of 100 parameters are trained (1 %) 4
+    """
+    paths, leaves, treedef = flatten_with_paths(params)
+    sizes: dict[str, LabelCount] = {}
+    for leaf, label in zip(leaves, _matching_leaves("labels", labels, paths, treedef), strict=True):
+        for array, name in zip(jax.tree.leaves(leaf), jax.tree.leaves(label), strict=True):
+            before = sizes.get(name, LabelCount(0, 0))
+            size = math_size(array)
+            sizes[name] = LabelCount(before.params + size, before.bytes + size * array.dtype.itemsize)
+    total = sum(count.params for count in sizes.values())
+    trained = [count for name, count in sizes.items() if name != FROZEN]
+    trainable = sum(count.params for count in trained)
+    percent = 100 * trainable / total if total else 0.0
+    return ParamCount(trainable, total, percent, sum(count.bytes for count in trained), dict(sorted(sizes.items())))
+
+
+def math_size(array: Any) -> int:
+    return int(np.prod(array.shape, dtype=np.int64))
+
+
+def copied(leaf: Any) -> Any:
+    """A copy with its own buffer, in the same place; inside a trace there is no buffer to protect."""
+    if isinstance(leaf, jax.core.Tracer):
+        return leaf
+    if isinstance(leaf, jax.Array):
+        return jnp.copy(leaf)
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
+def _matching_leaves(argument: str, tree: Any, paths: list[str], treedef: Any) -> list[Any]:
+    leaves, other = jax.tree.flatten(tree, is_leaf=is_adapted)
+    if other != treedef:
+        theirs = set(leaf_paths(tree))
+        differing = [path for path in paths if path not in theirs] + sorted(theirs - set(paths))
+        where = f"; they differ at {', '.join(differing[:8])}" if differing else ""
+        raise ValueError(f"`{argument}` does not have the structure of `params`{where}")
+    return leaves

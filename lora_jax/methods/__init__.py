@@ -1,0 +1,8 @@
+"""The methods: one file each."""
+
+from .base import Method as Method
+from .bitfit import BitFit as BitFit
+from .frozen import Frozen as Frozen
+from .full import FullFineTune as FullFineTune
+from .lora import LoRA as LoRA
+from .lora import LoRAWeight as LoRAWeight

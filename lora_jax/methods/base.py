@@ -1,0 +1,79 @@
+"""What every method is: a frozen dataclass that says which leaves of a parameter tree are trained, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..paths import Selector, is_weight_name, select
+from ..weights import is_adapted
+
+FROZEN, HEAD = "frozen", "head"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods.
+
+    Attributes:
+        also_train: leaves trained in full beside what the method itself trains, the task's head as a rule: every leaf
+            at or below what the selector names.
+    """
+
+    also_train: Selector = ()
+
+    # Every method by the name under which an adapter file knows it.
+    registry: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Method.registry[cls.__name__] = cls
+
+    def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The leaves that the method replaces, by path; none unless it changes weights."""
+        del leaves, key, uses
+        return {}
+
+    def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        """Labels of what the method itself trains, by path."""
+        raise NotImplementedError
+
+    def head(self, leaves: Mapping[str, Any]) -> list[str]:
+        """Paths that `also_train` selects."""
+        return select(
+            leaves, self.also_train, argument="also_train", eligible=is_trainable, kind="trainable leaf", below=True
+        )
+
+    def resolved(self, leaves: Mapping[str, Any]) -> Self:
+        """This method with its selectors written out as rooted leaf paths, so that it means the same on disk."""
+        return dataclasses.replace(self, also_train=rooted(self.head(leaves)))
+
+
+def rooted(paths: list[str]) -> tuple[str, ...]:
+    return tuple("/" + path for path in paths)
+
+
+def is_trainable(path: str, leaf: Any) -> bool:
+    """Plain leaves of a floating type: integers, keys and adapted weights have no gradient of their own."""
+    del path
+    return not is_adapted(leaf) and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def is_weight(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a weight that factors can stand beside: floating, two axes or more, not named like a bias."""
+    return is_trainable(path, leaf) and len(leaf.shape) >= 2 and is_weight_name(path)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def is_number(value: Any, kind: type) -> bool:
+    """Whether `value` is a plain int or float, not a bool; NumPy scalars count."""
+    kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    return isinstance(value, kinds) and not isinstance(value, bool)

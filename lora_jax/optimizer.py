@@ -1,0 +1,59 @@
+"""One Optax transformation per label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from .methods.base import FROZEN
+
+
+def make_optimizer(
+    tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation], labels: Any
+) -> optax.GradientTransformationExtraArgs:
+    """An `optax.multi_transform` that updates what is trained and keeps no state for the rest.
+
+    It takes the whole tree and the trainable part of a `Partition` alike. Prefer the latter: differentiating the trainable
+    part alone, no gradient of a frozen leaf is ever computed, and clipping by global norm or `optax.MultiSteps` around
+    the optimizer see trained leaves only.
+
+    Args:
+        tx: one transformation for all that is trained, or `{label: transformation}`, for settings of their own (a
+            higher rate for `lora_b`, no weight decay on `bias`). Frozen leaves get `optax.set_to_zero()`.
+        labels: from `label_params`.
+
+    Returns:
+        The Optax transformation.
+
+    Raises:
+        ValueError: a label has no transformation.
+
+    Example:
+        >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+        >>> tx = make_optimizer(optax.sgd(1.0), {"w": "frozen", "b": "bias"})
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["w"].tolist(), updates["b"].tolist()
+        ([0.0, 0.0], [-1.0, -1.0])
+    """
+    names = sorted(set(jax.tree.leaves(labels)))
+    if isinstance(tx, Mapping):
+        transforms = dict(tx)
+    else:
+        transforms = {name: tx for name in names if name != FROZEN}
+    transforms.setdefault(FROZEN, optax.set_to_zero())
+    missing = [name for name in names if name not in transforms]
+    if missing:
+        raise ValueError(
+            f"`tx` has no transformation for the labels {', '.join(missing)}; it has {', '.join(sorted(transforms))}"
+        )
+
+    def labels_of(tree: Any) -> Any:
+        # The trainable part holds `None` where the whole tree has frozen leaves; their labels go with them.
+        return jax.tree.map(
+            lambda leaf, label: None if leaf is None else label, tree, labels, is_leaf=lambda node: node is None
+        )
+
+    return optax.multi_transform(transforms, labels_of)

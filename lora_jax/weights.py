@@ -1,0 +1,317 @@
+"""The adapted weight: a pytree node that stands where a weight array stood.
+
+A method that changes a weight defines one subclass. It says how its arrays relate to the axes of the base (`fields`),
+what the weight is worth as one array (`merge`), and how it acts in a matmul, a lookup or a convolution; moving and
+cutting axes comes with this base class, for every method alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+IN, OUT, STACK = "i", "o", "s"
+
+
+class Unfactorable(Exception):
+    """An operation that an adapted weight cannot take part in without being merged; the message says why."""
+
+
+class DotSpec(NamedTuple):
+    """How a weight meets another operand in a `dot_general`: axis numbers of each, in corresponding order."""
+
+    weight_contract: tuple[int, ...]
+    weight_batch: tuple[int, ...]
+    other_contract: tuple[int, ...]
+    other_batch: tuple[int, ...]
+    weight_is_lhs: bool
+    precision: Any
+
+
+class TakeSpec(NamedTuple):
+    """A lookup of whole slices along one axis of a weight: `jnp.take(weight, indices, axis)`."""
+
+    axis: int
+    offset_dims: tuple[int, ...]
+    mode: Any
+    fill_value: Any
+
+
+class ConvSpec(NamedTuple):
+    """A convolution with the weight as its kernel; `params` are those of `lax.conv_general_dilated`."""
+
+    kernel_out: int
+    output_feature: int
+    params: dict[str, Any]
+
+
+class AdaptedWeight:
+    """Base of the nodes that stand for a weight: `base`, arrays of the method's own, and one label per base axis.
+
+    The labels in `axes` are `"i"` (in: contracted in the forward pass), `"o"` (out) and `"s"` (stack: layers of a
+    scan, experts). Subclasses are frozen dataclasses made by `register`; they list in `fields` for every array of
+    their own which axes it has, in order: `"s"`, `"i"`, `"o"` stand for all base axes of that label in the base's
+    order, any other character for an axis that the base does not have (`"r"`, the rank).
+
+    Fields may hold anything a pytree may hold (labels, booleans, `None`, shapes), as pytree functions require.
+    """
+
+    fields: ClassVar[dict[str, str]] = {}
+    # Those of `fields` that are trained, and so saved with a task.
+    saved: ClassVar[tuple[str, ...]] = ()
+    # Every registered node class by the name under which an adapter file knows it.
+    registry: ClassVar[dict[str, type[AdaptedWeight]]] = {}
+
+    base: Any
+    axes: Any
+
+    # What the weight is.
+
+    def merge(self) -> jax.Array:
+        """The one array that this node stands for, in the base's shape and dtype."""
+        raise NotImplementedError
+
+    def label(self, method_labels: bool) -> Self:
+        """This node with a label in place of every array; `"frozen"` throughout unless `method_labels`."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def size(self) -> int:
+        return self.base.size
+
+    def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """What is wrong with arrays of these shapes as this node's own, `None` if nothing is."""
+        private: dict[str, int] = {}
+        for name, shape in shapes.items():
+            dims = self._dims(name)
+            letters = [role for role in self.fields[name] if role not in (STACK, IN, OUT)]
+            owners = iter(letters)
+            expected = tuple(
+                private.get(next(owners), shape[place] if place < len(shape) else 0)
+                if axis is None
+                else self.shape[axis]
+                for place, axis in enumerate(dims)
+            )
+            if shape != expected:
+                return f"`{name}` has the shape {shape}, expected {expected} beside a base of {self.shape} labelled {self.axes!r}"
+            private.update({letter: shape[dims.index(None)] for letter in letters})
+        return None
+
+    # How it acts. `run(base)` computes what the unchanged operation gives for the base.
+
+    def dot_general(self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        raise Unfactorable(f"{type(self).__name__} has no rule for matmuls")
+
+    def take(self, indices: jax.Array, spec: TakeSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        raise Unfactorable(f"{type(self).__name__} has no rule for lookups")
+
+    def conv(self, other: jax.Array, spec: ConvSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        raise Unfactorable(f"{type(self).__name__} has no rule for convolutions")
+
+    def times(self, factor: jax.Array) -> Self:
+        """The node of `factor * weight`, `factor` a scalar."""
+        raise Unfactorable(f"{type(self).__name__} has no rule for multiplication by a scalar")
+
+    def with_key(self, key: jax.Array | None) -> Self:
+        """This node with the random key of this step, or none; for methods that use randomness in training."""
+        del key
+        return self
+
+    def for_use(self, number: Any) -> Self:
+        """This node as its `number`-th use sees it; where a random key is at work, each use has its own."""
+        return self
+
+    # Moving and cutting axes.
+
+    def transpose(self, permutation: Sequence[int]) -> Self:
+        source = {new: old for new, old in enumerate(permutation)}
+        return self._moved(
+            lax.transpose(self.base, tuple(permutation)), [self.axes[old] for old in permutation], source
+        )
+
+    def reshape(self, sizes: Sequence[int]) -> Self:
+        """Splits and joins axes; only axes of one label can be joined."""
+        labels: list[Any] = [STACK] * len(sizes)
+        for old, new in _matching_runs(self.base.shape, sizes):
+            roles = [self.axes[axis] for axis in old if self.base.shape[axis] != 1] or [self.axes[axis] for axis in old]
+            # A new axis of size one has no source: it goes with the axis before it.
+            label = self._join(roles, sizes) if roles else labels[new[0] - 1]
+            for axis in new:
+                labels[axis] = label
+        base = lax.reshape(self.base, tuple(sizes))
+        arrays = {}
+        for name, array, _ in self._arrays():
+            private = iter(array.shape[dim] for dim, axis in enumerate(self._dims(name)) if axis is None)
+            target = _field_dims(self.fields[name], labels)
+            arrays[name] = jnp.reshape(array, [next(private) if axis is None else sizes[axis] for axis in target])
+        return self._with(base, labels, arrays)
+
+    def broadcast_in_dim(self, shape: Sequence[int], dimensions: Sequence[int]) -> Self:
+        """New axes are stack axes: every position holds the same weight."""
+        labels = [STACK] * len(shape)
+        for old, new in enumerate(dimensions):
+            labels[new] = self.axes[old]
+        place = {new: old for old, new in enumerate(dimensions)}
+        base = lax.broadcast_in_dim(self.base, tuple(shape), tuple(dimensions))
+        arrays = {}
+        for name, array, dims in self._arrays():
+            target = _field_dims(self.fields[name], labels)
+            private = iter(dim for dim, axis in enumerate(dims) if axis is None)
+            source = [
+                next(private) if axis is None else dims.index(place[axis]) if axis in place else None for axis in target
+            ]
+            sizes = [
+                array.shape[dim] if axis is None else shape[axis] for axis, dim in zip(target, source, strict=True)
+            ]  # type: ignore[index]
+            kept = [dim for dim in source if dim is not None]
+            array = jnp.transpose(array, kept)
+            places = [index for index, dim in enumerate(source) if dim is not None]
+            arrays[name] = lax.broadcast_in_dim(array, tuple(sizes), tuple(places))
+        return self._with(base, labels, arrays)
+
+    def cut(self, cutter: Callable[[jax.Array, list[int | None]], jax.Array]) -> Self:
+        """Applies `cutter(array, base_axis_of_each_dim)` to the base and to every array; the axes stay in place."""
+        base = cutter(self.base, list(range(self.ndim)))
+        return self._with(base, self.axes, {name: cutter(array, dims) for name, array, dims in self._arrays()})
+
+    def stacked(self) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Self]]:
+        """The arrays that run along the leading stack axis, and what makes the node of one member from its slices."""
+        if not self.axes or self.axes[0] != STACK:
+            raise Unfactorable(f"its leading axis is no stack axis in the labels {self.axes!r}")
+        names = [name for name, _, dims in self._arrays() if 0 in dims]
+
+        def member(slices: Sequence[jax.Array]) -> Self:
+            return self._with(slices[0], self.axes[1:], dict(zip(names, slices[1:], strict=True)))
+
+        return [self.base, *(getattr(self, name) for name in names)], member
+
+    def partition_specs(self, spec: Any) -> Self:
+        """A node of partition specs: every array is split where the axes that it shares with the base are."""
+        parts = [*spec, *[None] * (self.ndim - len(spec))]
+        specs = {
+            name: None
+            if getattr(self, name) is None
+            else type(spec)(*(None if axis is None else parts[axis] for axis in self._dims(name)))
+            for name in self.fields
+        }
+        return dataclasses.replace(self, base=spec, **specs)  # type: ignore[type-var]
+
+    def each(self, function: Callable[[jax.Array], jax.Array]) -> Self:
+        """Applies `function` to the base and to every array of the method's own."""
+        return jax.tree.map(function, self)
+
+    def with_base(self, base: Any) -> Self:
+        return dataclasses.replace(self, base=base)  # type: ignore[type-var]
+
+    # Plumbing.
+
+    def _dims(self, name: str) -> list[int | None]:
+        return _field_dims(self.fields[name], self.axes)
+
+    def _arrays(self) -> list[tuple[str, jax.Array, list[int | None]]]:
+        return [
+            (name, getattr(self, name), self._dims(name)) for name in self.fields if getattr(self, name) is not None
+        ]
+
+    def _moved(self, base: jax.Array, labels: Sequence[Any], source: dict[int, int]) -> Self:
+        arrays = {}
+        for name, array, dims in self._arrays():
+            private = iter(dim for dim, axis in enumerate(dims) if axis is None)
+            target = _field_dims(self.fields[name], labels)
+            order = [next(private) if axis is None else dims.index(source[axis]) for axis in target]
+            arrays[name] = jnp.transpose(array, order)
+        return self._with(base, labels, arrays)
+
+    def _with(self, base: jax.Array, labels: Sequence[Any], arrays: dict[str, jax.Array]) -> Self:
+        return dataclasses.replace(self, base=base, axes=self._axes(labels), **arrays)  # type: ignore[type-var]
+
+    def _join(self, labels: Sequence[Any], sizes: Sequence[int]) -> Any:
+        if len(set(labels)) > 1:
+            raise Unfactorable(f"a reshape from {self.shape} to {tuple(sizes)} joins axes of different roles")
+        return labels[0]
+
+    def _axes(self, labels: Sequence[Any]) -> Any:
+        return "".join(labels)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} of shape {getattr(self.base, 'shape', None)} was used as an array: wrap the function that takes these "
+            "parameters with `lj.adapt`, or fold the factors in with `lj.merge_params`"
+        )
+
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __abs__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+    @property
+    def T(self) -> Any:
+        return self._refuse()
+
+    def astype(self, dtype: Any) -> Any:
+        return self._refuse()
+
+
+Node = TypeVar("Node", bound=AdaptedWeight)
+
+
+def register(cls: type[Node]) -> type[Node]:
+    """Makes a frozen dataclass an adapted weight: `base` and its `fields` are pytree children, the rest is static."""
+    children = ["base", *cls.fields]
+    static = [field.name for field in dataclasses.fields(cls) if field.name not in children]  # type: ignore[arg-type]
+    AdaptedWeight.registry[cls.__name__] = cls
+    return jax.tree_util.register_dataclass(cls, data_fields=children, meta_fields=static)
+
+
+def is_adapted(node: Any) -> bool:
+    """Whether `node` is an adapted weight; pass it as `is_leaf` to treat such nodes as leaves."""
+    return isinstance(node, AdaptedWeight)
+
+
+def _field_dims(spec: str, labels: Sequence[Any]) -> list[int | None]:
+    """For every axis of a field its base axis, or `None` for one of its own."""
+    dims: list[int | None] = []
+    for role in spec:
+        if role in (STACK, IN, OUT):
+            dims += [axis for axis, label in enumerate(labels) if label == role]
+        else:
+            dims.append(None)
+    return dims
+
+
+def _matching_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Cuts a reshape into the smallest runs of old and new axes that hold the same number of elements."""
+    runs, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        start_i, start_j = i, j
+        size_i = size_j = 1
+        if i < len(old):
+            size_i, i = old[i], i + 1
+        if j < len(new) and (size_i != 1 or i == start_i or new[j] == 1):
+            size_j, j = new[j], j + 1
+        while size_i != size_j:
+            if size_i < size_j:
+                size_i, i = size_i * old[i], i + 1
+            else:
+                size_j, j = size_j * new[j], j + 1
+        runs.append((list(range(start_i, i)), list(range(start_j, j))))
+    assert math.prod(old) == math.prod(new)
+    return runs
