@@ -11,7 +11,7 @@ import numpy as np
 from .methods import Method
 from .methods.base import FROZEN, HEAD
 from .paths import flatten_with_paths, leaf_paths, leaves_by_path
-from .weights import is_adapted
+from .weights import is_adapted, is_traced
 
 
 class Partition(NamedTuple):
@@ -166,7 +166,7 @@ def count_params(params: Any, labels: Any) -> ParamCount:
     for leaf, label in zip(leaves, _matching_leaves("labels", labels, paths, treedef), strict=True):
         for array, name in zip(jax.tree.leaves(leaf), jax.tree.leaves(label), strict=True):
             before = sizes.get(name, LabelCount(0, 0))
-            size = math_size(array)
+            size = _size(array)
             sizes[name] = LabelCount(before.params + size, before.bytes + size * array.dtype.itemsize)
     total = sum(count.params for count in sizes.values())
     trained = [count for name, count in sizes.items() if name != FROZEN]
@@ -175,13 +175,13 @@ def count_params(params: Any, labels: Any) -> ParamCount:
     return ParamCount(trainable, total, percent, sum(count.bytes for count in trained), dict(sorted(sizes.items())))
 
 
-def math_size(array: Any) -> int:
+def _size(array: Any) -> int:
     return int(np.prod(array.shape, dtype=np.int64))
 
 
 def copied(leaf: Any) -> Any:
     """A copy with its own buffer, in the same place; inside a trace there is no buffer to protect."""
-    if isinstance(leaf, jax.core.Tracer):
+    if is_traced(leaf):
         return leaf
     if isinstance(leaf, jax.Array):
         return jnp.copy(leaf)

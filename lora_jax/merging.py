@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .paths import flatten_with_paths
-from .weights import AdaptedWeight, is_adapted
+from .weights import AdaptedWeight, is_adapted, is_traced
 
 
 def merge_params(params: Any, *, dtype: Any = None) -> Any:
@@ -50,7 +50,7 @@ def _merged(path: str, node: AdaptedWeight, dtype: Any) -> jax.Array:
         return array if dtype is None else array.astype(dtype)
 
     arrays = {name: getattr(node, name) for name in node.fields if name != "key"}
-    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(node)):
+    if is_traced(node):
         return fold(node)
     for name, array in arrays.items():
         if not bool(jnp.isfinite(array).all()):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 IN, OUT, STACK = "i", "o", "s"
 
@@ -142,7 +143,7 @@ class AdaptedWeight:
     # Moving and cutting axes.
 
     def transpose(self, permutation: Sequence[int]) -> Self:
-        source = {new: old for new, old in enumerate(permutation)}
+        source = dict(enumerate(permutation))
         return self._moved(
             lax.transpose(self.base, tuple(permutation)), [self.axes[old] for old in permutation], source
         )
@@ -284,6 +285,11 @@ def register(cls: type[Node]) -> type[Node]:
 def is_adapted(node: Any) -> bool:
     """Whether `node` is an adapted weight; pass it as `is_leaf` to treat such nodes as leaves."""
     return isinstance(node, AdaptedWeight)
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any array of `tree` is abstract at the moment: its values cannot be looked at."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _field_dims(spec: str, labels: Sequence[Any]) -> list[int | None]:

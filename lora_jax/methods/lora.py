@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from ..matmul import low_rank_matmul
 from ..paths import SelectionError, Selector, matches_entry, path_key, select, shape_text
-from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, TakeSpec, Unfactorable, register
+from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, TakeSpec, Unfactorable, is_traced, register
 from .base import Method, is_number, is_weight, require, rooted
 
 _ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "output"))
@@ -376,21 +377,9 @@ def _is_linear(path: str, uses: Mapping[str, Any]) -> bool:
     return linear and not any(matches_entry(path, head) for head in _OUTPUT_HEADS)
 
 
-def _factor_shardings(base: Any, axes: str) -> tuple[Any, Any] | None:
+def _factor_shardings(base: Any, axes: str) -> tuple[NamedSharding, NamedSharding] | None:
     """Factors lie where the axes that they share with a sharded base lie; the rank is not split."""
-    sharding = (
-        getattr(base, "sharding", None)
-        if isinstance(base, jax.Array) and not isinstance(base, jax.core.Tracer)
-        else None
-    )
-    if not isinstance(sharding, jax.sharding.NamedSharding):
+    if not isinstance(base, jax.Array) or is_traced(base) or not isinstance(base.sharding, NamedSharding):
         return None
-    spec = list(sharding.spec) + [None] * (len(axes) - len(sharding.spec))
-
-    def placed(roles: str) -> jax.sharding.NamedSharding:
-        parts = []
-        for role in roles:
-            parts += [None] if role == "r" else [part for part, own in zip(spec, axes, strict=True) if own == role]
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*parts))
-
-    return placed(LoRAWeight.fields["a"]), placed(LoRAWeight.fields["b"])
+    specs = LoRAWeight(base, ..., ..., scale=1.0, axes=axes).partition_specs(base.sharding.spec)
+    return NamedSharding(base.sharding.mesh, specs.a), NamedSharding(base.sharding.mesh, specs.b)
