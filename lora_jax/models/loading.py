@@ -139,7 +139,8 @@ def _check_sizes(config: BertConfig, shapes: Mapping[str, tuple[int, ...]], fold
         if tensor in shapes and shapes[tensor] != wanted:
             said = " and ".join(f"`{size}` {number:,}" for size, number in zip(sizes, wanted, strict=True))
             raise FileError(
-                f"{folder}: config.json says {said}, and the tensor '{tensor}' has shape {shapes[tensor]}. They belong to different models."
+                f"{folder}: config.json says {said}, and the tensor '{tensor}' has shape {shapes[tensor]}. They belong "
+                "to different models."
             )
     layers = layer_count(shapes)
     if layers != config.num_hidden_layers:

@@ -1,0 +1,358 @@
+"""Files from elsewhere are claims: each false one is refused by name. Files written here are whole or not there."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import json
+import os
+import pickle
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lora_jax.files import (
+    FileError,
+    TensorInfo,
+    read_json,
+    read_metadata,
+    read_safetensors,
+    read_safetensors_header,
+    safe_join,
+    sha256_file,
+    write_json,
+    write_safetensors,
+    write_text,
+)
+
+TENSORS = {
+    "double": np.arange(6.0).reshape(2, 3),
+    "column_major": np.asfortranarray(np.arange(6, dtype=np.int32).reshape(2, 3)),
+    "big_endian": np.arange(3, dtype=">i2"),
+    "brain": np.array([1.5, -2.0, 3.0], ml_dtypes.bfloat16),
+    "eight": np.array([1.5, -2.0], ml_dtypes.float8_e4m3fn),
+    "scalar": np.array(True),
+    "empty": np.zeros((0, 4), np.int8),
+}
+
+
+def write_raw(path: Path, header: Any, data: bytes = b"") -> Path:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return path
+
+
+def entry(shape: Any, begin: Any, end: Any, dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+# --------------------------------------------------------------------------------------------------------- round trip
+
+
+def test_tensors_come_back_as_they_were(tmp_path: Path):
+    write_safetensors(tmp_path / "x.safetensors", TENSORS, {"format": "pt", "a": "ü"})
+    read = read_safetensors(tmp_path / "x.safetensors")
+    assert read.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert read[name].dtype == tensor.dtype.newbyteorder("<")
+        np.testing.assert_array_equal(read[name], tensor, strict=False)
+        assert read[name].shape == tensor.shape
+    assert read_metadata(tmp_path / "x.safetensors") == {"format": "pt", "a": "ü"}
+    assert read_safetensors_header(tmp_path / "x.safetensors")["brain"] == TensorInfo(
+        np.dtype(ml_dtypes.bfloat16), (3,)
+    )
+
+
+def test_the_reference_implementation_reads_and_writes_the_same(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    tensors = {name: tensor for name, tensor in TENSORS.items() if name not in ("big_endian", "eight", "column_major")}
+    write_safetensors(path, tensors)
+    theirs = safetensors.numpy.load_file(path)
+    assert theirs.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(theirs[name], tensor)
+    safetensors.numpy.save_file(tensors, path, {"format": "np"})
+    for name, tensor in read_safetensors(path).items():
+        np.testing.assert_array_equal(tensor, tensors[name])
+    assert read_metadata(path) == {"format": "np"}
+
+
+def test_jax_arrays_are_written(tmp_path: Path):
+    write_safetensors(tmp_path / "x", {"a": jnp.arange(4.0).reshape(2, 2), "b": jnp.ones(3, jnp.bfloat16)})
+    np.testing.assert_array_equal(read_safetensors(tmp_path / "x", ["a"])["a"], [[0, 1], [2, 3]])
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path):
+    write_safetensors(tmp_path / "a", TENSORS, {"x": "1", "y": "2"})
+    backwards = dict(reversed(TENSORS.items()))
+    write_safetensors(tmp_path / "b", backwards, {"y": "2", "x": "1"})
+    assert sha256_file(tmp_path / "a") == sha256_file(tmp_path / "b")
+
+
+def test_only_the_tensors_named_are_read(tmp_path: Path):
+    write_safetensors(tmp_path / "x", TENSORS)
+    assert list(read_safetensors(tmp_path / "x", ["scalar", "brain"])) == ["scalar", "brain"]
+    with pytest.raises(FileError, match=r"holds no tensor named 'absent'; it holds .*'brain'"):
+        read_safetensors(tmp_path / "x", ["absent"])
+
+
+def test_no_tensors_is_a_file_too(tmp_path: Path):
+    write_safetensors(tmp_path / "x", {})
+    assert read_safetensors(tmp_path / "x") == {}
+    assert read_metadata(tmp_path / "x") == {}
+
+
+# ------------------------------------------------------------------------------------------------------ false claims
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        (
+            {"a": entry([2], 0, 8)},
+            b"1234",
+            r"tensor 'a' lies at bytes 0 to 8 .* the file has 4 bytes of data: it is tr",
+        ),
+        ({"a": entry([2], 8, 0)}, bytes(8), r"tensor 'a' lies at bytes 8 to 0"),
+        ({"a": entry([3], 0, 8)}, bytes(8), r"tensor 'a' of shape \(3,\) and dtype F32 needs 12 bytes.* gives it 8"),
+        ({"a": entry([10**15, 10**15], 0, 8)}, bytes(8), r"tensor 'a' .* needs 4,0+,0.* bytes"),
+        ({"a": entry([0, 10**30], 0, 0)}, b"", r"tensor 'a' has the shape .*no honest one"),
+        ({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, bytes(6), r"tensor 'a' and tensor 'b' overlap"),
+        ({"a": entry([1], 0, 4), "b": entry([1], 6, 10)}, bytes(10), r"tensor 'a' and tensor 'b' leave a gap"),
+        ({"a": entry([1], 4, 8)}, bytes(8), r"the header and tensor 'a' leave a gap"),
+        ({"a": entry([1], 0, 4)}, bytes(9), r"has 5 bytes after its last tensor"),
+        ({"a": entry([1], 0, 4, "Q7")}, bytes(4), r"tensor 'a' has the unknown dtype 'Q7'; known are BOOL"),
+        ({"a": entry([1], 0, 4, ["F32"])}, bytes(4), r"tensor 'a' has the unknown dtype"),
+        ({"a": entry([-1], 0, 4)}, bytes(4), r"tensor 'a' has the shape \[-1\], which is no list of sizes"),
+        ({"a": entry([1.5], 0, 4)}, bytes(4), r"tensor 'a' has the shape \[1.5\]"),
+        ({"a": entry([True], 0, 4)}, bytes(4), r"tensor 'a' has the shape \[True\]"),
+        ({"a": entry([1], 0, "4")}, bytes(4), r"tensor 'a' has `data_offsets` \[0, '4'\]"),
+        ({"a": {"dtype": "F32"}}, b"", r"tensor 'a' must have `dtype`, `shape` and `data_offsets`"),
+        ({"a": 3}, b"", r"tensor 'a' must have `dtype`, `shape` and `data_offsets` .* and has 3"),
+        ({"__metadata__": {"a": 1}}, b"", r"`__metadata__` must map strings to strings"),
+        ([1, 2], b"", r"the header must be a JSON object, and it is a list"),
+        (b"{not json", b"", r"its header is not JSON \(.*line 1, column 2\)"),
+        (b'{"a": "\xff"}', b"", r"its header is not UTF-8 \(byte 7\)"),
+        (b"[" * 100_000, b"", r"its header is JSON nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", b"", r"its header is not JSON that can be read: .*4300 digits"),
+    ],
+)
+def test_a_false_header_is_refused(tmp_path: Path, header: Any, data: bytes, message: str):
+    path = write_raw(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(FileError, match=message) as caught:
+        read_safetensors(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_header_of_100_gigabytes_takes_no_memory(tmp_path: Path):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(struct.pack("<Q", 100 * 10**9) + b"{}")
+    with pytest.raises(FileError, match=r"claims a header of 100,000,000,000 bytes, but the file has 10 "):
+        read_safetensors_header(path)
+
+
+def test_a_header_over_the_format_limit_is_refused(tmp_path: Path):
+    path = tmp_path / "bad.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 200_000_000))
+        file.truncate(8 + 300_000_000)  # sparse
+    with pytest.raises(FileError, match=r"claims a header of 200,000,000 bytes.*the format allows 100,000,000"):
+        read_safetensors_header(path)
+
+
+def test_every_truncation_is_refused(tmp_path: Path):
+    write_safetensors(tmp_path / "x", {"a": np.ones((2, 2), np.float32), "b": np.ones(3, np.float32)})
+    whole = (tmp_path / "x").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(FileError, match="cut"):
+            read_safetensors(tmp_path / "cut")
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path: Path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    (tmp_path / "a.bin").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    (tmp_path / "b.bin").write_bytes(b"PK\x03\x04" + bytes(100))
+    for name in ("a.bin", "b.bin"):
+        with pytest.raises(FileError, match=r"is a pickle .*safetensors.*save_pretrained"):
+            read_safetensors(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path):
+    header = json.dumps({"a": entry([1], 0, 4)}).encode()
+    write_raw(tmp_path / "x", header + b" " * (0x0280 - len(header)), bytes(4))
+    assert read_safetensors(tmp_path / "x")["a"] == 0
+
+
+def test_other_kinds_of_files_are_named(tmp_path: Path):
+    (tmp_path / "lfs").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(FileError, match=r"Git LFS pointer.*git lfs pull"):
+        read_safetensors(tmp_path / "lfs")
+    with pytest.raises(FileError, match=r"absent doesn't exist"):
+        read_safetensors(tmp_path / "absent")
+    with pytest.raises(FileError, match=r"is a folder"):
+        read_safetensors(tmp_path)
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(FileError, match=r"it has 0 bytes"):
+        read_safetensors(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({"a": np.ones(2, np.complex128)}, {}, r"tensor 'a' has dtype complex128, which safetensors can't hold"),
+        ({"a": np.array(["x"])}, {}, r"tensor 'a' has dtype <U1"),
+        ({"a": jax.random.key(0)}, {}, r"tensor 'a' has dtype key<"),
+        ({"__metadata__": np.ones(2)}, {}, r"`__metadata__` is no tensor name"),
+        ({}, {"a": 1}, r"`metadata` must map strings to strings, and has 'a': 1"),
+    ],
+)
+def test_what_the_format_lacks_is_not_written(tmp_path: Path, tensors: Any, metadata: Any, message: str):
+    with pytest.raises(FileError, match=message):
+        write_safetensors(tmp_path / "x", tensors, metadata)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- atomic writing
+
+
+WRITERS: list[Callable[[Path], None]] = [
+    lambda path: write_safetensors(path, {"a": np.ones(1000)}),
+    lambda path: write_json(path, {"new": 1}),
+    lambda path: write_text(path, "new"),
+]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, r"file needs [\d,]+ bytes, and the disk \(or the quota\) is full. Nothing was changed"),
+        (errno.EIO, r"file can't be written: .*Nothing was changed"),
+    ],
+)
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failure_leaves_the_earlier_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], code: int, message: str, step: str
+):
+    path = tmp_path / "file"
+    path.write_text("earlier")
+
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(FileError, match=message):
+        write(path)
+    monkeypatch.undo()
+    assert path.read_text() == "earlier"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interruption_leaves_the_earlier_file_whole(tmp_path: Path):
+    class Interrupted:
+        shape, dtype = (2,), np.dtype("float32")
+
+        def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+            raise KeyboardInterrupt
+
+    write_safetensors(tmp_path / "file", {"a": np.ones(2)})
+    before = sha256_file(tmp_path / "file")
+    with pytest.raises(KeyboardInterrupt):
+        write_safetensors(tmp_path / "file", {"a": Interrupted()})
+    assert sha256_file(tmp_path / "file") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_really_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = builtins.open
+    monkeypatch.setattr(Path, "open", lambda _, mode="r": opened("/dev/full", mode.replace("x", "w")))
+    with pytest.raises(FileError, match=r"x needs 1,000,000 bytes, and the disk"):
+        write_text(tmp_path / "x", "a" * 1_000_000)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path):
+    with pytest.raises(FileError, match=r"the folder .*absent doesn't exist. Make it first"):
+        write_text(tmp_path / "absent" / "x", "a")
+
+
+def test_files_get_the_ordinary_mode(tmp_path: Path):
+    write_text(tmp_path / "x", "a")
+    (tmp_path / "y").write_text("a")
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == stat.S_IMODE((tmp_path / "y").stat().st_mode)
+
+
+# ------------------------------------------------------------------------------------------------------ JSON and names
+
+
+def test_json_comes_back(tmp_path: Path):
+    write_json(tmp_path / "x.json", {"b": [1, 2.5, None], "a": "ü"})
+    assert read_json(tmp_path / "x.json") == {"b": [1, 2.5, None], "a": "ü"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", r"the file is not JSON \(.*line 1, column 2\)"),
+        (b"\xff\xfe", r"the file is not UTF-8 \(byte 0\)"),
+        (b'"' + b"a" * 200 + b'"', r"has 202 bytes, and a JSON file of at most 100 is expected"),
+        (b"", r"the file is not JSON"),
+    ],
+)
+def test_bad_json_is_refused(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(FileError, match=message):
+        read_json(tmp_path / "x.json", max_bytes=100)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])
+def test_what_json_lacks_is_not_written(tmp_path: Path, value: Any):
+    with pytest.raises(FileError, match=r"x.json: this can't be written as JSON"):
+        write_json(tmp_path / "x.json", {"a": value})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "a\\b", "..\\x", "C:/x", "C:x", "\0", "a\0b", "//host/x"],
+)
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: str):
+    with pytest.raises(FileError, match=r"The name .* would leave .*: a name inside the folder is expected"):
+        safe_join(tmp_path, name)
+
+
+def test_a_link_that_leaves_its_folder_is_refused(tmp_path: Path):
+    folder, blobs = tmp_path / "cache" / "folder", tmp_path / "cache" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "x").write_text("")
+    (folder / "x").symlink_to("../blobs/x")
+    (folder / "out").symlink_to("/")
+    for name in ("x", "out/etc/passwd"):
+        with pytest.raises(FileError, match=r"is a link that leaves .*folder"):
+            safe_join(folder, name)
+    assert safe_join(folder, "x", links_within=tmp_path / "cache").read_text() == ""
+    with pytest.raises(FileError, match=r"is a link that leaves"):
+        safe_join(folder, "out/etc/passwd", links_within=tmp_path / "cache")
+
+
+def test_a_name_inside_the_folder_is_joined(tmp_path: Path):
+    assert safe_join(tmp_path, "a/b..c/d.safetensors") == tmp_path / "a" / "b..c" / "d.safetensors"
+
+
+def test_sha256(tmp_path: Path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
