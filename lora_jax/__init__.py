@@ -1,7 +1,8 @@
 """lora_jax: LoRA, BitFit and their family for any JAX function, as pure functions over parameter pytrees.
 
-The law that everything here keeps: `adapt(f)(params, *args) == f(merge_params(params), *args)`. The right side says what
-is computed; the left side computes it cheaply, with no gradient of a frozen weight and no merged copy of the tree.
+The law that everything here keeps: `adapt(f)(params, *args) == f(merge_params(params), *args)`. The right side says
+what is computed; the left side computes it cheaply, with no gradient of a frozen weight and no merged copy of the
+tree.
 """
 
 import importlib

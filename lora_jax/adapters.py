@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import secrets
@@ -15,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from .files import (
@@ -27,6 +25,8 @@ from .files import (
     write_json,
     write_safetensors,
 )
+from .fingerprint import differences as fingerprint_differences
+from .fingerprint import fingerprint
 from .masks import label_params
 from .methods import Method
 from .methods.base import FROZEN
@@ -35,7 +35,6 @@ from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
 FORMAT, VERSION = "lora_jax adapter", 1
-_SAMPLES = 64
 
 
 class AdapterError(ValueError):
@@ -56,8 +55,8 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
     leaves, named by leaf path). Both are complete on disk before either takes its place, so that a full disk leaves an
     earlier adapter in the folder whole.
 
-    The fingerprint covers the frozen leaves: path, shape, and a sample of values at fixed places rounded to bfloat16. It
-    catches mistakes; it is no security check.
+    The fingerprint covers the frozen leaves: path, shape, and a sample of values at fixed places rounded to bfloat16.
+    It catches mistakes; it is no security check.
 
     Args:
         folder: made if it does not exist.
@@ -124,15 +123,15 @@ def load_adapter(
     Args:
         folder: written by `save_adapter`.
         base_params: the base parameters, in the structure they had; frozen leaves of the result are the same objects.
-        check_base: what to do when the fingerprint does not fit: `"error"`, `"warn"` or `"ignore"`. Structure and shapes of
-            what the adapter touches must fit in any case.
+        check_base: what to do when the fingerprint does not fit: `"error"`, `"warn"` or `"ignore"`. Structure and
+            shapes of what the adapter touches must fit in any case.
 
     Returns:
         `Adapter(params, method)`; `params` equals the saved tree exactly.
 
     Raises:
-        AdapterError: another base (the leaves that differ are named); a tensor is missing, extra, misshapen, of another dtype or not
-            finite (each named); a description that this version cannot read.
+        AdapterError: another base (the leaves that differ are named); a tensor is missing, extra, misshapen, of
+            another dtype or not finite (each named); a description that this version cannot read.
         FileError: a file is missing, truncated or corrupt.
 
     Example:
@@ -169,12 +168,12 @@ def load_adapter(
         trained[name] = _placed(array, base)
 
     if check_base != "ignore":
-        frozen = {path: trained[path].base if is_adapted(trained.get(path)) else leaf for path, leaf in leaves.items()
-                  if path not in trained or is_adapted(trained[path])}  # fmt: skip
-        differences = _differences(description["base"], fingerprint(frozen))
-        if differences:
-            message = f"{folder} was trained on another base: {'; '.join(differences[:8])}" + (
-                f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+        whole = {path: trained[path] for path in description["adapted"]}
+        frozen = {path: leaf for path, leaf in leaves.items() if path in whole or path not in trained}
+        found = fingerprint_differences(description["base"], fingerprint(frozen))
+        if found:
+            message = f"{folder} was trained on another base: {'; '.join(found[:8])}" + (
+                f"; and {len(found) - 8} more" if len(found) > 8 else ""
             )
             if check_base == "error":
                 raise AdapterError(f'{message}. Load the base that it was trained on, or pass `check_base="warn"`')
@@ -197,7 +196,8 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise AdapterError(f"{path} describes no lora_jax adapter: its `format` is not {FORMAT!r}")
     if description.get("version") != VERSION:
         raise AdapterError(
-            f"{path} has the format version {description.get('version')!r}, and this lora_jax reads {VERSION}: install a newer lora_jax"
+            f"{path} has the format version {description.get('version')!r}, and this lora_jax reads {VERSION}: "
+            "install a newer lora_jax"
         )
     expected = {"method": dict, "adapted": dict, "tensors": dict, "sha256": str, "base": dict}
     for name, kind in expected.items():
@@ -206,44 +206,6 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{path}: `{name}` must be a JSON {kind.__name__}, got {type(description.get(name)).__name__}"
             )
     return description
-
-
-def fingerprint(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`{path: {"shape", "sample"}}`: for each leaf its shape and a hash of values at evenly spaced places.
-
-    Values are rounded to bfloat16 first, so a base loaded in bfloat16 has the fingerprint of its float32 form. It tells a
-    wrong base from the right one; values that are not sampled may differ.
-    """
-    return {
-        path: {"shape": list(leaf.shape), "sample": _sample(leaf)}
-        for path, leaf in leaves.items()
-        if hasattr(leaf, "shape")
-    }
-
-
-def _sample(leaf: Any) -> str:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or math.prod(leaf.shape) == 0:
-        return ""
-    size = math.prod(leaf.shape)
-    places = np.unique(np.linspace(0, size - 1, _SAMPLES).astype(np.int64))
-    values = np.asarray(leaf[np.unravel_index(places, leaf.shape)])
-    if np.issubdtype(values.dtype, np.floating) or values.dtype == ml_dtypes.bfloat16:
-        values = values.astype(np.float32).astype(ml_dtypes.bfloat16)
-    return hashlib.blake2s(values.tobytes(), digest_size=8).hexdigest()
-
-
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    found = [f"`{path}` is missing here" for path in saved if path not in here]
-    found += [f"`{path}` was not in it" for path in here if path not in saved]
-    for path in saved:
-        if path in here and saved[path] != here[path]:
-            shapes = [tuple(side[path].get("shape", ())) for side in (saved, here)]
-            found.append(
-                f"`{path}` has other values"
-                if shapes[0] == shapes[1]
-                else f"`{path}` had the shape {shapes[0]}, not {shapes[1]}"
-            )
-    return found
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -304,7 +266,8 @@ def _base_leaf(path: str, leaves: Mapping[str, Any], folder: Path) -> Any:
     if path not in leaves:
         near = nearest(path, leaves)
         raise AdapterError(
-            f"{folder} has `{path}`, and the base has no such leaf: load the base that it was trained on. Nearest: {', '.join(near) or 'none'}"
+            f"{folder} has `{path}`, and the base has no such leaf: load the base that it was trained on. "
+            f"Nearest: {', '.join(near) or 'none'}"
         )
     return leaves[path]
 

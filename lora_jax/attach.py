@@ -16,24 +16,25 @@ from .weights import is_adapted
 def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, Any] | None = None) -> Any:
     """A new tree in which the method's targets are adapted weights.
 
-    At the start it stands for the same function: `adapt(f)(attach(p, …), x) == f(p, x)`. Each leaf's initial factors depend
-    on `key` and on the leaf's path alone, so adding a target never changes another's start.
+    At the start it stands for the same function: `adapt(f)(attach(p, …), x) == f(p, x)`. Each leaf's initial factors
+    depend on `key` and on the leaf's path alone, so adding a target never changes another's start.
 
     Args:
         params: the base parameters, any pytree.
         method: what to train.
         key: random key of the initial factors.
-        uses: `{path: Use}` from `trace_weights`; needed where a target has more than two axes. Without it a two-axis weight
-            is read as `(in, out)`, JAX's convention; a model that stores `(out, in)`, as Equinox does, trains the same
-            function either way, with `a` and `b` in exchanged places.
+        uses: `{path: Use}` from `trace_weights`; needed where a target has more than two axes. Without it a two-axis
+            weight is read as `(in, out)`, JAX's convention; a model that stores `(out, in)`, as Equinox does, trains
+            the same function either way, with `a` and `b` in exchanged places.
 
     Returns:
-        A tree like `params` with nodes (`LoRAWeight`) at the targets. Leaves of `also_train` are copied, so that donating
-        them leaves the base whole; all others are the same objects.
+        A tree like `params` with nodes (`LoRAWeight`) at the targets. Leaves of `also_train` are copied, so that
+        donating them leaves the base whole; all others are the same objects.
 
     Raises:
         SelectionError: a selector matches nothing, or nothing suitable; a leaf is both target and head.
-        ValueError: a rank is larger than a weight allows; the roles of a weight's axes are unknown; a target has factors already.
+        ValueError: a rank is larger than a weight allows; the roles of a weight's axes are unknown; a target has
+            factors already.
 
     Example:
         >>> import lora_jax as lj
@@ -46,8 +47,8 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
     adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if adapted:
         raise ValueError(
-            f"`params` has factors already, at {', '.join(adapted[:5])}: take them off with `lj.detach` or fold them in with "
-            "`lj.merge_params` first"
+            f"`params` has factors already, at {', '.join(adapted[:5])}: take them off with `lj.detach`, or fold "
+            "them in with `lj.merge_params`, first"
         )
     changed = {path: copied(leaves[path]) for path in method.head(leaves)}
     changed |= method.attach(leaves, key=key, uses=uses)

@@ -13,9 +13,10 @@ from .weights import is_adapted
 def with_dropout(params: Any, key: jax.Array | None) -> Any:
     """Gives every adapted weight the key of this step's dropout; trees without one, or `key=None`, drop nothing.
 
-    Each node's key is `fold_in(key, hash of its path)`, one per member of a stack; each use within a call folds in its own
-    number (and the iteration, inside a loop). So masks differ at every call with another key, every leaf and every use.
-    Under a `jax.vmap` around the adapted function, all examples share one mask unless the key is mapped too.
+    Each node's key is `fold_in(key, hash of its path)`, one per member of a stack; each use within a call folds in
+    its own number (and the iteration, inside a loop). So masks differ at every call with another key, every leaf and
+    every use. Under a `jax.vmap` around the adapted function, all examples share one mask unless the key is mapped
+    too.
 
     Args:
         params: a tree from `attach`.

@@ -15,7 +15,8 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     """The plain tree that an adapted one stands for: `W + scale · B A` at every adapted weight.
 
     The result has the base's structure, shapes and shardings, so a function compiled for the base runs on it as it is.
-    The sum is taken in float32 (or wider, for a wider base) and cast once, one leaf at a time. Leaves that are not adapted are the same objects.
+    The sum is taken in float32 (or wider, for a wider base) and cast once, one leaf at a time. Leaves that are not
+    adapted are the same objects.
 
     Args:
         params: a tree from `attach`, trained or not; under `jit` as well.

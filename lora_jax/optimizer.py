@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -16,9 +16,9 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """An `optax.multi_transform` that updates what is trained and keeps no state for the rest.
 
-    It takes the whole tree and the trainable part of a `Partition` alike. Prefer the latter: differentiating the trainable
-    part alone, no gradient of a frozen leaf is ever computed, and clipping by global norm or `optax.MultiSteps` around
-    the optimizer see trained leaves only.
+    It takes the whole tree and the trainable part of a `Partition` alike. Prefer the latter: differentiating the
+    trainable part alone, no gradient of a frozen leaf is ever computed, and clipping by global norm or
+    `optax.MultiSteps` around the optimizer see trained leaves only.
 
     Args:
         tx: one transformation for all that is trained, or `{label: transformation}`, for settings of their own (a
@@ -39,15 +39,12 @@ def make_optimizer(
         ([0.0, 0.0], [-1.0, -1.0])
     """
     names = sorted(set(jax.tree.leaves(labels)))
-    if isinstance(tx, Mapping):
-        transforms = dict(tx)
-    else:
-        transforms = {name: tx for name in names if name != FROZEN}
-    transforms.setdefault(FROZEN, optax.set_to_zero())
+    given = tx if isinstance(tx, Mapping) else {name: tx for name in names if name != FROZEN}
+    transforms: dict[Hashable, optax.GradientTransformation] = {FROZEN: optax.set_to_zero(), **given}
     missing = [name for name in names if name not in transforms]
     if missing:
         raise ValueError(
-            f"`tx` has no transformation for the labels {', '.join(missing)}; it has {', '.join(sorted(transforms))}"
+            f"`tx` has no transformation for the labels {', '.join(missing)}; it has {', '.join(sorted(given))}"
         )
 
     def labels_of(tree: Any) -> Any:

@@ -52,6 +52,7 @@ class ConvSpec(NamedTuple):
     params: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
     """Base of the nodes that stand for a weight: `base`, arrays of the method's own, and one label per base axis.
 
@@ -70,7 +71,7 @@ class AdaptedWeight:
     registry: ClassVar[dict[str, type[AdaptedWeight]]] = {}
 
     base: Any
-    axes: Any
+    axes: Any = dataclasses.field(kw_only=True)
 
     # What the weight is.
 
@@ -181,7 +182,7 @@ class AdaptedWeight:
             ]
             sizes = [
                 array.shape[dim] if axis is None else shape[axis] for axis, dim in zip(target, source, strict=True)
-            ]  # type: ignore[index]
+            ]
             kept = [dim for dim in source if dim is not None]
             array = jnp.transpose(array, kept)
             places = [index for index, dim in enumerate(source) if dim is not None]
@@ -213,14 +214,14 @@ class AdaptedWeight:
             else type(spec)(*(None if axis is None else parts[axis] for axis in self._dims(name)))
             for name in self.fields
         }
-        return dataclasses.replace(self, base=spec, **specs)  # type: ignore[type-var]
+        return dataclasses.replace(self, base=spec, **specs)
 
     def each(self, function: Callable[[jax.Array], jax.Array]) -> Self:
         """Applies `function` to the base and to every array of the method's own."""
         return jax.tree.map(function, self)
 
     def with_base(self, base: Any) -> Self:
-        return dataclasses.replace(self, base=base)  # type: ignore[type-var]
+        return dataclasses.replace(self, base=base)
 
     # Plumbing.
 
@@ -242,7 +243,7 @@ class AdaptedWeight:
         return self._with(base, labels, arrays)
 
     def _with(self, base: jax.Array, labels: Sequence[Any], arrays: dict[str, jax.Array]) -> Self:
-        return dataclasses.replace(self, base=base, axes=self._axes(labels), **arrays)  # type: ignore[type-var]
+        return dataclasses.replace(self, base=base, axes=self._axes(labels), **arrays)
 
     def _join(self, labels: Sequence[Any], sizes: Sequence[int]) -> Any:
         if len(set(labels)) > 1:
@@ -277,7 +278,7 @@ Node = TypeVar("Node", bound=AdaptedWeight)
 def register(cls: type[Node]) -> type[Node]:
     """Makes a frozen dataclass an adapted weight: `base` and its `fields` are pytree children, the rest is static."""
     children = ["base", *cls.fields]
-    static = [field.name for field in dataclasses.fields(cls) if field.name not in children]  # type: ignore[arg-type]
+    static = [field.name for field in dataclasses.fields(cls) if field.name not in children]
     AdaptedWeight.registry[cls.__name__] = cls
     return jax.tree_util.register_dataclass(cls, data_fields=children, meta_fields=static)
 

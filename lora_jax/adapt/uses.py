@@ -53,8 +53,6 @@ class Explanation(tuple[Encounter, ...]):
 class _Probe(AdaptedWeight):
     """Stands for a weight and notes what is done with its axes; `axes` holds sets of the original axis numbers."""
 
-    base: Any
-    axes: Any
     note: Callable[[str, dict[int, str]], None]
 
     def merge(self) -> jax.Array:
@@ -146,7 +144,7 @@ def trace_weights(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
 
     def probed(path: str, leaf: Any) -> Any:
         axes = tuple(frozenset({axis}) for axis in range(len(leaf.shape)))
-        return _Probe(leaf, axes, noting(path, leaf))
+        return _Probe(leaf, noting(path, leaf), axes=axes)
 
     chosen = [probed(path, leaf) if is_weight(path, leaf) else leaf for path, leaf in zip(paths, leaves, strict=True)]
     _walk_abstractly(fn, report, (jax.tree.unflatten(treedef, chosen), *args), kwargs)

@@ -18,13 +18,15 @@ class BitFit(Method):
     model, so nothing needs merging.
 
     Args:
-        targets: which biases. `"all"` takes every leaf whose last path segment is `bias`, `b`, `beta` or `offset`. Names
-            choose the biases of modules: the paper's {query, MLP-up} is `("attention/query", "mlp/up")`. A regular
-            expression or a callable may choose any leaf so named, or any with a single axis. See `paths.select`.
+        targets: which biases. `"all"` takes every leaf whose last path segment is `bias`, `b`, `beta` or `offset`.
+            Names choose the biases of modules: the paper's {query, MLP-up} is `("attention/query", "mlp/up")`. A
+            regular expression or a callable may choose any leaf so named, or any with a single axis. See
+            `paths.select`.
         also_train: the head, see `Method`. A bias of the head counts as head.
 
     Raises:
-        SelectionError: (when used) an entry matches no bias, or `"all"` finds none; the message lists the one-axis leaves.
+        SelectionError: (when used) an entry matches no bias, or `"all"` finds none; the message lists the one-axis
+            leaves.
 
     Example:
         >>> import lora_jax as lj
@@ -37,8 +39,8 @@ class BitFit(Method):
         Language-models", ACL 2022, arXiv:2106.10199.
 
     Deviations:
-        The authors' code picks terms by substring, so that `output` also trains the attention output's bias; here a name
-        matches whole path segments.
+        The authors' code picks terms by substring, so that `output` also trains the attention output's bias; here a
+        name matches whole path segments.
     """
 
     targets: Selector = "all"

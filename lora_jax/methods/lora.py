@@ -29,8 +29,8 @@ _OUTPUT_HEADS = ("lm_head", "head", "classifier", "score", "logits", "unembed", 
 class LoRAWeight(AdaptedWeight):
     """`W + scale · B A` as a pytree node.
 
-    The paper writes `h = W x + (α/r) B A x` with column vectors. Here `a` is the paper's `A`, which reduces, and `b` is the
-    paper's `B` transposed, which expands; activations are rows, so `h = x W + scale · (x aᵀ) b`.
+    The paper writes `h = W x + (α/r) B A x` with column vectors. Here `a` is the paper's `A`, which reduces, and `b`
+    is the paper's `B` transposed, which expands; activations are rows, so `h = x W + scale · (x aᵀ) b`.
 
     Attributes:
         base: the frozen weight, any number of axes.
@@ -45,12 +45,10 @@ class LoRAWeight(AdaptedWeight):
     fields: ClassVar[dict[str, str]] = {"a": "sri", "b": "sro", "key": "s"}
     saved: ClassVar[tuple[str, ...]] = ("a", "b")
 
-    base: Any
     a: Any
     b: Any
     key: Any = None
     scale: float = dataclasses.field(kw_only=True)
-    axes: str = dataclasses.field(kw_only=True)
     dropout: float = dataclasses.field(default=0.0, kw_only=True)
 
     @property
@@ -97,8 +95,9 @@ class LoRAWeight(AdaptedWeight):
             raise Unfactorable("an axis that is not a stack axis is a batch axis of the matmul")
         base_out = run(self.base)
 
-        # Every array is brought to `low_rank_matmul`'s shape: one batch axis (stack axes that the matmul batches), one axis of
-        # tokens, one contracted axis. Stack axes that the matmul does not batch meet every token: more batch axes.
+        # Every array is brought to `low_rank_matmul`'s shape: one batch axis (stack axes that the matmul batches), one
+        # axis of tokens, one contracted axis. Stack axes that the matmul does not batch meet every token: they are one
+        # more batch axis.
         batched = list(spec.weight_batch)
         loose = [axis for axis in self._places(STACK) if axis not in batched]
         expanded = self._places(OUT if label == IN else IN)
@@ -194,8 +193,9 @@ def _arranged(array: jax.Array, order: list[int]) -> jax.Array:
 class LoRA(Method):
     """Low-rank adaptation: `h = x W + (α/r) · (x Aᵀ) B` with `W` frozen, `A` Gaussian and `B` zero at the start.
 
-    For a weight of shape `(in, out)` it trains `a (r, in)` and `b (r, out)`, that is `r · (in + out)` numbers; for weights of more
-    axes, `in` and `out` are the products of the axes so labelled. Factors are float32 whatever the base.
+    For a weight of shape `(in, out)` it trains `a (r, in)` and `b (r, out)`, that is `r · (in + out)` numbers; for
+    weights of more axes, `in` and `out` are the products of the axes so labelled. Factors are float32 whatever the
+    base.
 
     Args:
         rank: `r`, at least 1 and at most `min(in, out)`.
@@ -204,16 +204,17 @@ class LoRA(Method):
             (up, gate, down) and `"all-linear"` (both) know the bundled models' names. On a model of your own,
             `"all-linear"` reads `uses`: every weight of a matmul or convolution, without embeddings and output heads.
         also_train: the head, see `Method`.
-        dropout: probability of dropping each element of the low-rank path's input, in `[0, 1)`; acts after `with_dropout`. Lookups
-            are not dropped.
+        dropout: probability of dropping each element of the low-rank path's input, in `[0, 1)`; acts after
+            `with_dropout`. Lookups are not dropped.
         scaling: `"standard"` is `α/r`; `"rank_stabilized"` is `α/√r`.
-        init: how `a` starts: `"gaussian"` has standard deviation `1/r`; `"kaiming"` is uniform in `±1/√in`. `b` starts at zero.
+        init: how `a` starts: `"gaussian"` has standard deviation `1/r`; `"kaiming"` is uniform in `±1/√in`. `b`
+            starts at zero.
         rank_overrides: other ranks for some of the targets, `{name: rank}`, names as in a sequence of `targets`.
         alpha_overrides: likewise for `alpha`.
 
     Raises:
-        ValueError: a value is out of range, or (when used) a rank is larger than a weight allows, or the axes of a weight of more than
-            two are unknown.
+        ValueError: a value is out of range, or (when used) a rank is larger than a weight allows, or the axes of a
+            weight of more than two are unknown.
         SelectionError: (when used) an entry matches no weight, or a target is also a head.
 
     Example:
@@ -224,13 +225,14 @@ class LoRA(Method):
         ((2, 8), (2, 4), 2.0)
 
     Reference:
-        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685, equation 3. Rank-stabilized
-        scaling: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023, arXiv:2312.03732.
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685, equation 3.
+        Rank-stabilized scaling: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023,
+        arXiv:2312.03732.
 
     Deviations:
-        The paper's released code starts `A` with Kaiming's uniform; `"gaussian"` is what the paper states, with PEFT's standard deviation.
-        `b` is stored transposed, `(r, out)`. PEFT starts an embedding's factors the other way round (A zero, B normal); here `a` is
-        random and `b` zero everywhere.
+        The paper's released code starts `A` with Kaiming's uniform; `"gaussian"` is what the paper states, with
+        PEFT's standard deviation. `b` is stored transposed, `(r, out)`. PEFT starts an embedding's factors the other
+        way round (A zero, B normal); here `a` is random and `b` zero everywhere.
     """
 
     rank: int
@@ -273,8 +275,9 @@ class LoRA(Method):
         ]
         if not found:
             raise SelectionError(
-                f"`targets={self.targets!r}` knows the bundled models' names ({', '.join(preset)}), and this tree has none of them: "
-                'name the modules, or pass `targets="all-linear"` with `uses=lj.trace_weights(fn, params, ...)`'
+                f"`targets={self.targets!r}` knows the bundled models' names ({', '.join(preset)}), and this tree has "
+                'none of them: name the modules, or pass `targets="all-linear"` with '
+                "`uses=lj.trace_weights(fn, params, ...)`"
             )
         return found
 
@@ -300,8 +303,8 @@ class LoRA(Method):
         most = min(fan_in, fan_out)
         require(
             rank <= most,
-            f"`rank` {rank} is larger than `{path}` allows: {shape_text(base)} labelled {axes!r} is {fan_in} in by {fan_out} out, "
-            f"so at most {most}",
+            f"`rank` {rank} is larger than `{path}` allows: {shape_text(base)} labelled {axes!r} is {fan_in} in by "
+            f"{fan_out} out, so at most {most}",
         )
         shape = (*sizes(STACK), rank, *sizes(IN))
 
@@ -336,7 +339,7 @@ class LoRA(Method):
         labels = {path: leaf.label(True) for path, leaf in leaves.items() if isinstance(leaf, LoRAWeight)}
         require(
             bool(labels),
-            "the tree has no LoRA factors: make them with `lj.attach(params, method, key=...)` and label the tree it returns",
+            "the tree has no LoRA factors: make them with `lj.attach(params, method, key=...)` and label its result",
         )
         return labels
 
@@ -355,14 +358,19 @@ class LoRA(Method):
 
 
 def _labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
-    if uses is not None and path in uses:
-        labels = uses[path].labels
-        if labels is not None:
-            return labels
-    if len(leaf.shape) == 2:
+    use = (uses or {}).get(path)
+    if use is not None and use.labels is not None:
+        require(
+            len(use.labels) == len(leaf.shape) and not set(use.labels) - {IN, OUT, STACK},
+            f"`uses` labels `{path}` {shape_text(leaf)} with {use.labels!r}: one of i, o, s for each axis",
+        )
+        return use.labels
+    if use is None and len(leaf.shape) == 2:
         return IN + OUT
+    why = f" ({use.reason})" if use is not None else ""
     raise ValueError(
-        f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown: pass `uses=lj.trace_weights(fn, params, ...)`, or "
+        f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown{why}: pass "
+        "`uses=lj.trace_weights(fn, params, ...)`, or "
         f'`uses={{"{path}": lj.Use("dot_general", labels)}}` with one label an axis (i in, o out, s stack)'
     )
 
