@@ -45,9 +45,7 @@ def plan_epoch(
     lengths: np.ndarray, buckets: Sequence[int], *, batch_size: int, seed: int, epoch: int
 ) -> list[BatchPlan]:
     """The batches of one epoch: a pure function of its arguments, so any batch can be made again at any time."""
-    rows = len(lengths)
-    order = grain.MapDataset.range(rows).shuffle(seed=_epoch_seed(seed, epoch, 0))
-    shuffled = np.array([order[i] for i in range(rows)])
+    shuffled = _shuffled(len(lengths), _seed(seed, epoch, 0))
     places = bucket_of(lengths, buckets)
 
     groups: list[np.ndarray] = []
@@ -61,8 +59,7 @@ def plan_epoch(
     groups += [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
 
     plans = [BatchPlan(group, buckets[places[group].max()]) for group in groups]
-    batch_order = grain.MapDataset.range(len(plans)).shuffle(seed=_epoch_seed(seed, epoch, 1))
-    return [plans[batch_order[i]] for i in range(len(plans))]
+    return [plans[i] for i in _shuffled(len(plans), _seed(seed, epoch, 1))]
 
 
 def plan_in_order(lengths: np.ndarray, buckets: Sequence[int], *, batch_size: int) -> list[BatchPlan]:
@@ -138,5 +135,10 @@ def padding_share(tokens: int, slots: int) -> float:
     return 1 - tokens / slots if slots else 0.0
 
 
-def _epoch_seed(seed: int, epoch: int, use: int) -> int:
+def _shuffled(count: int, seed: int) -> np.ndarray:
+    order = grain.MapDataset.range(count).shuffle(seed=seed)
+    return np.array([order[i] for i in range(count)])
+
+
+def _seed(seed: int, epoch: int, use: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, use)).generate_state(1)[0])

@@ -50,6 +50,7 @@ class Checkpoints:
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
             preservation_policy=_BestAndLast(),
+            best_fn=lambda metrics: metrics["score"],  # without one Orbax doesn't keep the metrics
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)

@@ -10,7 +10,7 @@ import contextlib
 import csv
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,12 +116,12 @@ def _read_file(path: Path) -> datasets.Dataset:
         return _loaded(path, lambda: datasets.Dataset.from_csv(str(path), **options))
 
 
-def _loaded(path: Path, load: Any) -> datasets.Dataset:
-    import datasets
+def _loaded(path: Path, load: Callable[[], Any]) -> datasets.Dataset:
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         return load()
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError) as error:
         raise DataError(f"{path} can't be read as {path.suffix}: {error.__cause__ or error}") from error
 
 

@@ -114,6 +114,7 @@ class _Progress:
             self.meter.start()
             for number in range(self.position + 1, run.steps + 1):
                 batch = next(batches)
+                self.meter.dispatch(batch.input_ids.shape)
                 self.state, output = step(self.state, run.frozen, batch, run.key)
                 pending.append(_Pending(number, batch, output))
                 if number % eval_every and number < run.steps:
@@ -136,7 +137,7 @@ class _Progress:
             if not math.isfinite(value):
                 self._refuse(number, f"The {what} became {value}")
         tokens = int(batch.attention_mask[batch.weights > 0].sum())
-        self.meter.count(tokens=tokens, shape=batch.input_ids.shape, loss=loss, correct=correct, rows=rows)
+        self.meter.count(tokens=tokens, slots=batch.input_ids.size, loss=loss, correct=correct, rows=rows)
         regression = self.run.task.is_regression
         self.listen(
             StepDone(

@@ -7,8 +7,6 @@ import time
 from collections import deque
 from typing import Any
 
-import numpy as np
-
 _WINDOW = 20  # steps that pace and throughput are taken over
 
 
@@ -28,6 +26,7 @@ class Meter:
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._step_times: list[float] = []
         self._seen_shapes: set[tuple[int, ...]] = set()
+        self._compiled = False
         self._window: list[tuple[float, float, float]] = []
 
     @property
@@ -42,18 +41,21 @@ class Meter:
     def stop(self) -> None:
         self._seconds, self._started, self._last = self.seconds, None, None
 
-    def count(self, *, tokens: int, shape: tuple[int, ...], loss: float, correct: float, rows: float) -> None:
-        """One step is done."""
+    def dispatch(self, shape: tuple[int, ...]) -> None:
+        """A step is handed to the device; one of a new shape is compiled first, and that time says nothing of a step."""
+        self._compiled |= shape not in self._seen_shapes
+        self._seen_shapes.add(shape)
+
+    def count(self, *, tokens: int, slots: int, loss: float, correct: float, rows: float) -> None:
+        """A step is done."""
         now = time.perf_counter()
         self.tokens += tokens
-        self.slots += int(np.prod(shape))
+        self.slots += slots
         self._window.append((loss * rows, correct, rows))
-        # The first batch of a shape is compiled: its time says nothing of the next ones.
-        if self._last is not None and shape in self._seen_shapes:
+        if self._last is not None and not self._compiled:
             self._recent.append((now - self._last, tokens))
             self._step_times.append(now - self._last)
-        self._seen_shapes.add(shape)
-        self._last = now
+        self._last, self._compiled = now, False
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -49,8 +49,8 @@ def measure(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, f
     if task.is_regression:
         constant = min(np.ptp(outputs), np.ptp(targets)) == 0
         return {
-            "pearson": 0.0 if constant else float(stats.pearsonr(outputs, targets).statistic),
-            "spearman": 0.0 if constant else float(stats.spearmanr(outputs, targets).statistic),
+            "pearson": 0.0 if constant else float(stats.pearsonr(outputs, targets)[0]),
+            "spearman": 0.0 if constant else float(stats.spearmanr(outputs, targets)[0]),
             "loss": float(np.mean((outputs - targets) ** 2)),
         }
     predicted = outputs.argmax(-1)
@@ -61,7 +61,7 @@ def measure(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, f
         matthews = metrics.matthews_corrcoef(targets, predicted)
     return {
         "accuracy": float(metrics.accuracy_score(targets, predicted)),
-        "macro_f1": float(metrics.f1_score(targets, predicted, average="macro", zero_division=0.0)),
+        "macro_f1": float(metrics.f1_score(targets, predicted, average="macro")),
         "matthews": float(matthews),
         "loss": float(-log_probabilities[np.arange(len(targets)), targets].mean()),
     }

@@ -51,19 +51,17 @@ def read_task(folder: Path) -> TaskFile:
         raise TrainingError(f"{path} must hold an object, and holds a {type(content).__name__}.")
     if content.get("format") != _FORMAT:
         raise TrainingError(f"{path} has format {content.get('format')!r}, and this version reads {_FORMAT}.")
-    kinds: dict[str, Any] = {name: str for name in _fields()} | {"max_length": int, "text_pair": (str, type(None))}
+    kinds: dict[str, Any] = dict.fromkeys(_fields(), str) | {"max_length": int, "text_pair": (str, type(None))}
     for name, kind in {**kinds, "labels": list}.items():
         if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
-            raise TrainingError(
-                f"{path}: `{name}` is {content.get(name)!r:.80}, which can't be. Save the adapter again."
-            )
+            raise TrainingError(f"{path}: `{name}` can't be {content.get(name)!r:.80}. Save the adapter again.")
     labels = content["labels"]
     if not all(isinstance(label, str) for label in labels) or (content["task"] == "classification" and len(labels) < 2):
         raise TrainingError(f"{path}: `labels` is {labels!r:.80}, and two names or more are expected.")
     if not 1 <= content["max_length"] <= 1_000_000:
-        raise TrainingError(f"{path}: `max_length` is {content['max_length']}, which can't be.")
-    task = Task(kind=content["task"], labels=tuple(labels))
-    return TaskFile(**{name: content[name] for name in _fields()} | {"task": task})
+        raise TrainingError(f"{path}: `max_length` can't be {content['max_length']}.")
+    fields: dict[str, Any] = {name: content[name] for name in _fields()}
+    return TaskFile(**{**fields, "task": Task(kind=content["task"], labels=tuple(labels))})
 
 
 def _fields() -> list[str]:

@@ -1,0 +1,1 @@
+"""The `lora-jax` commands: one file each, `main` dispatches."""

@@ -1,0 +1,128 @@
+"""`lora-jax demo`: the whole of it in a few minutes, on the messages shipped with the package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import add_base_argument
+
+if TYPE_CHECKING:
+    from lora_jax.training import RunResult
+
+NAME = "demo"
+HELP = "fine-tune, compare, merge and classify on the shipped messages"
+DESCRIPTION = """\
+On the shipped messages, labelled by what their writer does: fine-tunes with LoRA, shows the frozen base, BitFit and full
+fine-tuning beside it, merges the adapter into its base, and classifies three sentences."""
+EPILOG = """\
+example:
+  lora-jax demo --output runs/demo"""
+
+METHODS = ("lora", "frozen", "bitfit", "full")
+SENTENCES = (
+    "Could you move our call to Thursday afternoon?",
+    "The new office chairs are wonderful, my back has never felt better.",
+    "I'm so sorry, I sent the wrong invoice to the client.",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="runs/demo", metavar="FOLDER", help="for the runs (default: runs/demo)")
+    parser.add_argument("--epochs", type=int, default=6, metavar="N", help="of each method (default: 6)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    add_base_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from lora_jax.training import TrainConfig, train
+    from lora_jax.training.config import DEFAULT_BASE
+    from lora_jax.training.progress import LiveProgress
+
+    output = Path(args.output)
+    results: dict[str, RunResult] = {}
+    for method in METHODS:
+        print(f"\n{method}: fine-tuning on the shipped messages", flush=True)
+        config = TrainConfig(
+            **_data(),
+            base=getattr(args, "base", DEFAULT_BASE),
+            method=method,
+            epochs=args.epochs,
+            seed=args.seed,
+            buckets=1,  # the texts are short: compiling a second shape would take longer than it saves
+            output=str(output / method),
+        )
+        with LiveProgress() as progress:
+            results[method] = train(config, on_progress=progress)
+    _show_comparison(results)
+    _merge_and_classify(results["lora"], output / "merged")
+
+
+def _data() -> dict[str, str]:
+    from lora_jax.data import path
+
+    return {split: str(path(split)) for split in ("train", "dev", "test")}
+
+
+def _show_comparison(results: dict[str, RunResult]) -> None:
+    from lora_jax.training.progress import format_bytes
+
+    from .tables import print_table
+
+    rows = [
+        (
+            method,
+            f"{100 * result.metrics['test']['accuracy']:.1f} %",
+            f"{100 * result.metrics['test']['macro_f1']:.1f} %",
+            f"{result.trainable:,}",
+            f"{result.percent:.3g} %",
+            f"{result.train_seconds:.0f}",
+            format_bytes(result.adapter_bytes),
+        )
+        for method in ("frozen", "bitfit", "lora", "full")
+        for result in [results[method]]
+    ]
+    columns = ("method", "test accuracy", "macro-F1", "trained parameters", "of all", "seconds", "adapter")
+    print()
+    print_table(columns, rows, title="On the test messages (a demonstration: 96 messages are no evidence of quality)")
+
+
+def _merge_and_classify(result: RunResult, folder: Path) -> None:
+    """Merges the adapter, and holds the merged model's predictions against the adapted one's."""
+    import numpy as np
+
+    import lora_jax as lj
+    from lora_jax.training.data import read_examples
+    from lora_jax.training.merging import merge_adapter
+    from lora_jax.training.predict import Predictor, load_predictor
+    from lora_jax.training.progress import format_bytes
+
+    from .tables import print_facts
+
+    if not (folder / "config.json").exists():
+        merge_adapter(result.adapter, folder)
+    adapted = load_predictor(result.adapter)
+    model = lj.models.load(folder, task="classification")
+    merged = Predictor(
+        model.apply,
+        model.params,
+        task=adapted.task,
+        tokenizer=lj.models.load_tokenizer(folder),
+        max_length=adapted.max_length,
+    )
+    texts = read_examples(_data()["test"], text="text").texts
+    ours, theirs = adapted.outputs(texts), merged.outputs(texts)
+    agree = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    print_facts(
+        {
+            "adapter": f"{result.adapter} ({format_bytes(result.adapter_bytes)})",
+            "merged": f"{folder} ({format_bytes((folder / 'model.safetensors').stat().st_size)})",
+            "agreement": f"{agree} of {len(texts)} test predictions, logits to {np.abs(ours - theirs).max():.1e}",
+        }
+    )
+    if agree < len(texts):
+        raise ValueError(f"The merged model disagrees with the adapted one on {len(texts) - agree} test messages.")
+    print()
+    for sentence, prediction in zip(SENTENCES, merged.predict(SENTENCES), strict=True):
+        print(f"{prediction.label:>10}  {100 * (prediction.probability or 0):3.0f} %  {sentence}")

@@ -1,0 +1,82 @@
+"""`lora-jax COMMAND ...`: finds the command, and tells the user's mistakes in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from . import demo, evaluate, inspect, merge, predict, train
+
+
+# What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
+_EXTRAS = {"datasets", "flax", "grain", "huggingface_hub", "orbax", "rich", "sklearn", "tokenizers", "yaml"}
+
+_EPILOG = """\
+examples:
+  lora-jax demo                                        see it all at once, on the shipped messages
+  lora-jax train --train data.tsv --dev dev.tsv --output out
+  lora-jax predict --adapter out messages.txt          JSONL with label and probability
+  lora-jax merge --adapter out --output merged         a folder that transformers loads
+  lora-jax inspect --method bitfit                     what would be trained, and its memory
+
+`lora-jax COMMAND --help` says more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0, 2 after a mistake of the user's, 130 when interrupted."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    name = f"lora-jax {args.command}"
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `lora-jax predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted. A run goes on from its last checkpoint with the same command.", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if args.traceback or (error.name or "").partition(".")[0] not in _EXTRAS:
+            raise
+        print(f"{name}: {error.name} is not installed: pip install 'lora_jax[train]'", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if args.traceback or not _is_message(error):
+            raise
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora-jax",
+        description="Fine-tunes, uses and looks into parameter-efficient adapters.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for module in (train, evaluate, predict, merge, inspect, demo):
+        command = commands.add_parser(
+            module.NAME,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def _is_message(error: Exception) -> bool:
+    """Whether lora_jax itself raised this, to tell the user something; what others raised is a defect to be seen."""
+    if not isinstance(error, (ValueError, TypeError, OSError)):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lora_jax.")

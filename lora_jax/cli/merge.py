@@ -1,0 +1,34 @@
+"""`lora-jax merge`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .options import add_base_argument
+
+NAME = "merge"
+HELP = "fold an adapter into its base"
+DESCRIPTION = """\
+Folds an adapter into its base, W + (alpha/r) B A, and writes a Hugging Face folder: config.json, model.safetensors and
+the tokenizer. transformers loads it as it would any other, with the same logits."""
+EPILOG = """\
+example:
+  lora-jax merge --adapter out --output merged
+  python -c "import transformers as t; t.AutoModelForSequenceClassification.from_pretrained('merged')\""""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
+    add_base_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from lora_jax.training.merging import merge_adapter
+    from lora_jax.training.progress import format_bytes
+
+    from .tables import print_facts
+
+    folder = merge_adapter(args.adapter, args.output, base=getattr(args, "base", None))
+    print_facts({path.name: format_bytes(path.stat().st_size) for path in sorted(Path(folder).iterdir())})
