@@ -14,7 +14,7 @@ from flax import nnx
 
 from ..paths import leaf_paths, leaves_by_path
 from ..weights import is_adapted
-from .bert import Bert, BertConfig, Pooling
+from .bert import Bert, BertConfig, Pooling, wide
 
 Task = Literal["classification", "regression"] | None
 
@@ -92,7 +92,7 @@ def skeleton(
         result = model(input_ids, mask, token_types, dropout_key)
         if task is None:
             return result
-        result = result.astype(jnp.promote_types(result.dtype, jnp.float32))
+        result = result.astype(wide(result.dtype))
         return result[:, 0] if task == "regression" else result
 
     return Skeleton(apply, shapes)
