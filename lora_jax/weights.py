@@ -41,7 +41,6 @@ class TakeSpec(NamedTuple):
     axis: int
     offset_dims: tuple[int, ...]
     mode: Any
-    fill_value: Any
 
 
 class ConvSpec(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..weights import STACK, AdaptedWeight, ConvSpec, DotSpec, TakeSpec, Unfactorable
+from ..weights import AdaptedWeight, ConvSpec, DotSpec, TakeSpec, Unfactorable
 from . import jax_compat
 from .jax_compat import Equation, param, program
 from .walk import Traced, Walker
@@ -50,19 +50,33 @@ def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any
 
 def _gather(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     value, indices = _only(operands, 0), operands[1]
-    numbers = param(eqn, "dimension_numbers")
-    axes = tuple(numbers.start_index_map)
-    whole = [size if axis not in axes else 1 for axis, size in enumerate(value.node.shape)]
+    numbers, mode = param(eqn, "dimension_numbers"), param(eqn, "mode")
+    shape, sizes = value.node.shape, tuple(param(eqn, "slice_sizes"))
+    # Where starts are clipped, that of an axis taken whole is 0 whatever it says: so `vmap` of `weight[index]` looks.
+    clips = mode == lax.GatherScatterMode.CLIP
+    axes = [axis for axis in numbers.start_index_map if not (clips and sizes[axis] == shape[axis])]
     if (
         len(axes) != 1
-        or tuple(numbers.collapsed_slice_dims) != axes
+        or tuple(1 if axis in axes else size for axis, size in enumerate(shape)) != sizes
+        or not set(numbers.collapsed_slice_dims) <= set(axes)
         or numbers.operand_batching_dims
-        or list(param(eqn, "slice_sizes")) != whole
     ):
         raise Unfactorable("a gather that is no lookup of whole slices along one axis")
-    spec = TakeSpec(axes[0], tuple(numbers.offset_dims), param(eqn, "mode"), param(eqn, "fill_value"))
+    (axis,) = axes
+    place = numbers.start_index_map.index(axis)
+    # A lookup that keeps its axis, of size one, is computed without and gets it back.
+    kept = None if numbers.collapsed_slice_dims else numbers.offset_dims[axis]
+    others = [dim for dim in numbers.offset_dims if dim != kept]
+    offsets = tuple(dim if kept is None or dim < kept else dim - 1 for dim in others)
+
+    def run(base: jax.Array) -> jax.Array:
+        output = jax_compat.bind(eqn, base, indices)
+        return output if kept is None else lax.squeeze(output, [kept])
+
+    spec = TakeSpec(axis, offsets, mode)
     with jax_compat.context(eqn):
-        output = value.node.take(indices, spec, lambda base: jax_compat.bind(eqn, base, indices))
+        output = value.node.take(indices[..., place : place + 1], spec, run)
+        output = output if kept is None else lax.expand_dims(output, [kept])
     walker.factored(value, eqn)
     return [output]
 

@@ -141,11 +141,12 @@ class LoRAWeight(AdaptedWeight):
         if self._places(STACK):
             raise Unfactorable("a lookup in a stacked weight")
         _, reduce, expand = self._direction((spec.axis,))
-        # The same lookup in the factor's columns: (…, r), then out along the other axes of the weight.
+        # The same lookup in the factor's columns: (…, r), then out along the other axes of the weight. What an index
+        # out of bounds is filled with comes from the base's lookup; its row here adds nothing.
         dimensions = lax.GatherDimensionNumbers(
             offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
         )
-        rows = lax.gather(reduce.T, indices, dimensions, (1, self.rank), mode=spec.mode, fill_value=spec.fill_value)
+        rows = lax.gather(reduce.T, indices, dimensions, (1, self.rank), mode=spec.mode, fill_value=0)
         base_out = run(self.base)
         rows = (rows * self.scale).astype(base_out.dtype).reshape(-1, self.rank)
         y = rows @ expand.reshape(self.rank, -1).astype(base_out.dtype)
