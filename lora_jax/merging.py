@@ -42,21 +42,20 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
 
 
 def _merged(path: str, node: AdaptedWeight, dtype: Any) -> jax.Array:
-    def fold(node: AdaptedWeight) -> jax.Array:
-        array = (
-            node.merge()
-            if dtype is None
-            else node.with_base(node.base.astype(jnp.promote_types(node.dtype, dtype))).merge()
-        )
-        return array if dtype is None else array.astype(dtype)
-
-    arrays = {name: getattr(node, name) for name in node.fields if name != "key"}
+    node = node.with_key(None)
+    dtype = node.dtype if dtype is None else jnp.dtype(dtype)
     if is_traced(node):
-        return fold(node)
-    for name, array in arrays.items():
-        if not bool(jnp.isfinite(array).all()):
+        return _fold(node, dtype)
+    for name in node.fields:
+        array = getattr(node, name)
+        if array is not None and not bool(jnp.isfinite(array).all()):
             raise ValueError(
                 f"cannot merge `{path}`: its factor `{name}` holds NaN or infinity; load an earlier checkpoint"
             )
     sharding = node.base.sharding if isinstance(node.base, jax.Array) else None
-    return jax.jit(fold, out_shardings=sharding)(node)
+    # One function object: leaves of equal shapes and placement share what is compiled for it.
+    return jax.jit(_fold, static_argnames="dtype", out_shardings=sharding)(node, dtype=dtype)
+
+
+def _fold(node: AdaptedWeight, dtype: Any) -> jax.Array:
+    return node.with_base(node.base.astype(jnp.promote_types(node.dtype, dtype))).merge().astype(dtype)
