@@ -95,13 +95,15 @@ def find_base(source: str | os.PathLike[str]) -> Path:
     The variable `HF_HUB_OFFLINE=1` keeps it off the network.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if os.fspath(source) and folder.is_dir():  # `Path("")` is the working folder
         if not (folder / "config.json").is_file():
             raise FileError(f"{folder} is no Hugging Face model folder: it has no `config.json`.")
         return folder
     name = os.fspath(source)
     if not isinstance(source, str) or not _HUB_NAME.fullmatch(name) or ".." in name:
-        raise FileError(f"{name} doesn't exist, and it is no hub name (`owner/name` or `owner/name@revision`) either.")
+        raise FileError(
+            f"'{name}' doesn't exist, and isn't a hub name (`owner/name` or `owner/name@revision`) either."
+        )
     repo, _, revision = name.partition("@")
     repo = ALIASES.get(repo, repo)
     known = KNOWN.get(repo) if not revision else None
