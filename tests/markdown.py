@@ -67,4 +67,6 @@ def run(path: Path, python_blocks: list[Block]) -> None:
             exec(code, namespace)
         if block.output is not None:
             found = printed.getvalue()
-            assert found == block.output, f"the code at {path}:{block.line} prints\n{found}and should print\n{block.output}"
+            assert found == block.output, (
+                f"the code at {path}:{block.line} prints\n{found}and should print\n{block.output}"
+            )
