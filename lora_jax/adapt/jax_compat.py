@@ -46,14 +46,10 @@ def is_literal(atom: Any) -> bool:
 
 
 def run_equation(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
-    """Runs an equation as it was, its custom rules, context and name stack included, through a jaxpr of its own."""
-    invars, values = [], []
-    for atom, value in zip(eqn.invars, operands, strict=True):
-        if not is_literal(atom) and atom not in invars:
-            invars.append(atom)
-            values.append(value)
-    single = jex.core.Jaxpr([], invars, eqn.outvars, [eqn], eqn.effects)
-    return jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(single, ()))(*values)
+    """Runs an equation as it was, its custom rules, context and name stack included, as JAX runs one of a jaxpr's."""
+    with context(eqn):
+        outputs = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 @contextlib.contextmanager
