@@ -1,7 +1,7 @@
 """Safe reading and atomic writing: safetensors, JSON, names inside a folder.
 
-A file from elsewhere is a claim, not a fact: nothing is allocated before its sizes have been held against the file's
-own length, and nothing is ever unpickled. A file written here is either whole or not there: an interruption at any
+A file from elsewhere is a claim, not a fact: no tensor is read before the header has been held against the file's own
+length, and nothing is ever unpickled. A file written here is either whole or not there: an interruption at any
 moment leaves the earlier one as it was.
 """
 
@@ -11,10 +11,8 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import BufferedReader, BufferedWriter
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -22,10 +20,10 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
-# The format's own limit on the length of a header (github.com/huggingface/safetensors, "Format").
-MAX_HEADER_BYTES = 100_000_000
-
+# By the names that the format gives them; those that NumPy (with `ml_dtypes`) and JAX both have.
 _DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -41,10 +39,7 @@ _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "C64": np.dtype("<c8"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class FileError(ValueError):
@@ -58,45 +53,23 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-class _Entry(NamedTuple):
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int  # in bytes, from the start of the file
-    size: int  # in bytes
-
-
-class _Header(NamedTuple):
-    entries: dict[str, _Entry]
-    metadata: dict[str, str]
-
-
-# ---------------------------------------------------------------------------------------------- safetensors, reading
-
-
 def read_safetensors_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """The names, dtypes and shapes in a safetensors file; reads no tensor.
 
     Args:
         path: the file.
 
-    Returns:
-        `{name: TensorInfo(dtype, shape)}`, in the order of the header.
-
     Raises:
-        FileError: the file is missing, is no safetensors file (a pickle, a Git LFS pointer), is truncated, or its
-            header contradicts itself or the file's length.
+        FileError: the file is missing, truncated, corrupt, or of another format; a pickle is refused unread.
     """
-    path = Path(path)
-    with _open(path) as file:
-        entries = _read_header(file, path).entries
-    return {name: TensorInfo(entry.dtype, entry.shape) for name, entry in entries.items()}
+    with _open_safetensors(Path(path)) as file:
+        return {name: _tensor_info(Path(path), name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118, no dict
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The `__metadata__` of a safetensors file, `{}` if it has none. Raises as `read_safetensors_header`."""
-    path = Path(path)
-    with _open(path) as file:
-        return _read_header(file, path).metadata
+    with _open_safetensors(Path(path)) as file:
+        return dict(file.metadata() or {})
 
 
 def read_safetensors(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -107,7 +80,7 @@ def read_safetensors(path: str | os.PathLike[str], names: Iterable[str] | None =
         names: the tensors to read; all of them if `None`.
 
     Returns:
-        `{name: array}`, in the order of `names` or of the header; bfloat16 and float8 as `ml_dtypes`.
+        `{name: array}`, in the order of `names` or of the file; bfloat16 as `ml_dtypes`.
 
     Raises:
         FileError: as `read_safetensors_header`; or a name that the file doesn't hold.
@@ -120,44 +93,25 @@ def iter_safetensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """`read_safetensors`, one tensor at a time: the caller decides how many are in memory at once."""
     path = Path(path)
-    with _open(path) as file:
-        entries = _read_header(file, path).entries
-        wanted = list(entries) if names is None else list(names)
-        if absent := [name for name in wanted if name not in entries]:
-            raise FileError(f"{path} holds no tensor named {_some(absent)}; it holds {_some(entries)}.")
+    with _open_safetensors(path) as file:
+        held = list(file.keys())
+        wanted = held if names is None else list(names)
+        if absent := [name for name in wanted if name not in held]:
+            raise FileError(f"{path} holds no tensor named {_some(absent)}; it holds {_some(held)}.")
         for name in wanted:
-            dtype, shape, start, size = entries[name]
-            flat = np.empty(size, np.uint8)
-            file.seek(start)
-            if file.readinto(flat.data) != size:
-                raise FileError(f"{path} ended inside tensor '{name}': it was changed while being read. Read it again.")
-            yield name, flat.view(dtype).reshape(shape)
+            info = _tensor_info(path, name, file.get_slice(name))
+            try:
+                yield name, file.get_tensor(name)
+            except ValueError as error:  # empty, yet of a shape that no array can have
+                raise FileError(f"{path}: tensor '{name}' of shape {info.shape} can't be read: {error}.") from error
 
 
-def _read_header(file: BufferedReader, path: Path) -> _Header:
-    length = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    _refuse_other_formats(start, path)
-    if length < 8:
-        raise FileError(f"{path} is no safetensors file: it has {length} bytes, and the header alone needs 8 or more.")
-    (header_bytes,) = struct.unpack("<Q", start)
-    if header_bytes > MAX_HEADER_BYTES or header_bytes > length - 8:
-        raise FileError(
-            f"{path} claims a header of {header_bytes:,} bytes, but the file has {length:,} (and the format allows "
-            f"{MAX_HEADER_BYTES:,}): it is truncated or is no safetensors file. Fetch or save it again."
-        )
-    raw = _parse_json(file.read(header_bytes), path, what="its header")
-    if not isinstance(raw, dict):
-        raise FileError(f"{path}: the header must be a JSON object, and it is a {type(raw).__name__}.")
-    metadata = raw.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FileError(f"{path}: `__metadata__` must map strings to strings.")
-    entries = {name: _check_entry(name, entry, 8 + header_bytes, length, path) for name, entry in raw.items()}
-    _check_layout(entries, 8 + header_bytes, length, path)
-    return _Header(entries, metadata)
-
-
-def _refuse_other_formats(start: bytes, path: Path) -> None:
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    """`safetensors` checks the header against the file before it gives anything out; this adds which file, and why."""
+    with _open(path) as file:
+        length = os.fstat(file.fileno()).st_size
+        start = file.read(8)
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and start[2:] != bytes(6):
         raise FileError(
             f"{path} is a pickle (a PyTorch `.bin` or `.pt`), which can run code when it is read, so it isn't. Save "
@@ -165,111 +119,53 @@ def _refuse_other_formats(start: bytes, path: Path) -> None:
         )
     if start.startswith(b"version "):
         raise FileError(f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` where it came from.")
-
-
-def _check_entry(name: str, entry: object, data_start: int, length: int, path: Path) -> _Entry:
-    where = f"{path}: tensor '{name}'"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise FileError(f"{where} must have `dtype`, `shape` and `data_offsets` in the header, and has {entry!r:.200}.")
-    dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-        raise FileError(f"{where} has the unknown dtype {dtype_name!r:.50}; known are {', '.join(_DTYPES)}.")
-    if not _is_sizes(shape):
-        raise FileError(f"{where} has the shape {shape!r:.200}, which is no list of sizes.")
-    if not _is_sizes(offsets) or len(offsets) != 2:
-        raise FileError(f"{where} has `data_offsets` {offsets!r:.200}, which is no pair of offsets.")
-    dtype = _DTYPES[dtype_name]
-    begin, end = offsets
-    if begin > end or end > length - data_start:
+    claimed = int.from_bytes(start, "little")
+    if length < 8 or claimed > length - 8:
         raise FileError(
-            f"{where} lies at bytes {begin:,} to {end:,} of the data, and the file has {length - data_start:,} bytes "
-            "of data: it is truncated or corrupt. Fetch or save it again."
+            f"{path} is truncated or no safetensors file: it claims a header of {claimed:,} bytes, and has {length:,} in "
+            "all. Fetch or save it again."
         )
-    needed = math.prod(shape) * dtype.itemsize
-    if needed != end - begin:
-        raise FileError(
-            f"{where} of shape {tuple(shape)!r:.200} and dtype {dtype_name} needs {needed:,} bytes, and the header "
-            f"gives it {end - begin:,}: the file is corrupt. Fetch or save it again."
-        )
-    if math.prod(size or 1 for size in shape) > 2**48:  # empty, yet of a shape that no array can have
-        raise FileError(f"{where} has the shape {shape!r:.200}, which is no honest one.")
-    return _Entry(dtype, tuple(shape), data_start + begin, needed)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise FileError(f"{path} is no whole safetensors file ({error}). Fetch or save it again.") from error
 
 
-def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-
-
-def _check_layout(entries: Mapping[str, _Entry], data_start: int, length: int, path: Path) -> None:
-    """The format wants the data contiguous: no two tensors share a byte, and no byte belongs to none."""
-    position, before = data_start, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].size)):
-        if entry.start != position:
-            wrong = "overlap" if entry.start < position else "leave a gap"
-            raise FileError(
-                f"{path}: {before} and tensor '{name}' {wrong} in the data: it is corrupt. Fetch or save it again."
-            )
-        position, before = entry.start + entry.size, f"tensor '{name}'"
-    if position != length:
-        raise FileError(f"{path} has {length - position:,} bytes after its last tensor: it is corrupt. Fetch it again.")
-
-
-# ---------------------------------------------------------------------------------------------- safetensors, writing
+def _tensor_info(path: Path, name: str, tensor: Any) -> TensorInfo:
+    if (dtype := tensor.get_dtype()) not in _DTYPES:
+        raise FileError(f"{path}: tensor '{name}' has dtype {dtype}, and one of {', '.join(_DTYPES)} is expected.")
+    return TensorInfo(_DTYPES[dtype], tuple(tensor.get_shape()))
 
 
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, atomically; equal tensors and metadata give equal bytes.
+    """Writes a safetensors file, atomically; equal tensors give equal bytes.
 
     Args:
         path: the file; its folder must exist.
-        tensors: `{name: array}`, NumPy or JAX; copied to the host one at a time.
+        tensors: `{name: array}`, NumPy or JAX.
         metadata: strings to keep in the header.
 
     Raises:
         FileError: a dtype that the format lacks, or a full disk. An earlier file at `path` is then as it was.
-
-    **Deviations.** The `safetensors` package writes several metadata entries in a random order; here they are sorted.
     """
     path = Path(path)
-    metadata = dict(metadata or {})
     if "__metadata__" in tensors:
         raise FileError(f"{path}: `__metadata__` is no tensor name; pass it as `metadata`.")
-    for name, value in metadata.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise FileError(f"{path}: `metadata` must map strings to strings, and has {name!r}: {value!r:.100}.")
-    dtypes = {name: _storable_dtype(name, tensor, path) for name, tensor in tensors.items()}
-
-    # Wide dtypes first, so that every tensor lies on a multiple of its own item size.
-    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in order:
-        shape = tuple(tensors[name].shape)
-        size = math.prod(shape) * dtypes[name].itemsize
-        header[name] = {
-            "dtype": _DTYPE_NAMES[dtypes[name]],
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
-    def write(file: BufferedWriter) -> None:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
-        for name in order:
-            array = np.asarray(tensors[name], dtype=dtypes[name], order="C")
-            file.write(array.reshape(-1).view(np.uint8).data)
-
-    _write_atomically(path, write, needed=8 + len(encoded) + offset)
+    dtypes = {name: _storable_dtype(path, name, tensor) for name, tensor in tensors.items()}
+    arrays = {name: np.asarray(tensor, dtype=dtypes[name], order="C") for name, tensor in tensors.items()}
+    try:
+        data = safetensors.numpy.save(arrays, metadata=dict(metadata) if metadata else None)
+    except (safetensors.SafetensorError, TypeError) as error:
+        raise FileError(f"{path}: these tensors can't be written ({error}).") from error
+    _write_atomically(path, lambda file: file.write(data), needed=len(data))
 
 
-def _storable_dtype(name: str, tensor: Any, path: Path) -> np.dtype:
+def _storable_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
     # JAX's extended dtypes (random keys) are no NumPy dtypes.
-    if isinstance(tensor.dtype, np.dtype) and (dtype := tensor.dtype.newbyteorder("<")) in _DTYPE_NAMES:
+    if isinstance(tensor.dtype, np.dtype) and (dtype := tensor.dtype.newbyteorder("<")) in _DTYPES.values():
         return dtype
     raise FileError(f"{path}: tensor '{name}' has dtype {tensor.dtype}, which safetensors can't hold: convert it.")
 
