@@ -122,8 +122,8 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
     claimed = int.from_bytes(start, "little")
     if length < 8 or claimed > length - 8:
         raise FileError(
-            f"{path} is truncated or no safetensors file: it claims a header of {claimed:,} bytes, and has {length:,} in "
-            "all. Fetch or save it again."
+            f"{path} is truncated or no safetensors file: it claims a header of {claimed:,} bytes, and has {length:,} "
+            "in all. Fetch or save it again."
         )
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
