@@ -23,6 +23,31 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
 
 
+INTRODUCTION = """\
+# Results on real data
+
+Accuracy in percent after the last of 4 epochs, mean ± standard deviation over seeds. The base is
+`sentence-transformers/all-MiniLM-L6-v2`, the classifier sits on the first token's pooler. Batch 32, texts cut at 64
+tokens, AdamW (weight decay 0.01), linear schedule with 6 % warm-up, gradient norm clipped at 1, dropout 0.1; LoRA with
+r = 8, α = 16. *PEFT* is PyTorch with PEFT on the same base, data and hyperparameters, one seed.
+
+Step time is the median over a run's steps, compilation aside, on two CPU cores that other work shared: it shows the
+order of magnitude. Ratios between methods are measured in one interleaved run, below. Peak memory is the largest
+resident size of the whole process, compiler and evaluation included.
+
+This page is written by `scripts/results.py`."""
+
+STEP_TIMES = """
+## Step time, interleaved
+
+One training step on {batch_size} texts of {length} tokens, float32, AdamW, {rounds} rounds of all methods in turn
+(`scripts/step_time.py`). Ratios are medians of the rounds' ratios. The frozen chain trains the first normalization and
+the classifier: no gradient of a weight, but one through all of them.
+
+| method | of full | of the frozen chain | compiled GFLOP | temporary memory, MB | optimizer state, MB |
+|---|---|---|---|---|---|"""
+
+
 class Task(NamedTuple):
     title: str
     train: str
@@ -103,17 +128,7 @@ def step_times(path: Path) -> list[str]:
     if not path.exists():
         return []
     measured = json.loads(path.read_text())
-    lines = [
-        "",
-        "## Step time, interleaved",
-        "",
-        f"One training step on {measured['batch_size']} texts of {measured['length']} tokens, float32, AdamW, {measured['rounds']} rounds of",
-        "all methods in turn (`scripts/step_time.py`). Ratios are medians of the rounds' ratios. The frozen chain trains the first",
-        "normalization and the classifier: no gradient of a weight, but one through all of them.",
-        "",
-        "| method | of full | of the frozen chain | compiled GFLOP | temporary memory, MB | optimizer state, MB |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [STEP_TIMES.format(**measured)]
     for row in measured["rows"]:
         lines.append(
             f"| {row['method']} | {row['of_full']:.2f} | {row['of_chain']:.2f} | {row['gflops']:.1f} | "
@@ -124,20 +139,7 @@ def step_times(path: Path) -> list[str]:
 
 def page(folder: Path, reference: dict[tuple[str, str], float], data: str) -> str:
     runs = finished_runs(folder)
-    lines = [
-        "# Results on real data",
-        "",
-        "Accuracy in percent after the last of 4 epochs, mean ± standard deviation over seeds. The base is",
-        "`sentence-transformers/all-MiniLM-L6-v2`, the classifier sits on the first token's pooler. Batch 32, texts cut at 64",
-        "tokens, AdamW (weight decay 0.01), linear schedule with 6 % warm-up, gradient norm clipped at 1, dropout 0.1; LoRA with",
-        "r = 8, α = 16. *PEFT* is PyTorch with PEFT on the same base, data and hyperparameters, one seed.",
-        "",
-        "Step time is the median over a run's steps, compilation aside, on two CPU cores shared with other work: it shows the",
-        "order of magnitude; ratios between methods are measured in one interleaved run (below). Peak memory is the largest",
-        "resident size of the whole process, compiler and evaluation included.",
-        "",
-        "This page is written by `scripts/results.py`.",
-    ]
+    lines = [INTRODUCTION]
     for task, about in TASKS.items():
         if not any(key[0] == task for key in runs):
             continue
