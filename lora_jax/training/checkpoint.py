@@ -130,6 +130,12 @@ class Checkpoints:
                 f"The checkpoint of step {step} in {self.folder} can't be read: {_short(error)}. Delete its folder to "
                 "go on from the other one, or choose another `--output`."
             ) from error
+        shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), abstract)
+        if jax.tree.map(lambda x: (x.shape, str(x.dtype)), loaded["arrays"]) != shapes:
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self.folder} is of another model or method: its leaves have other "
+                "shapes. Choose another `--output`."
+            )
         arrays = jax.tree.map(jax.numpy.asarray, loaded["arrays"])
         key = jax.random.wrap_key_data(arrays["key"])
         return Checkpoint(_state(arrays, template), key, loaded["progress"])

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -17,7 +17,7 @@ from lora_jax import files
 
 from .errors import ConfigError
 from .method_options import default_learning_rate, make_method, method_options
-from .task import KINDS
+from .task import KINDS, Kind
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 SCHEDULES = ("linear", "cosine", "constant")
@@ -72,9 +72,9 @@ class TrainConfig:
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
-    task: str = "classification"
+    task: Kind = "classification"
     base: str = DEFAULT_BASE
-    pooling: str = "first"
+    pooling: Literal["first", "mean"] = "first"
     method: Any = field(default_factory=lambda: make_method("lora"))
     max_length: int = 128
     dropout: float | None = None

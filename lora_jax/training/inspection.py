@@ -75,9 +75,9 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
     regression = config.task == "regression"
     shapes = skeleton(
         base,
-        task="regression" if regression else "classification",
+        task=config.task,
         num_labels=1 if regression else num_labels,
-        pooling="mean" if config.pooling == "mean" else "first",
+        pooling=config.pooling,
         dtype=jax.numpy.dtype(config.dtype),
     ).params
     params = jax.eval_shape(lambda p: lj.attach(p, config.method, key=jax.random.key(0)), shapes)

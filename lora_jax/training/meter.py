@@ -42,7 +42,7 @@ class Meter:
         self._seconds, self._started, self._last = self.seconds, None, None
 
     def dispatch(self, shape: tuple[int, ...]) -> None:
-        """A step is handed to the device; one of a new shape is compiled first, and that time says nothing of a step."""
+        """A step goes to the device. One of a new shape is compiled first, and that time says nothing of a step."""
         self._compiled |= shape not in self._seen_shapes
         self._seen_shapes.add(shape)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -48,9 +49,9 @@ def measure(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, f
     outputs = outputs.astype(np.float64)
     if task.is_regression:
         constant = min(np.ptp(outputs), np.ptp(targets)) == 0
+        correlations: dict[str, Any] = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
         return {
-            "pearson": 0.0 if constant else float(stats.pearsonr(outputs, targets)[0]),
-            "spearman": 0.0 if constant else float(stats.spearmanr(outputs, targets)[0]),
+            **{name: 0.0 if constant else float(f(outputs, targets)[0]) for name, f in correlations.items()},
             "loss": float(np.mean((outputs - targets) ** 2)),
         }
     predicted = outputs.argmax(-1)

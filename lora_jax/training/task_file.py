@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_jax import files
 
@@ -28,7 +28,7 @@ class TaskFile:
 
     base: str
     task: Task
-    pooling: str
+    pooling: Literal["first", "mean"]
     max_length: int
     dtype: str
     text: str
@@ -58,6 +58,8 @@ def read_task(folder: Path) -> TaskFile:
     labels = content["labels"]
     if not all(isinstance(label, str) for label in labels) or (content["task"] == "classification" and len(labels) < 2):
         raise TrainingError(f"{path}: `labels` is {labels!r:.80}, and two names or more are expected.")
+    if content["pooling"] not in ("first", "mean"):
+        raise TrainingError(f"{path}: `pooling` can't be {content['pooling']!r:.80}.")
     if not 1 <= content["max_length"] <= 1_000_000:
         raise TrainingError(f"{path}: `max_length` can't be {content['max_length']}.")
     fields: dict[str, Any] = {name: content[name] for name in _fields()}

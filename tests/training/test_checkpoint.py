@@ -1,0 +1,140 @@
+"""Checkpoints: what is kept, what comes back, and what a full disk leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+from lora_jax.training.checkpoint import Checkpoint, Checkpoints
+from lora_jax.training.errors import CheckpointError, NotFiniteError
+from lora_jax.training.step import TrainState
+
+METHOD = lj.LoRA(rank=2, alpha=2, targets=("w",))
+
+
+def state(step, value=1.0, width=4):
+    params = lj.attach({"w": jnp.ones((4, width)), "v": jnp.ones(3)}, METHOD, key=jax.random.key(0))
+    trainable, _ = lj.partition(params, lj.trainable_mask(params, METHOD))
+    trainable = jax.tree.map(lambda x: x + value, trainable)
+    return TrainState(trainable, optax.adam(1e-3).init(trainable), jnp.asarray(step, jnp.int32))
+
+
+def save(checkpoints, step, score=None, **options):
+    checkpoints.save(Checkpoint(state(step, **options), jax.random.key(7), {"position": step}), score=score)
+
+
+def steps(folder):
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """No file may grow beyond `limit` bytes: writing fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "best"),
+    [
+        ([None, None, None], [3], None),
+        ([0.5, 0.9, 0.7], [2, 3], 2),
+        ([0.5, 0.7, 0.9], [3], 3),
+        ([0.9, 0.9, 0.7], [2, 3], 2),  # the later of equals
+        ([-3.0, -1.0, None], [2, 3], 2),
+    ],
+)
+def test_best_and_last_are_kept(scores, kept, best, tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step, score in enumerate(scores, start=1):
+            save(checkpoints, step, score)
+        assert (checkpoints.last_step, checkpoints.best_step) == (3, best)
+    assert steps(tmp_path / "c") == kept
+    with Checkpoints(tmp_path / "c") as again:  # the same after a restart
+        assert (again.last_step, again.best_step) == (3, best)
+
+
+def test_everything_comes_back(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 5, 0.5, value=3.0)
+    with Checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(5, state(0))
+    expected = state(5, value=3.0)
+    assert jax.tree.structure(found.state) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found.state, expected)
+    assert found.progress == {"position": 5}
+    assert jax.random.key_data(found.key).tolist() == jax.random.key_data(jax.random.key(7)).tolist()
+
+
+def test_the_base_is_not_in_it(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, width=50_000)  # 800 kB of base, 400 kB of factor and moments of it: 1.2 MB
+        found = checkpoints.restore(1, state(0, width=50_000))
+    sizes = [leaf.size for leaf in jax.tree.leaves(found.state)]
+    assert 4 * 50_000 not in sizes
+    assert sizes.count(2 * 50_000) == 3
+
+
+def test_nothing_of_a_state_that_is_not_finite(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        with pytest.raises(NotFiniteError, match=r"isn't finite at step 2: no checkpoint of it is kept") as caught:
+            save(checkpoints, 2, value=jnp.nan)
+        assert caught.value.step == 2
+    assert steps(tmp_path) == [1]
+
+
+# Orbax's own threads raise beside the main one.
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_full_disk_leaves_the_earlier_one_whole(tmp_path):
+    second = Checkpoint(state(2, width=50_000), jax.random.key(7), {})
+    message = r"step 2 can't be written .*the one of step 1 is whole; free some space"
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 0.5)
+        with full_disk(500), pytest.raises(CheckpointError, match=message):
+            checkpoints.save(second, score=0.9)
+        assert checkpoints.last_step == 1
+    assert steps(tmp_path) == [1]
+    with Checkpoints(tmp_path) as checkpoints:
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, state(0)).state, state(1))
+        save(checkpoints, 2, 0.9)  # and goes on when there is space
+        assert checkpoints.last_step == 2
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+    unfinished = tmp_path / "step_2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "half").write_bytes(b"x")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.last_step == 1
+        save(checkpoints, 2)
+    assert steps(tmp_path) == [2]
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+    with Checkpoints(tmp_path / "a") as checkpoints:
+        save(checkpoints, 1)
+        with pytest.raises(CheckpointError, match=r"The checkpoint of step 1 .* is of another model or method"):
+            checkpoints.restore(1, state(0, width=5))
+    for path in (tmp_path / "a" / "step_1" / "arrays").glob("**/d/*"):
+        path.write_bytes(b"")
+    with (
+        Checkpoints(tmp_path / "a") as checkpoints,
+        pytest.raises(CheckpointError, match=r"can't be read: .* Delete its folder"),
+    ):
+        checkpoints.restore(1, state(0))

@@ -1,0 +1,124 @@
+"""Options: their defaults, their YAML, and the message for each that can't be."""
+
+from __future__ import annotations
+
+import pytest
+
+import lora_jax as lj
+from lora_jax.training.config import TrainConfig, read_yaml, write_yaml
+from lora_jax.training.errors import ConfigError
+from lora_jax.training.method_options import make_method, method_options
+
+
+def config(**options):
+    return TrainConfig.from_dict({"train": "a.tsv", "output": "out", **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "bitfit", "dev": "b.tsv", "metric": "macro_f1"},
+        {"method": {"name": "lora", "rank": 4, "targets": ["query", "value"], "rank_overrides": {"query": 2}}},
+        {"method": lj.LoRA(rank=2, alpha=2, targets=r".*/query/kernel", dropout=0.1)},
+        {"lr": {"lora_a": 1e-3, "lora_b": 4e-3, "head": 1e-3}, "clip_norm": None, "task": "regression"},
+    ],
+)
+def test_yaml_gives_the_config_back(options, tmp_path):
+    before = config(**options)
+    write_yaml(tmp_path / "config.yaml", before)
+    after = TrainConfig.from_dict(read_yaml(tmp_path / "config.yaml"))
+    assert after == before
+    assert before.differences(after) == {}
+
+
+def test_yaml_numbers_without_a_point(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: a.tsv\noutput: out\nlr: 1e-3\nwarmup: 0\n")
+    assert TrainConfig.from_dict(read_yaml(tmp_path / "c.yaml")).lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [
+        ("frozen", 5e-3),
+        ("bitfit", 3e-3),
+        ({"name": "lora", "targets": ["query", "value"]}, 2e-3),
+        ("lora", 1e-3),
+        ("full", 1e-4),
+    ],
+)
+def test_learning_rate_follows_the_method(method, rate):
+    assert config(method=method).lr == rate
+    assert config(method=method, lr=0.5).lr == 0.5
+
+
+def test_default_method():
+    assert config().method == lj.LoRA(rank=8, alpha=16, targets="all-linear", also_train=("classifier",))
+    assert make_method("full") == lj.FullFineTune(also_train=("classifier",))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epoch": 3}, r"`epoch` is no option of a training run; the nearest is `epochs`"),
+        ({"qqq": 3}, r"`qqq` is no option of a training run\. Known are train, output"),
+        ({"train": None}, r"`train` is missing"),
+        ({"text": ""}, r"`text` is '', and a non-empty text is expected"),
+        ({"dev": 3}, r"`dev` is 3, and a non-empty text"),
+        ({"task": "ranking"}, r"`task` is 'ranking', and one of classification, regression"),
+        ({"pooling": "last"}, r"`pooling` is 'last', and one of first, mean"),
+        ({"schedule": "step"}, r"`schedule` is 'step', and one of linear, cosine, constant"),
+        ({"dtype": "int8"}, r"`dtype` is 'int8', and one of float32, bfloat16"),
+        ({"tensorboard": 1}, r"`tensorboard` is 1, and one of True, False"),
+        ({"epochs": 0}, r"`epochs` is 0, and a whole number of at least 1"),
+        ({"epochs": 1.5}, r"`epochs` is 1\.5, and a whole number"),
+        ({"batch_size": True}, r"`batch_size` is True, and a whole number"),
+        ({"steps": 0}, r"`steps` is 0, and a whole number of at least 1"),
+        ({"max_length": 2}, r"`max_length` is 2, and a whole number of at least 4"),
+        ({"seed": -1}, r"`seed` is -1, and a whole number of at least 0"),
+        ({"accumulate": 3}, r"`accumulate` is 3, which doesn't divide `batch_size` 32"),
+        ({"lr": "fast"}, r"`lr` is 'fast', and a number of at least 0"),
+        ({"lr": float("nan")}, r"`lr` is nan, and a number"),
+        ({"lr": {"head": -1}}, r"`lr\.head` is -1, and a number of at least 0"),
+        ({"dropout": 1.0}, r"`dropout` is 1\.0, and a number of at least 0 and below 1"),
+        ({"warmup": 2}, r"`warmup` is 2, and a number of at least 0 and below 1"),
+        ({"clip_norm": 0}, r"`clip_norm` is 0, which would stop all learning"),
+        ({"method": "lroa"}, r"`method` is 'lroa', and one of frozen, bitfit, lora, full"),
+        ({"method": 3}, r"`method` is a int, and one of frozen"),
+        ({"method": {"name": "bitfit", "rank": 4}}, r"`rank` is no option of bitfit.*also_train, targets"),
+        ({"method": {"name": "lora", "ranks": 4}}, r"`ranks` is no option of lora; the nearest is `rank`"),
+        ({"method": {"name": "lora", "rank": 0}}, r"`rank` must be an integer of at least 1, got 0"),
+        ({"method": {"name": "lora", "rank": -2}}, r"`rank` must be an integer of at least 1, got -2"),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_functions_have_no_yaml():
+    method = lj.LoRA(rank=1, alpha=1, targets=lambda path, leaf: True)
+    with pytest.raises(ConfigError, match=r"`targets` is a function, which a file can't hold"):
+        method_options(method)
+
+
+def test_differences_leave_out_how_it_is_shown():
+    assert config().differences(config(log_every=1, tensorboard=True)) == {}
+    found = config().differences(config(seed=1, method={"name": "lora", "rank": 4}))
+    assert found == {"seed": (0, 1), "method.rank": (8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"c\.yaml doesn't exist"),
+        ("train: [", r"c\.yaml can't be read as YAML"),
+        ("- train", r"c\.yaml must hold options"),
+        ("x: !!python/object/apply:os.system ['true']", r"can't be read as YAML: could not determine a constructor"),
+    ],
+)
+def test_bad_yaml(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "c.yaml")

@@ -1,0 +1,90 @@
+"""Predictions from a saved adapter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax.training import TrainingError, load_predictor
+from lora_jax.training.merging import merge_adapter
+from lora_jax.training.predict import Predictor, load_adapter
+from lora_jax.training.task_file import read_task
+
+TEXTS = ["good film", "the plot was very bad", "love", "poor " * 40, "great thanks"]
+
+
+@pytest.fixture(scope="module")
+def predictor(finished):
+    return load_predictor(finished.output)
+
+
+def test_labels_and_probabilities(predictor):
+    found = predictor.predict(TEXTS)
+    assert [prediction.label for prediction in found] == ["pos", "neg", "pos", "neg", "pos"]
+    for prediction in found:
+        assert sum(prediction.probabilities) == pytest.approx(1)
+        assert prediction.probability == max(prediction.probabilities)
+
+
+def test_order_and_company_do_not_matter(predictor):
+    together = predictor.outputs(TEXTS)
+    for text, output in zip(TEXTS, together, strict=True):
+        np.testing.assert_allclose(predictor.outputs([text])[0], output, atol=1e-5)
+    assert predictor.predict([]) == []
+
+
+def test_run_folder_and_adapter_folder_are_the_same(finished, predictor):
+    other = load_predictor(finished.adapter)
+    np.testing.assert_array_equal(other.outputs(TEXTS), predictor.outputs(TEXTS))
+
+
+def test_merged_folder_gives_the_same_outputs(finished, predictor, tmp_path):
+    folder = merge_adapter(finished.output, tmp_path / "merged")
+    model = lj.models.load(folder, task="classification")
+    tokenizer = lj.models.load_tokenizer(folder)
+    merged = Predictor(model.apply, model.params, task=predictor.task, tokenizer=tokenizer, max_length=32)
+    np.testing.assert_allclose(merged.outputs(TEXTS), predictor.outputs(TEXTS), atol=1e-5)
+    labels = json.loads((folder / "config.json").read_text())["id2label"]
+    assert labels == {"0": "neg", "1": "pos"}
+    with pytest.raises(TrainingError, match=r"isn't a new or empty folder"):
+        merge_adapter(finished.output, folder)
+
+
+def test_a_folder_without_an_adapter(tmp_path, finished):
+    with pytest.raises(TrainingError, match=r"holds no adapter of a run \(task\.json is missing\)"):
+        load_predictor(tmp_path)
+    shutil.copy(finished.output / "config.yaml", tmp_path)
+    with pytest.raises(TrainingError, match=r"its run isn't complete; start the same command again"):
+        load_predictor(tmp_path)
+
+
+def test_another_base_is_refused(finished, tmp_path):
+    from tests.tiny_bert import write_tiny_bert
+
+    other = write_tiny_bert(tmp_path / "other", seed=9, layers=1, hidden=16, heads=2, positions=32)
+    with pytest.raises(ValueError, match=r"was trained on another base"):
+        load_adapter(finished.output, base=str(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 9}, r"has format 9, and this version reads 1"),
+        ({"max_length": "long"}, r"`max_length` can't be 'long'"),
+        ({"max_length": 0}, r"`max_length` can't be 0"),
+        ({"labels": ["a"]}, r"`labels` is \['a'\], and two names or more"),
+        ({"labels": None}, r"`labels` can't be None"),
+        ({"pooling": "last"}, r"`pooling` can't be 'last'"),
+        ({"task": "ranking"}, r"`task` is 'ranking'"),
+        ({"base": None}, r"`base` can't be None"),
+    ],
+)
+def test_a_task_file_is_checked(change, message, finished, tmp_path):
+    content = json.loads((finished.adapter / "task.json").read_text())
+    (tmp_path / "task.json").write_text(json.dumps(content | change))
+    with pytest.raises(TrainingError, match=message):
+        read_task(tmp_path)
