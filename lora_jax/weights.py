@@ -51,6 +51,14 @@ class ConvSpec(NamedTuple):
     params: dict[str, Any]
 
 
+class RaggedDotSpec(NamedTuple):
+    """`lax.ragged_dot(tokens, weight, sizes)`: the weight's axis that is contracted, and the one of the groups."""
+
+    weight_contract: int
+    weight_group: int
+    precision: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaptedWeight:
     """Base of the nodes that stand for a weight: `base`, arrays of the method's own, and one label per base axis.
@@ -112,7 +120,8 @@ class AdaptedWeight:
                 for place, axis in enumerate(dims)
             )
             if shape != expected:
-                return f"`{name}` has the shape {shape}, expected {expected} beside a base of {self.shape} labelled {self.axes!r}"
+                beside = f"a base of {self.shape} labelled {self.axes!r}"
+                return f"`{name}` has the shape {shape}, expected {expected} beside {beside}"
             private.update({letter: shape[dims.index(None)] for letter in letters})
         return None
 
@@ -126,6 +135,11 @@ class AdaptedWeight:
 
     def conv(self, other: jax.Array, spec: ConvSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
         raise Unfactorable(f"{type(self).__name__} has no rule for convolutions")
+
+    def ragged_dot(
+        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        raise Unfactorable(f"{type(self).__name__} has no rule for ragged matmuls")
 
     def times(self, factor: jax.Array) -> Self:
         """The node of `factor * weight`, `factor` a scalar."""
@@ -179,9 +193,8 @@ class AdaptedWeight:
             source = [
                 next(private) if axis is None else dims.index(place[axis]) if axis in place else None for axis in target
             ]
-            sizes = [
-                array.shape[dim] if axis is None else shape[axis] for axis, dim in zip(target, source, strict=True)
-            ]
+            private_sizes = iter(array.shape[dim] for dim, axis in enumerate(dims) if axis is None)
+            sizes = [next(private_sizes) if axis is None else shape[axis] for axis in target]
             kept = [dim for dim in source if dim is not None]
             array = jnp.transpose(array, kept)
             places = [index for index, dim in enumerate(source) if dim is not None]
@@ -254,8 +267,8 @@ class AdaptedWeight:
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
-            f"a {type(self).__name__} of shape {getattr(self.base, 'shape', None)} was used as an array: wrap the function that takes these "
-            "parameters with `lj.adapt`, or fold the factors in with `lj.merge_params`"
+            f"a {type(self).__name__} of shape {getattr(self.base, 'shape', None)} was used as an array: wrap the "
+            "function that takes these parameters with `lj.adapt`, or fold the factors in with `lj.merge_params`"
         )
 
     __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse

@@ -35,10 +35,9 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
     Flax NNX returns weights as unused outputs of `remat` and `jit`; left in, they look as if they were used.
     """
     closed = jax.make_jaxpr(function)(*args)
-    jaxpr = getattr(closed, "jaxpr", closed)
-    consts = closed.consts
+    jaxpr: Any = getattr(closed, "jaxpr", closed)
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return Program(live, consts)
+    return Program(live, closed.consts)
 
 
 def is_literal(atom: Any) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..weights import AdaptedWeight, ConvSpec, DotSpec, TakeSpec, Unfactorable
+from ..weights import AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable
 from . import jax_compat
 from .jax_compat import Equation, param, program
 from .walk import Traced, Walker
@@ -35,9 +35,9 @@ def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any
     weight_is_lhs = isinstance(left, Traced)
     value, other = (left, right) if weight_is_lhs else (right, left)
     ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)) = param(eqn, "dimension_numbers")
-    sides = [tuple(lhs_contract), tuple(lhs_batch)], [tuple(rhs_contract), tuple(rhs_batch)]
-    weight_side, other_side = sides if weight_is_lhs else sides[::-1]
-    spec = DotSpec(*weight_side, *other_side, weight_is_lhs, param(eqn, "precision"))
+    lhs, rhs = (tuple(lhs_contract), tuple(lhs_batch)), (tuple(rhs_contract), tuple(rhs_batch))
+    mine, theirs = (lhs, rhs) if weight_is_lhs else (rhs, lhs)
+    spec = DotSpec(*mine, *theirs, weight_is_lhs=weight_is_lhs, precision=param(eqn, "precision"))
 
     def run(base: jax.Array) -> jax.Array:
         return jax_compat.bind(eqn, base, other) if weight_is_lhs else jax_compat.bind(eqn, other, base)
@@ -93,6 +93,27 @@ def _conv(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     return [output]
 
 
+def _ragged_dot(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    value, other, sizes = _only(operands, 1), operands[0], operands[2]
+    numbers = param(eqn, "ragged_dot_dimension_numbers")
+    (other_contract, weight_contract), batch = numbers.dot_dimension_numbers
+    ragged, groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+    plain = (
+        (ragged, tuple(other_contract), other.ndim) == ((0,), (1,), 2)
+        and not any(batch)
+        and param(eqn, "group_offset") is None
+    )
+    if not plain or len(weight_contract) != 1 or len(groups) != 1:
+        raise Unfactorable("a ragged matmul other than of tokens by groups of one weight each")
+    spec = RaggedDotSpec(weight_contract[0], groups[0], param(eqn, "precision"))
+    with jax_compat.context(eqn):
+        output = walker.counted(value).node.ragged_dot(
+            other, sizes, spec, lambda base: jax_compat.bind(eqn, other, base, sizes)
+        )
+    walker.factored(value, eqn)
+    return [output]
+
+
 # Layout: the weight stays a weight.
 
 
@@ -106,14 +127,19 @@ def _layout(change: Callable[[AdaptedWeight, Equation], AdaptedWeight]) -> Rule:
     return rule
 
 
+def _placed(node: AdaptedWeight, eqn: Equation, changed: AdaptedWeight) -> AdaptedWeight:
+    """The changed node, its base placed as the equation says where it says so (meshes with explicit axes)."""
+    return changed if param(eqn, "sharding") is None else changed.with_base(jax_compat.bind(eqn, node.base))
+
+
 def _transpose(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     return node.transpose(param(eqn, "permutation"))
 
 
 def _reshape(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
-    if eqn.params.get("dimensions") is not None:
+    if param(eqn, "dimensions") is not None:
         raise Unfactorable("a reshape that also transposes")
-    return node.reshape(param(eqn, "new_sizes"))
+    return _placed(node, eqn, node.reshape(param(eqn, "new_sizes")))
 
 
 def _squeeze(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
@@ -122,7 +148,8 @@ def _squeeze(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
 
 
 def _broadcast_in_dim(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
-    return node.broadcast_in_dim(param(eqn, "shape"), param(eqn, "broadcast_dimensions"))
+    changed = node.broadcast_in_dim(param(eqn, "shape"), param(eqn, "broadcast_dimensions"))
+    return _placed(node, eqn, changed)
 
 
 def _slice(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
@@ -130,8 +157,10 @@ def _slice(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     strides = param(eqn, "strides") or [1] * node.ndim
 
     def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
-        slices = [slice(None) if axis is None else slice(starts[axis], limits[axis], strides[axis]) for axis in axes]
-        return array[tuple(slices)]
+        for dim, axis in enumerate(axes):
+            if axis is not None and (starts[axis], limits[axis], strides[axis]) != (0, array.shape[dim], 1):
+                array = lax.slice_in_dim(array, starts[axis], limits[axis], strides[axis], axis=dim)
+        return array
 
     return node.cut(cutter)
 
@@ -158,8 +187,7 @@ def _on_every_array(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
 
 
 def _negate(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
-    del eqn
-    return node.times(jnp.asarray(-1, node.dtype))
+    return node.times(jnp.float32(-1)).with_base(jax_compat.bind(eqn, node.base))
 
 
 def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
@@ -201,9 +229,28 @@ def _scalar_multiple(walker: Walker, eqn: Equation, operands: list[Any]) -> list
     divides = eqn.primitive.name == "div"
     if np.ndim(other) != 0 or (divides and place == 1):
         raise Unfactorable("elementwise arithmetic with more than a scalar")
+    bases = [operand.node.base if isinstance(operand, Traced) else operand for operand in operands]
     with jax_compat.context(eqn):
-        factor = jnp.asarray(other, value.node.dtype)
-        return [value._replace(node=value.node.times(1 / factor if divides else factor))]
+        factor = jnp.asarray(other, jnp.promote_types(other.dtype, jnp.float32))
+        node = value.node.times(1 / factor if divides else factor)
+        return [value._replace(node=node.with_base(jax_compat.bind(eqn, *bases)))]
+
+
+def _all_gather(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    del walker
+    value, gathered, groups = _only(operands, 0), param(eqn, "all_gather_dimension"), param(eqn, "axis_index_groups")
+    name = param(eqn, "axis_name")
+    if not param(eqn, "tiled"):
+        raise Unfactorable("an all-gather along a new axis")
+
+    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+        # A factor without the axis is whole on every device already.
+        if gathered not in axes:
+            return array
+        return lax.all_gather(array, name, axis_index_groups=groups, axis=axes.index(gathered), tiled=True)
+
+    with jax_compat.context(eqn):
+        return [value._replace(node=value.node.cut(cutter))]
 
 
 def _optimization_barrier(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
@@ -244,7 +291,8 @@ def _jit(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     out_shardings = [jax_compat.specified(sharding) for sharding in param(eqn, "out_shardings")]
     options, donated = dict(param(eqn, "compiler_options_kvs")), param(eqn, "donated_invars")
     if not (any(in_shardings) or any(out_shardings) or options or any(donated)):
-        return walker.run(program(body), operands)
+        with jax_compat.context(eqn):
+            return walker.run(program(body), operands)
     entry = _Entry(walker, operands)
     leaves = [jax.tree.leaves(operand) for operand in entry.tree]
     treedef = jax.tree.structure(entry.tree)
@@ -252,6 +300,7 @@ def _jit(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     def call(*flat: Any) -> list[Any]:
         return _walk_body(walker, eqn, body, entry.operands(jax.tree.unflatten(treedef, flat)))
 
+    call.__name__ = call.__qualname__ = param(eqn, "name")
     # A node's base keeps its operand's place; its other arrays are free. A donated base stays with its owner.
     flat_shardings, donate = [], []
     for arrays, sharding, gone in zip(leaves, in_shardings, donated, strict=True):
@@ -273,11 +322,18 @@ def _remat(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     body, policy, prevent_cse = param(eqn, "jaxpr"), param(eqn, "policy"), param(eqn, "prevent_cse")
     entry = _Entry(walker, operands)
 
-    def call(tree: list[Any]) -> list[Any]:
+    def call(*tree: Any) -> list[Any]:
         return _walk_body(walker, eqn, body, entry.operands(tree))
 
+    # In the backward pass of a gradient taken inside the function, JAX puts a barrier before what is computed again; a
+    # new `checkpoint` would do so only when it is differentiated in turn.
+    barriers = prevent_cse if isinstance(prevent_cse, tuple) else (prevent_cse,) * len(operands)
     with jax_compat.context(eqn):
-        return jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(entry.tree)
+        tree = [
+            lax.optimization_barrier(value) if param(eqn, "differentiated") and barrier else value
+            for value, barrier in zip(entry.tree, barriers, strict=True)
+        ]
+        return jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(*tree)
 
 
 def _unchanged(walker: Walker, eqn: Equation, jaxpr: Any, first: int, carry: list[Any]) -> list[Any]:
@@ -422,32 +478,54 @@ def _shard_map(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
         return mapped(entry.tree)
 
 
-RULES: dict[str, Rule] = {
-    "dot_general": _dot_general,
-    "gather": _gather,
-    "conv_general_dilated": _conv,
-    "transpose": _layout(_transpose),
-    "reshape": _layout(_reshape),
-    "squeeze": _layout(_squeeze),
-    "broadcast_in_dim": _layout(_broadcast_in_dim),
-    "slice": _layout(_slice),
-    "dynamic_slice": _dynamic_slice,
-    "split": _split,
-    "convert_element_type": _layout(_convert),
-    "mul": _scalar_multiple,
-    "div": _scalar_multiple,
-    "neg": _layout(_negate),
-    "sharding_constraint": _layout(_on_base),
-    "name": _layout(_on_base),
-    "copy": _layout(_on_base),
-    "stop_gradient": _layout(_stop_gradient),
-    "pvary": _layout(_on_every_array),
-    "optimization_barrier": _optimization_barrier,
-    "jit": _jit,
-    "checkpoint": _remat,
-    "remat2": _remat,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "shard_map": _shard_map,
+class RuleEntry(NamedTuple):
+    """A rule and every parameter of its primitive that it takes into account, or that changes nothing for it."""
+
+    rule: Rule
+    params: frozenset[str]
+
+
+def _rule(rule: Rule, params: str = "") -> RuleEntry:
+    return RuleEntry(rule, frozenset(params.split()))
+
+
+RULES: dict[str, RuleEntry] = {
+    "dot_general": _rule(_dot_general, "dimension_numbers precision preferred_element_type out_sharding"),
+    "gather": _rule(_gather, "dimension_numbers slice_sizes mode fill_value indices_are_sorted unique_indices"),
+    "conv_general_dilated": _rule(
+        _conv,
+        "dimension_numbers window_strides padding lhs_dilation rhs_dilation feature_group_count batch_group_count "
+        "precision preferred_element_type out_sharding",
+    ),
+    "ragged_dot_general": _rule(
+        _ragged_dot, "ragged_dot_dimension_numbers precision preferred_element_type group_offset out_sharding"
+    ),
+    "transpose": _rule(_layout(_transpose), "permutation"),
+    "reshape": _rule(_layout(_reshape), "new_sizes dimensions sharding"),
+    "squeeze": _rule(_layout(_squeeze), "dimensions"),
+    "broadcast_in_dim": _rule(_layout(_broadcast_in_dim), "shape broadcast_dimensions sharding"),
+    "slice": _rule(_layout(_slice), "start_indices limit_indices strides"),
+    "dynamic_slice": _rule(_dynamic_slice, "slice_sizes"),
+    "split": _rule(_split, "axis sizes"),
+    "convert_element_type": _rule(_layout(_convert), "new_dtype weak_type sharding"),
+    "mul": _rule(_scalar_multiple, "out_dtype"),
+    "div": _rule(_scalar_multiple),
+    "neg": _rule(_layout(_negate)),
+    "sharding_constraint": _rule(_layout(_on_base), "sharding layout context_mesh unconstrained_dims"),
+    "name": _rule(_layout(_on_base), "name"),
+    "copy": _rule(_layout(_on_base)),
+    "stop_gradient": _rule(_layout(_stop_gradient)),
+    "pvary": _rule(_layout(_on_every_array), "axes"),
+    "all_gather": _rule(_all_gather, "all_gather_dimension axis_name axis_size axis_index_groups tiled"),
+    "optimization_barrier": _rule(_optimization_barrier),
+    "jit": _rule(
+        _jit,
+        "jaxpr name in_shardings out_shardings in_layouts out_layouts donated_invars compiler_options_kvs ctx_mesh "
+        "inline keep_unused",
+    ),
+    "remat2": _rule(_remat, "jaxpr policy prevent_cse differentiated"),
+    "scan": _rule(_scan, "jaxpr length num_consts num_carry ft_in ft_out reverse unroll"),
+    "while": _rule(_while, "cond_jaxpr body_jaxpr cond_nconsts body_nconsts"),
+    "cond": _rule(_cond, "branches"),
+    "shard_map": _rule(_shard_map, "jaxpr mesh in_specs out_specs newly_manual_axes check_vma"),
 }

@@ -10,8 +10,11 @@ import jax
 
 from ..methods.base import is_weight
 from ..paths import flatten_with_paths
-from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, TakeSpec, Unfactorable, register
+from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, register
 from .walk import Encounter, is_array, new_walker, walk_function
+
+# The axis is gone at the point of use: the function took one member of it, by an index.
+_GONE = "?"
 
 
 class Use(NamedTuple):
@@ -20,7 +23,7 @@ class Use(NamedTuple):
     Attributes:
         op: the primitive that it works in.
         labels: one letter per axis, `i` in, `o` out, `s` stack; `None` where factors cannot stand beside it.
-        reason: why `labels` is `None`.
+        reason: why `labels` is `None`, or where `fn` does need the merged weight beside its factored uses.
     """
 
     op: str
@@ -53,7 +56,9 @@ class Explanation(tuple[Encounter, ...]):
 class _Probe(AdaptedWeight):
     """Stands for a weight and notes what is done with its axes; `axes` holds sets of the original axis numbers."""
 
-    note: Callable[[str, dict[int, str]], None]
+    note: Callable[[Use], None]
+    original_ndim: int
+    scanned: frozenset[int] = frozenset()
 
     def merge(self) -> jax.Array:
         return self.base
@@ -75,6 +80,13 @@ class _Probe(AdaptedWeight):
         self._note("conv_general_dilated", {axis: IN for axis in range(self.ndim) if axis != spec.kernel_out})
         return run(self.base)
 
+    def ragged_dot(
+        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        del other, sizes
+        self._note("ragged_dot_general", {spec.weight_contract: IN, spec.weight_group: STACK})
+        return run(self.base)
+
     def times(self, factor: jax.Array) -> _Probe:
         return dataclasses.replace(self, base=self.base * factor)
 
@@ -85,7 +97,8 @@ class _Probe(AdaptedWeight):
             for original in originals:
                 if labels.setdefault(original, role) != role:
                     raise Unfactorable("one of its axes is split between the two sides of the operation")
-        self.note(op, labels)
+        labels |= dict.fromkeys(self.scanned, STACK)
+        self.note(Use(op, "".join(labels.get(axis, _GONE) for axis in range(self.original_ndim))))
 
     def _join(self, labels: Sequence[Any], sizes: Sequence[int]) -> Any:
         del sizes
@@ -96,7 +109,10 @@ class _Probe(AdaptedWeight):
         return tuple(frozenset() if label == STACK else label for label in labels)
 
     def stacked(self) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], _Probe]]:
-        return [self.base], lambda slices: dataclasses.replace(self, base=slices[0], axes=self.axes[1:])
+        scanned = self.scanned | self.axes[0]
+        return [self.base], lambda slices: dataclasses.replace(
+            self, base=slices[0], axes=self.axes[1:], scanned=scanned
+        )
 
 
 def trace_weights(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Use]:
@@ -111,9 +127,9 @@ def trace_weights(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         *args, **kwargs: the other arguments, arrays or shapes.
 
     Returns:
-        `{path: Use(op, labels)}` for every weight that `fn` uses, in the order of first use. A weight that two operations
-        need different labels for, or that meets an operation without a rule, has `labels=None` and the reason; `attach`
-        refuses it with that reason, unless the entry is overridden by hand.
+        `{path: Use(op, labels)}` for every weight that `fn` uses, in the order of first use. A weight that two
+        operations need different labels for, or that only meets operations without a rule, has `labels=None` and the
+        reason; to adapt it nevertheless, override its entry by hand.
 
     Example:
         >>> import lora_jax as lj
@@ -122,33 +138,55 @@ def trace_weights(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         {'query': Use(op='dot_general', labels='ioo', reason='')}
     """
     paths, leaves, treedef = flatten_with_paths(params)
-    uses: dict[str, Use] = {}
-
-    def noting(path: str, leaf: Any) -> Callable[[str, dict[int, str]], None]:
-        def note(op: str, labels: dict[int, str]) -> None:
-            # An axis that is gone at the point of use was indexed or scanned away: one member of a stack was taken.
-            spelled = "".join(labels.get(axis, STACK) for axis in range(len(leaf.shape)))
-            before = uses.get(path)
-            if before is None:
-                uses[path] = Use(op, spelled)
-            elif before.labels is not None and not _same_partition(before.labels, spelled):
-                reason = f"{before.op} needs the labels {before.labels!r}, {op} needs {spelled!r}: choose by hand"
-                uses[path] = Use(before.op, None, reason)
-
-        return note
+    noted: dict[str, list[Use]] = {}
+    merged: dict[str, Encounter] = {}
 
     def report(encounter: Encounter) -> None:
+        noted.setdefault(encounter.path, [])
         if not encounter.factored:
-            reason = f"{encounter.op} at {encounter.source}: {encounter.reason}"
-            uses[encounter.path] = Use(encounter.op, None, reason)
+            merged.setdefault(encounter.path, encounter)
 
     def probed(path: str, leaf: Any) -> Any:
         axes = tuple(frozenset({axis}) for axis in range(len(leaf.shape)))
-        return _Probe(leaf, noting(path, leaf), axes=axes)
+        return _Probe(leaf, lambda use: noted.setdefault(path, []).append(use), len(axes), axes=axes)
 
     chosen = [probed(path, leaf) if is_weight(path, leaf) else leaf for path, leaf in zip(paths, leaves, strict=True)]
     _walk_abstractly(fn, report, (jax.tree.unflatten(treedef, chosen), *args), kwargs)
-    return uses
+    return {path: _overall(found, merged.get(path)) for path, found in noted.items()}
+
+
+def _overall(found: Sequence[Use], merged: Encounter | None) -> Use:
+    reason = "" if merged is None else f"merged by {merged.op} at {merged.source}: {merged.reason}"
+    if not found:
+        assert merged is not None
+        return Use(merged.op, None, reason)
+    first = found[0]
+    for count, use in enumerate(found, start=1):
+        if _agreed(found[:count]) is None:
+            shown = [_agreed([one]) for one in (first, use)]
+            return Use(
+                first.op, None, f"{first.op} needs the labels {shown[0]!r}, {use.op} needs {shown[1]!r}: choose by hand"
+            )
+    return Use(first.op, _agreed(found), reason)
+
+
+def _agreed(found: Sequence[Use]) -> str | None:
+    """One labelling that every use stays factored with; `None` if there is none.
+
+    A use contracts exactly the in axes or exactly the out axes that it sees. An axis that one use batches or scans over
+    is a stack axis for all; so is one that no use sees, because each takes one member of it.
+    """
+    spelled = [use.labels or "" for use in found]
+    axes = range(len(spelled[0]))
+    columns = [{labels[axis] for labels in spelled} for axis in axes]
+    stack = {axis for axis in axes if STACK in columns[axis] or columns[axis] == {_GONE}}
+    fullest = min(spelled, key=lambda labels: labels.count(_GONE))
+    inner = {axis for axis in axes if fullest[axis] == IN}
+    for labels in spelled:
+        seen = {axis for axis in axes if labels[axis] != _GONE} - stack
+        if {axis for axis in axes if labels[axis] == IN} not in (inner & seen, seen - inner):
+            return None
+    return "".join(STACK if axis in stack else IN if axis in inner else OUT for axis in axes)
 
 
 def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Explanation:
@@ -162,7 +200,8 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
         *args, **kwargs: the other arguments, arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-        A tuple of `Encounter(path, op, factored, source, reason)` that prints as a table; `materialized` lists the merged.
+        A tuple of `Encounter(path, op, factored, source, reason)` that prints as a table; `materialized` lists the
+        merged.
 
     Example:
         >>> import lora_jax as lj
@@ -191,8 +230,3 @@ def _walk_abstractly(
         return [leaf for leaf in jax.tree.leaves(output) if is_array(leaf)]
 
     jax.eval_shape(run, [leaves[place] for place in places])
-
-
-def _same_partition(first: str, second: str) -> bool:
-    """Whether two labellings split the axes alike; which side is called `in` does not matter."""
-    return second in (first, first.translate(str.maketrans(IN + OUT, OUT + IN)))

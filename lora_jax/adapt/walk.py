@@ -48,20 +48,20 @@ class Walker:
     """Runs a jaxpr whose inputs may be adapted weights.
 
     Args:
-        rules: what to do with a primitive that meets an adapted weight, by its name.
+        rules: what to do with a primitive that meets an adapted weight, by its name: `rules.RULES`.
         report: told of every encounter.
         on_materialize: what to do, beyond reporting, where a weight has to be merged.
     """
 
     def __init__(
         self,
-        rules: dict[str, Callable[[Walker, Equation, list[Any]], list[Any]]],
+        rules: dict[str, Any],
         report: Callable[[Encounter], None],
         on_materialize: OnMaterialize,
     ):
         self.rules = rules
         self.report = report
-        self.on_materialize = on_materialize
+        self.on_materialize: OnMaterialize = on_materialize
         self.uses: Counter[str] = Counter()
 
     def inner(self) -> Walker:
@@ -91,11 +91,17 @@ class Walker:
     def _step(self, eqn: Equation, operands: list[Any]) -> list[Any]:
         if not any(isinstance(value, Traced) for value in operands):
             return jax_compat.run_equation(eqn, operands)
-        rule = self.rules.get(eqn.primitive.name)
+        name = eqn.primitive.name
+        entry = self.rules.get(name)
         try:
-            if rule is None:
+            if entry is None:
                 raise Unfactorable("there is no rule for this operation")
-            return rule(self, eqn, operands)
+            unknown = sorted(eqn.params.keys() - entry.params)
+            if unknown:
+                raise Unfactorable(
+                    f"this version of JAX gives {name} a parameter that its rule does not know, {unknown[0]}"
+                )
+            return entry.rule(self, eqn, operands)
         except Unfactorable as reason:
             merged = [self.materialize(value, eqn, str(reason)) for value in operands]
             return jax_compat.run_equation(eqn, merged)
@@ -173,22 +179,24 @@ def _flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[l
 def adapt(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn") -> Callable[..., Any]:
     """Makes a function of parameters take adapted parameters, and compute with their factors.
 
-    `adapt(f)(params, *args) == f(merge_params(params), *args)`: the right side says what is computed, the left side computes
-    it without a gradient of a frozen weight and without a merged copy of the tree. The function is not changed or patched;
-    it is traced over the base weights, and each operation that meets an adapted weight is replaced by its factored form.
+    `adapt(f)(params, *args) == f(merge_params(params), *args)`: the right side says what is computed, the left side
+    computes it without a gradient of a frozen weight and without a merged copy of the tree. The function is not changed
+    or patched; it is traced over the base weights, and each operation that meets an adapted weight is replaced by its
+    factored form.
 
-    Adapted weights may sit in any positional or keyword argument. Everything else is passed as it is: Python numbers stay
-    Python numbers, so `deterministic=True` works; branching on *values computed from weights* fails as under `jit`.
-    Tracing happens at every call, so call the result under `jit`.
+    Adapted weights may sit in any positional or keyword argument. Everything else is passed as it is: Python numbers
+    stay Python numbers, so `deterministic=True` works; branching on *values computed from weights* fails as under
+    `jit`. Tracing happens at every call, so call the result under `jit`.
 
-    Stays factored: matmuls and einsums (the weight on either side, stacked or not), embedding lookups, convolutions; through transposes,
-    reshapes, slices, casts, scalar multiples; inside `jit`, `scan`, `while_loop`, `cond`, `checkpoint`, `shard_map`. Anything else, a
-    `custom_vjp` on the weight itself included, gets the merged weight: right, sometimes slower, never silent.
+    Stays factored: matmuls and einsums (the weight on either side, stacked or not), ragged matmuls, embedding lookups,
+    convolutions; through transposes, reshapes, slices, casts, scalar multiples; inside `jit`, `scan`, `while_loop`,
+    `cond`, `checkpoint`, `shard_map`. Anything else, a `custom_vjp` on the weight itself included, gets the merged
+    weight: right, sometimes slower, never silent.
 
     Args:
         fn: any function of pytrees that JAX can trace.
-        on_materialize: where a weight has to be merged, `"warn"` (`MaterializeWarning`, with the leaf path, the operation and
-            the source line), `"error"` (`MaterializeError`) or `"silent"`. `explain` shows every place.
+        on_materialize: where a weight has to be merged, `"warn"` (`MaterializeWarning`, with the leaf path, the
+            operation and the source line), `"error"` (`MaterializeError`) or `"silent"`. `explain` shows every place.
 
     Returns:
         A function with `fn`'s signature.

@@ -14,7 +14,19 @@ from jax.sharding import NamedSharding
 
 from ..matmul import low_rank_matmul
 from ..paths import SelectionError, Selector, matches_entry, path_key, select, shape_text
-from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, TakeSpec, Unfactorable, is_traced, register
+from ..weights import (
+    IN,
+    OUT,
+    STACK,
+    AdaptedWeight,
+    ConvSpec,
+    DotSpec,
+    RaggedDotSpec,
+    TakeSpec,
+    Unfactorable,
+    is_traced,
+    register,
+)
 from .base import Method, is_number, is_weight, require, rooted
 
 _ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "output"))
@@ -95,9 +107,8 @@ class LoRAWeight(AdaptedWeight):
             raise Unfactorable("an axis that is not a stack axis is a batch axis of the matmul")
         base_out = run(self.base)
 
-        # Every array is brought to `low_rank_matmul`'s shape: one batch axis (stack axes that the matmul batches), one
-        # axis of tokens, one contracted axis. Stack axes that the matmul does not batch meet every token: they are one
-        # more batch axis.
+        # Every array is brought to `low_rank_matmul`'s shape: one axis of tokens, one contracted axis, before them one
+        # batch axis for the stack axes that the matmul batches, and one for those it does not: they meet every token.
         batched = list(spec.weight_batch)
         loose = [axis for axis in self._places(STACK) if axis not in batched]
         expanded = self._places(OUT if label == IN else IN)
@@ -105,26 +116,22 @@ class LoRAWeight(AdaptedWeight):
         pairs = dict(zip(spec.weight_contract, spec.other_contract, strict=True))
         free = [axis for axis in range(other.ndim) if axis not in spec.other_contract + spec.other_batch]
 
-        sizes = {
-            "batch": math.prod(self.shape[axis] for axis in batched),
-            "loose": math.prod(self.shape[axis] for axis in loose),
-            "tokens": math.prod(other.shape[axis] for axis in free),
-            "k": math.prod(self.shape[axis] for axis in contracted),
-            "n": math.prod(self.shape[axis] for axis in expanded),
-        }
+        def size(axes: Sequence[int]) -> int:
+            return math.prod(self.shape[axis] for axis in axes)
+
+        stack = [size(axes) for axes in (batched, loose) if axes]
+        stack_order = [self._places(STACK).index(axis) for axis in batched + loose]
+        tokens_and_k = (math.prod(other.shape[axis] for axis in free), size(contracted))
         compute = jnp.promote_types(other.dtype, self.dtype)
         x = _arranged(self._dropped(other), [*spec.other_batch, *free, *(pairs[axis] for axis in contracted)])
-        x = x.reshape(sizes["batch"], 1, sizes["tokens"], sizes["k"]).astype(compute)
-        x = jnp.broadcast_to(x, (sizes["batch"], sizes["loose"], sizes["tokens"], sizes["k"]))
-        stack_order = [self._places(STACK).index(axis) for axis in batched + loose]
+        x = x.reshape(*([size(batched)] if batched else []), *([1] if loose else []), *tokens_and_k)
+        x = jnp.broadcast_to(x.astype(compute), (*stack, *tokens_and_k))
 
-        def factor(array: jax.Array, last: int) -> jax.Array:
+        def factor(array: jax.Array, axes: Sequence[int]) -> jax.Array:
             array = _arranged(array, stack_order + list(range(len(stack_order), array.ndim)))
-            return array.reshape(sizes["batch"], sizes["loose"], self.rank, last).astype(compute)
+            return array.reshape(*stack, self.rank, size(axes)).astype(compute)
 
-        x, reduce, expand = x, factor(reduce, sizes["k"]), factor(expand, sizes["n"])
-        if sizes["batch"] * sizes["loose"] == 1:
-            x, reduce, expand = x[0, 0], reduce[0, 0], expand[0, 0]
+        reduce, expand = factor(reduce, contracted), factor(expand, expanded)
         y = low_rank_matmul(x, reduce, expand, scale=self.scale, precision=spec.precision)
 
         # Back to the order of `dot_general`: batch axes, free axes of the left operand, free axes of the right one.
@@ -162,8 +169,25 @@ class LoRAWeight(AdaptedWeight):
         compute = jnp.promote_types(other.dtype, self.dtype)
         kernel = jnp.moveaxis(self.a, 0, spec.kernel_out).astype(compute)
         hidden = lax.conv_general_dilated_p.bind(self._dropped(other).astype(compute), kernel, **spec.params)
-        y = jnp.moveaxis(hidden * self.scale, spec.output_feature, -1) @ self.b.astype(compute)
+        # As in `low_rank_matmul`: positions flattened into one axis, the rank before it.
+        hidden = jnp.moveaxis(hidden * self.scale, spec.output_feature, 0)
+        positions, hidden = hidden.shape[1:], hidden.reshape(self.rank, -1).astype(compute)
+        y = lax.dot_general(hidden, self.b.astype(compute), (((0,), (0,)), ((), ())), spec.params["precision"])
+        y = y.reshape(*positions, y.shape[-1])
         return base_out + jnp.moveaxis(y, -1, spec.output_feature).astype(base_out.dtype)
+
+    def ragged_dot(
+        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        _, reduce, expand = self._direction((spec.weight_contract,))
+        if self._places(STACK) != [spec.weight_group] or self.ndim != 3:
+            raise Unfactorable(f"the labels {self.axes!r} do not fit a ragged matmul over axis {spec.weight_group}")
+        base_out = run(self.base)
+        compute = jnp.promote_types(other.dtype, self.dtype)
+        x, reduce, expand = self._dropped(other).astype(compute), reduce.astype(compute), expand.astype(compute)
+        hidden = lax.ragged_dot(x, reduce.swapaxes(1, 2), sizes, precision=spec.precision)
+        y = lax.ragged_dot(hidden * self.scale, expand, sizes, precision=spec.precision)
+        return base_out + y.astype(base_out.dtype)
 
     def _places(self, label: str) -> list[int]:
         return [axis for axis, own in enumerate(self.axes) if own == label]
