@@ -101,9 +101,7 @@ def find_base(source: str | os.PathLike[str]) -> Path:
         return folder
     name = os.fspath(source)
     if not isinstance(source, str) or not _HUB_NAME.fullmatch(name) or ".." in name:
-        raise FileError(
-            f"'{name}' doesn't exist, and isn't a hub name (`owner/name` or `owner/name@revision`) either."
-        )
+        raise FileError(f"'{name}' doesn't exist, and isn't a hub name (`owner/name` or `owner/name@revision`).")
     repo, _, revision = name.partition("@")
     repo = ALIASES.get(repo, repo)
     known = KNOWN.get(repo) if not revision else None
