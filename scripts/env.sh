@@ -63,12 +63,12 @@ pip_install() {
   shift
   log=$folder/install.log
   if ! "$folder/bin/python" -m pip install --no-warn-script-location "$@" >"$log" 2>&1; then
-    tail -n 15 "$log" >&2
-    echo >&2
-    if grep -qiE 'connection|resolve host|name resolution|timed out|network is unreachable|proxy' "$log"; then
+    if grep -qiE 'connection broken|name resolution|resolve host|timed out|unreachable|proxy' "$log"; then
       fail "the package index can't be reached: check the network (and PIP_INDEX_URL or HTTPS_PROXY, if you need them)." \
         "All that pip said is in $log."
     fi
+    tail -n 15 "$log" >&2
+    echo >&2
     fail "pip install $* failed. All that it said is in $log."
   fi
 }
@@ -82,7 +82,7 @@ install_once() {
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     return
   fi
-  echo "installing $* into $folder (a minute or a few)"
+  echo "installing $* into $folder (takes a minute or more)"
   pip_install "$folder" "$@"
   printf '%s' "$wanted" >"$stamp"
   echo "installed in $((SECONDS - start)) s"
