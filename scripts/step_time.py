@@ -61,7 +61,8 @@ class Candidate:
         self.step = step.lower(self.trainable, self.state, self.frozen, *batch).compile()
         self.optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
         cost, memory = self.step.cost_analysis(), self.step.memory_analysis()
-        assert cost and memory, "this backend tells neither FLOPs nor memory"
+        assert cost, "this backend tells no FLOPs"
+        assert memory, "this backend tells no memory"
         self.gflops = cost["flops"] / 1e9
         self.temporary_mb = memory.temp_size_in_bytes / 1e6
 
