@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 NAME = "demo"
 HELP = "fine-tune, compare, merge and classify on the shipped messages"
 DESCRIPTION = """\
-On the shipped messages, labelled by what their writer does: fine-tunes with LoRA, shows the frozen base, BitFit and full
-fine-tuning beside it, merges the adapter into its base, and classifies three sentences."""
+On the shipped messages, labelled by what their writer does: fine-tunes with LoRA, shows the frozen base, BitFit and
+full fine-tuning beside it, merges the adapter into its base, and classifies three sentences."""
 EPILOG = """\
 example:
   lora-jax demo --output runs/demo"""
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from lora_jax import data
     from lora_jax.training import TrainConfig, train
     from lora_jax.training.config import DEFAULT_BASE
     from lora_jax.training.progress import LiveProgress
@@ -45,7 +46,9 @@ def run(args: argparse.Namespace) -> None:
     for method in METHODS:
         print(f"\n{method}: fine-tuning on the shipped messages", flush=True)
         config = TrainConfig(
-            **_data(),
+            train=str(data.path("train")),
+            dev=str(data.path("dev")),
+            test=str(data.path("test")),
             base=getattr(args, "base", DEFAULT_BASE),
             method=method,
             epochs=args.epochs,
@@ -57,12 +60,6 @@ def run(args: argparse.Namespace) -> None:
             results[method] = train(config, on_progress=progress)
     _show_comparison(results)
     _merge_and_classify(results["lora"], output / "merged")
-
-
-def _data() -> dict[str, str]:
-    from lora_jax.data import path
-
-    return {split: str(path(split)) for split in ("train", "dev", "test")}
 
 
 def _show_comparison(results: dict[str, RunResult]) -> None:
@@ -93,6 +90,7 @@ def _merge_and_classify(result: RunResult, folder: Path) -> None:
     import numpy as np
 
     import lora_jax as lj
+    from lora_jax import data
     from lora_jax.training.data import read_examples
     from lora_jax.training.merging import merge_adapter
     from lora_jax.training.predict import Predictor, load_predictor
@@ -111,7 +109,7 @@ def _merge_and_classify(result: RunResult, folder: Path) -> None:
         tokenizer=lj.models.load_tokenizer(folder),
         max_length=adapted.max_length,
     )
-    texts = read_examples(_data()["test"], text="text").texts
+    texts = read_examples(str(data.path("test")), text="text").texts
     ours, theirs = adapted.outputs(texts), merged.outputs(texts)
     agree = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     print_facts(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from . import demo, evaluate, inspect, merge, predict, train
-
 
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
 _EXTRAS = {"datasets", "flax", "grain", "huggingface_hub", "orbax", "rich", "sklearn", "tokenizers", "yaml"}
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     name = f"lora-jax {args.command}"
     try:
-        args.run(args)
+        with contextlib.nullcontext() if args.traceback else _quiet_libraries():
+            args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `lora-jax predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -50,6 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """A failed save reaches the user as one line; Orbax's threads and its log would print pages beside it."""
+    logger, hook = logging.getLogger("absl"), threading.excepthook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    threading.excepthook = lambda args: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        threading.excepthook = hook
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Flags that commands share, and how they become a `TrainConfig`. A flag that isn't given leaves the YAML file's value."""
+"""Flags that commands share, and how they become a `TrainConfig`; one that isn't given leaves the YAML file's value."""
 
 from __future__ import annotations
 

@@ -76,11 +76,9 @@ def _rows(args: argparse.Namespace, saved: TaskFile, text: str, pair: str | None
     if args.input == "-":
         yield from _parsed(sys.stdin.buffer, "standard input", as_json, text, pair)
         return
-    try:
-        file = Path(args.input).open("rb")
-    except OSError as error:
-        raise DataError(f"{args.input} can't be read: {error.strerror}.") from None
-    with file:
+    if not Path(args.input).is_file():
+        raise DataError(f"{args.input} doesn't exist or is no file.")
+    with Path(args.input).open("rb") as file:
         yield from _parsed(file, args.input, as_json, text, pair)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,17 +29,6 @@ def save(checkpoints, step, score=None, **options):
 
 def steps(folder):
     return sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
-
-
-@contextlib.contextmanager
-def full_disk(limit):
-    """No file may grow beyond `limit` bytes: writing fails as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
@@ -93,25 +79,6 @@ def test_nothing_of_a_state_that_is_not_finite(tmp_path):
             save(checkpoints, 2, value=jnp.nan)
         assert caught.value.step == 2
     assert steps(tmp_path) == [1]
-
-
-# Orbax's own threads raise beside the main one.
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-def test_full_disk_leaves_the_earlier_one_whole(tmp_path):
-    second = Checkpoint(state(2, width=50_000), jax.random.key(7), {})
-    message = r"step 2 can't be written .*the one of step 1 is whole; free some space"
-    with Checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, 1, 0.5)
-        with full_disk(500), pytest.raises(CheckpointError, match=message):
-            checkpoints.save(second, score=0.9)
-        assert checkpoints.last_step == 1
-    assert steps(tmp_path) == [1]
-    with Checkpoints(tmp_path) as checkpoints:
-        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, state(0)).state, state(1))
-        save(checkpoints, 2, 0.9)  # and goes on when there is space
-        assert checkpoints.last_step == 2
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):

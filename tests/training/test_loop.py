@@ -13,7 +13,6 @@ import pytest
 import lora_jax as lj
 from lora_jax import files
 from lora_jax.training import (
-    CheckpointError,
     NotFiniteError,
     RunFolderError,
     TrainConfig,
@@ -24,7 +23,6 @@ from lora_jax.training import (
 from lora_jax.training.data import read_examples
 from lora_jax.training.events import Evaluated, Note, StepDone
 from lora_jax.training.setup import prepare
-from tests.training.test_checkpoint import full_disk
 
 
 class Interrupted(Exception):
@@ -261,27 +259,3 @@ def test_a_learning_rate_that_explodes(options, tmp_path):
     config = TrainConfig(**{**options, "lr": 1e38, "clip_norm": None, "warmup": 0.0}, output=str(tmp_path / "run"))
     with pytest.raises(NotFiniteError, match=r"became (nan|inf) at step \d+ of 40.*lower `lr` \(it is 1e\+38\)"):
         train(config)
-
-
-# Orbax's own threads raise beside the main one.
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-def test_full_disk_in_a_run(finished, options, tmp_path):
-    config = TrainConfig(**options, output=str(tmp_path / "run"))
-    with pytest.raises(Interrupted):
-        train(config, on_progress=interrupt_at(10))
-
-    def fill_the_disk(event):
-        if isinstance(event, StepDone) and event.step == 16:
-            limit.__enter__()
-
-    limit = full_disk(2_000)
-    try:
-        with pytest.raises(CheckpointError, match=r"The checkpoint of step 16 can't be written .*step 8 is whole"):
-            train(config, on_progress=fill_the_disk)
-    finally:
-        limit.__exit__(None, None, None)
-    result = train(config)  # the same command, with space again
-    assert result.resumed_from == 8
-    assert_same_run(result.output, finished.output)

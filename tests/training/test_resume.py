@@ -1,4 +1,4 @@
-"""Killed by SIGKILL, at random steps and in the middle of a save, a run ends with the same bits."""
+"""Killed by SIGKILL at random steps and in the middle of a save, or out of disk, a run ends with the same bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lora_jax import files
-from lora_jax.training import TrainConfig
+from lora_jax.training import TrainConfig, train
 from lora_jax.training.config import write_yaml
 
 # argv: config.yaml, what to die in ("step", "save" or "nothing"), at which step or save.
@@ -45,15 +45,45 @@ train(TrainConfig.from_dict(read_yaml(path)), on_progress=listen)
 """
 
 
-def run(config: TrainConfig, folder: Path, where: str = "nothing", number: int = 0) -> int:
+# argv: config.yaml. From step 16 on no file may grow beyond 2,000 bytes: writing fails as it does on a full disk.
+FULL_DISK = """
+import resource, sys
+from lora_jax.cli.main import main
+from lora_jax.training.events import StepDone
+from lora_jax.training.progress import LiveProgress
+
+show = LiveProgress.__call__
+
+def fill_the_disk(self, event):
+    show(self, event)
+    if isinstance(event, StepDone) and event.step == 16:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+
+LiveProgress.__call__ = fill_the_disk
+sys.exit(main(["train", "--config", sys.argv[1]]))
+"""
+
+
+def execute(program: str, config: TrainConfig, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     write_yaml(folder / "config.yaml", config)
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),  # pyright: ignore[reportAttributeAccessIssue]
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    command = [sys.executable, "-c", RUN, str(folder / "config.yaml"), where, str(number)]
-    return subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode
+    command = [sys.executable, "-c", program, str(folder / "config.yaml"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run(config: TrainConfig, folder: Path, where: str = "nothing", number: int = 0) -> int:
+    return execute(RUN, config, folder, where, str(number)).returncode
+
+
+def assert_same_adapter(ours: Path, theirs: Path, note: str = "") -> None:
+    mine, other = (files.read_safetensors(path / "adapter" / "adapter.safetensors") for path in (ours, theirs))
+    assert mine.keys() == other.keys()
+    for name, value in mine.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=f"{name}, {note}")
 
 
 @pytest.mark.slow
@@ -70,12 +100,7 @@ def test_sigkill_at_random_steps(options, tmp_path):
         assert run(broken, tmp_path, where, number) in (-signal.SIGKILL, 0)
     assert run(broken, tmp_path) == 0
 
-    ours, theirs = (
-        files.read_safetensors(tmp_path / name / "adapter" / "adapter.safetensors") for name in ("broken", "whole")
-    )
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=f"{name}, killed at {first}, in a save, at {second}")
+    assert_same_adapter(tmp_path / "broken", tmp_path / "whole", f"killed at {first}, in a save, at {second}")
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("broken", "whole")]
     assert results[0]["metrics"] == results[1]["metrics"]
 
@@ -83,3 +108,19 @@ def test_sigkill_at_random_steps(options, tmp_path):
 def last_checkpoint(folder: Path) -> int | None:
     steps = [int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*[0-9]")]
     return max(steps, default=None)
+
+
+@pytest.mark.slow
+def test_full_disk(finished, options, tmp_path):
+    config = TrainConfig(**options, output=str(tmp_path / "run"))
+    process = execute(FULL_DISK, config, tmp_path)
+    assert process.returncode == 2
+    message = process.stderr.splitlines()[-1]
+    assert message.startswith("lora-jax train: error: The checkpoint of step 16 can't be written to")
+    assert "Of the checkpoints, the one of step 8 is whole; free some space and start the same command" in message
+    assert "Traceback" not in process.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_8"]
+
+    result = train(config)  # the same command, with space again
+    assert result.resumed_from == 8
+    assert_same_adapter(result.output, finished.output)

@@ -1,0 +1,284 @@
+"""Every command, from its flags to what it prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lora_jax import files
+from lora_jax.cli import demo
+from lora_jax.cli.main import main, make_parser
+from lora_jax.training import load_predictor
+from lora_jax.training.config import TrainConfig, read_yaml
+
+COMMANDS = ("train", "eval", "predict", "merge", "inspect", "demo")
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_reads_well(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(command, "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "example" in text
+    assert f"lora-jax {command}" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    text = capsys.readouterr().out
+    assert all(f"\n    {command} " in text for command in COMMANDS)
+
+
+def test_python_dash_m():
+    process = subprocess.run([sys.executable, "-m", "lora_jax", "--help"], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0
+    assert process.stdout.startswith("usage: lora-jax")
+
+
+def test_help_imports_nothing_heavy():
+    # Beyond what `import lora_jax` itself needs.
+    code = (
+        "import sys; from lora_jax.cli.main import make_parser; make_parser().format_help(); "
+        "print([m for m in ('flax', 'orbax', 'grain', 'datasets', 'sklearn', 'rich', 'yaml') if m in sys.modules])"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.stdout.strip() == "[]", process.stderr
+
+
+def parsed(*arguments) -> TrainConfig:
+    from lora_jax.cli.options import make_config
+
+    return make_config(make_parser().parse_args(["train", *arguments]))
+
+
+def test_flags_become_a_config():
+    config = parsed(
+        *("--train", "a.tsv", "--output", "out", "--text", "sentence", "--text-pair", "b", "--label", "y"),
+        *("--method", "lora", "--rank", "4", "--alpha", "2", "--targets", "query", "value", "--lora-dropout", "0.1"),
+        *("--lr", "lora_a=1e-3,lora_b=2e-3,head=1e-2", "--clip-norm", "none", "--dropout", "0", "--seed", "3"),
+        *("--schedule", "cosine", "--warmup", "0.1", "--accumulate", "4", "--steps", "9", "--tensorboard"),
+    )
+    assert (config.text, config.text_pair, config.label) == ("sentence", "b", "y")
+    assert (config.method.rank, config.method.alpha, config.method.dropout) == (4, 2, 0.1)
+    assert config.method.targets == ("query", "value")
+    assert config.lr == {"lora_a": 1e-3, "lora_b": 2e-3, "head": 1e-2}
+    assert (config.clip_norm, config.dropout, config.seed, config.steps, config.tensorboard) == (None, 0.0, 3, 9, True)
+
+
+def test_one_preset_is_a_preset_and_names_are_names():
+    assert parsed("--train", "a", "--output", "b", "--targets", "mlp").method.targets == "mlp"
+    assert parsed("--train", "a", "--output", "b", "--targets", "query").method.targets == ("query",)
+
+
+def test_flags_go_over_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train: a.tsv\noutput: out\nseed: 1\nmethod: {name: lora, rank: 2, alpha: 4}\n")
+    config = parsed("--config", str(path), "--seed", "2", "--alpha", "8")
+    assert (config.seed, config.method.rank, config.method.alpha) == (2, 2, 8)
+    assert parsed("--config", str(path), "--method", "bitfit").method.targets == "all"
+
+
+def test_train_eval_predict_merge(options, data, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    flags = [f for key in ("train", "dev", "test", "base") for f in (f"--{key}", options[key])]
+    flags += ["--output", output, "--epochs", 5, "--batch-size", 8, "--lr", 3e-2, "--dropout", 0.02, "--buckets", 1]
+    assert run("train", *flags) == 0
+    captured = capsys.readouterr()
+    results = json.loads((output / "results.json").read_text())
+    assert f"{results['trainable']:,} of {results['total']:,} parameters" in captured.out
+    assert f"accuracy {100 * results['metrics']['test']['accuracy']:.1f} %" in captured.out
+    assert "step 40/40" in captured.err
+    assert read_yaml(output / "config.yaml")["lr"] == 0.03
+
+    assert run("eval", "--adapter", output, "--test", data["test"], "--json") == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["accuracy"] == pytest.approx(results["metrics"]["test"]["accuracy"])
+    assert scored["rows"] == 12
+    assert run("eval", "--adapter", output, "--test", data["test"]) == 0
+    assert f"accuracy {100 * scored['accuracy']:.1f} %" in capsys.readouterr().out
+
+    assert run("merge", "--adapter", output, "--output", tmp_path / "merged") == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good great\n\nbad poor hate\n")))
+    assert run("predict", "--adapter", output) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["text"], row["label"]) for row in rows] == [("good great", "pos"), ("bad poor hate", "neg")]
+
+
+def rows_of(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_predict_reads_jsonl_and_passes_fields_through(finished, tmp_path, capsys):
+    lines = [{"id": 7, "text": "good great", "label": "old"}, {"id": 8, "text": "naïve", "probability": 2}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert run("predict", "--adapter", finished.output, "--all", tmp_path / "a.jsonl") == 0
+    first, second = rows_of(capsys)
+    expected = load_predictor(finished.output).predict(["good great"])[0]
+    assert first["label"] == expected.label
+    assert first["probability"] == pytest.approx(expected.probability)
+    assert list(first["probabilities"]) == ["neg", "pos"]
+    assert (first["id"], first["given_label"]) == (7, "old")
+    assert (second["id"], second["text"], second["given_probability"]) == (8, "naïve", 2)
+
+
+def test_predict_reads_columns(finished, data, capsys):
+    assert run("predict", "--adapter", finished.output, data["test"]) == 0
+    assert len(rows_of(capsys)) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gone.txt", None, r"gone.txt doesn't exist"),
+        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8 (byte 1)"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' holds 3, and a text is expected. The fields are text"),
+        ("a.jsonl", b"good\n", "line 1 is not JSON"),
+        ("a.tsv", b"sentence\ngood\n", "has no column 'text'"),
+    ],
+)
+def test_predict_tells_what_is_wrong_with_the_input(name, content, message, finished, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run("predict", "--adapter", finished.output, tmp_path / name) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lora-jax predict: error: ")
+    assert message in error
+
+
+def test_predict_of_pairs_needs_fields(finished, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("good\n")
+    assert run("predict", "--adapter", finished.output, "--text-pair", "b", tmp_path / "a.txt") == 2
+    assert "takes pairs: give JSONL with the fields 'text' and 'b'" in capsys.readouterr().err
+
+
+def test_eval_names_an_unknown_label(finished, tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("text\tlabel\ngood\tpos\nbad\tawful\n")
+    assert run("eval", "--adapter", finished.output, "--test", tmp_path / "a.tsv") == 2
+    assert "a.tsv, row 2 has the label 'awful'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "full"])
+def test_inspect_foretells_what_is_saved(method, base, data, options, tmp_path, capsys):
+    flags = ("--base", base, "--method", method, "--train", data["train"])
+    assert run("inspect", *flags, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert run("train", *flags, "--steps", 1, "--output", tmp_path / "out", "--dropout", 0.02, "--buckets", 1) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (report["trainable"], report["total"]) == (results["trainable"], results["total"])
+    saved = files.read_safetensors(tmp_path / "out" / "adapter" / "adapter.safetensors")
+    assert report["adapter_bytes"] == sum(tensor.nbytes for tensor in saved.values())
+    # The rest of the file is its header: names, dtypes, shapes and places.
+    header = results["adapter_bytes"] - report["adapter_bytes"]
+    assert 0 < header < 150 * (len(saved) + 1)
+    assert sum(group["params"] for group in report["groups"]) == report["trainable"]
+    assert sum(params for params, _ in report["per_label"].values()) == report["total"]
+    # Two moments of every trained number, and a counter or two a label.
+    assert 0 <= report["optimizer_bytes"] - 2 * report["trainable_bytes"] <= 64
+    capsys.readouterr()
+    assert run("inspect", *flags) == 0
+    assert f"{report['trainable']:,} of {report['total']:,} parameters" in capsys.readouterr().out
+
+
+def test_inspect_an_adapter(finished, capsys):
+    assert run("inspect", "--adapter", finished.output, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    saved = files.read_safetensors(finished.adapter / "adapter.safetensors")
+    assert report["method"]["name"] == "LoRA"
+    assert {t["name"]: t["norm"] for t in report["tensors"]} == pytest.approx(
+        {name: float(np.linalg.norm(tensor)) for name, tensor in saved.items()}, rel=1e-5
+    )
+    assert run("inspect", "--adapter", finished.output) == 0
+    text = capsys.readouterr().out
+    assert "labels       neg, pos" in text
+    assert "classifier/kernel" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--output", "x"), "`train` is missing"),
+        (("train", "--train", "gone.tsv", "--output", "x"), "gone.tsv doesn't exist"),
+        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`rank` must be an integer of at least 1"),
+        (("train", "--train", "a", "--output", "x", "--method", "bitfit", "--rank", "4"), "no option of bitfit"),
+        (("train", "--config", "gone.yaml"), "gone.yaml doesn't exist"),
+        (("merge", "--adapter", "gone", "--output", "x"), "gone holds no adapter of a run"),
+        (("inspect", "--targets", "qurey"), "`targets`"),
+        (("inspect", "--rank", "5000"), "`rank` 5000 is larger than"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "inspect":
+        arguments = (*arguments, "--base", base)
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"lora-jax {arguments[0]}: error: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_traceback_on_request(tmp_path):
+    with pytest.raises(ValueError, match=r"doesn't exist"):
+        run("train", "--train", tmp_path / "gone.tsv", "--output", "x", "--traceback")
+
+
+def test_defects_are_not_hidden(monkeypatch):
+    from lora_jax.cli import inspect
+
+    def broken(args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(inspect, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("inspect")
+
+
+def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
+    from lora_jax.cli import train
+
+    def without(args):
+        raise ModuleNotFoundError("No module named 'grain'", name="grain")
+
+    monkeypatch.setattr(train, "run", without)
+    assert run("train") == 2
+    assert "grain is not installed: pip install 'lora_jax[train]'" in capsys.readouterr().err
+
+
+def test_interruption_says_how_to_go_on(monkeypatch, capsys):
+    from lora_jax.cli import train
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert run("train") == 130
+    assert "goes on from its last checkpoint with the same command" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo(base, tmp_path, capsys):
+    started = time.monotonic()
+    assert run("demo", "--base", base, "--epochs", 1, "--output", tmp_path / "demo") == 0
+    text = capsys.readouterr().out
+    for method in demo.METHODS:
+        assert f"\n {method} " in text
+    assert "96 of 96 test predictions" in text
+    assert all(sentence in text for sentence in demo.SENTENCES)
+    assert time.monotonic() - started < 300
