@@ -31,7 +31,7 @@ from .masks import label_params
 from .methods import Method
 from .methods.base import FROZEN
 from .paths import flatten_with_paths, leaves_by_path, nearest, shape_text
-from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted
+from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
 FORMAT, VERSION = "lora_jax adapter", 1
@@ -165,7 +165,7 @@ def load_adapter(
             raise AdapterError(
                 f"{folder}: `{name}` has the shape {array.shape}, and the base's leaf has {tuple(base.shape)}"
             )
-        trained[name] = _placed(array, base)
+        trained[name] = _placed(array, placement(base))
 
     if check_base != "ignore":
         whole = {path: trained[path] for path in description["adapted"]}
@@ -272,9 +272,8 @@ def _base_leaf(path: str, leaves: Mapping[str, Any], folder: Path) -> Any:
     return leaves[path]
 
 
-def _placed(array: np.ndarray, like: Any) -> jax.Array:
-    """On the device, split as the base's leaf is; the dtype stays the saved one."""
-    return jax.device_put(array, like.sharding) if isinstance(like, jax.Array) else jnp.asarray(array)
+def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
+    return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
 
 
 def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], folder: Path) -> AdaptedWeight:
@@ -299,7 +298,8 @@ def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], 
     problem = node.misfit({name: array.shape for name, array in arrays.items()})
     if problem:
         raise AdapterError(f"{folder}: `{path}`: {problem}")
-    return dataclasses.replace(node, **{name: jnp.asarray(array) for name, array in arrays.items()})
+    places = node.placements()
+    return dataclasses.replace(node, **{name: _placed(array, places.get(name)) for name, array in arrays.items()})
 
 
 def _static(node: AdaptedWeight) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .paths import flatten_with_paths
-from .weights import AdaptedWeight, is_adapted, is_traced
+from .weights import AdaptedWeight, is_adapted, is_traced, placement, wider
 
 
 def merge_params(params: Any, *, dtype: Any = None) -> Any:
@@ -52,10 +52,9 @@ def _merged(path: str, node: AdaptedWeight, dtype: Any) -> jax.Array:
             raise ValueError(
                 f"cannot merge `{path}`: its factor `{name}` holds NaN or infinity; load an earlier checkpoint"
             )
-    sharding = node.base.sharding if isinstance(node.base, jax.Array) else None
     # One function object: leaves of equal shapes and placement share what is compiled for it.
-    return jax.jit(_fold, static_argnames="dtype", out_shardings=sharding)(node, dtype=dtype)
+    return jax.jit(_fold, static_argnames="dtype", out_shardings=placement(node.base))(node, dtype=dtype)
 
 
 def _fold(node: AdaptedWeight, dtype: Any) -> jax.Array:
-    return node.with_base(node.base.astype(jnp.promote_types(node.dtype, dtype))).merge().astype(dtype)
+    return node.with_base(node.base.astype(wider(node.dtype, dtype))).merge().astype(dtype)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 IN, OUT, STACK = "i", "o", "s"
 
@@ -228,6 +229,17 @@ class AdaptedWeight:
         }
         return dataclasses.replace(self, base=spec, **specs)
 
+    def placements(self) -> dict[str, Sharding]:
+        """Where the node's own arrays belong: on the device of the base, split where its shared axes are split.
+
+        Empty where JAX places the base as it likes; it may then do so with these.
+        """
+        sharding = placement(self.base)
+        if isinstance(sharding, NamedSharding):
+            specs = dataclasses.replace(self, **dict.fromkeys(self.fields, ...)).partition_specs(sharding.spec)
+            return {name: NamedSharding(sharding.mesh, getattr(specs, name)) for name in self.fields}
+        return dict.fromkeys(self.fields, sharding) if isinstance(sharding, SingleDeviceSharding) else {}
+
     def each(self, function: Callable[[jax.Array], jax.Array]) -> Self:
         """Applies `function` to the base and to every array of the method's own."""
         return jax.tree.map(function, self)
@@ -298,6 +310,21 @@ def register(cls: type[Node]) -> type[Node]:
 def is_adapted(node: Any) -> bool:
     """Whether `node` is an adapted weight; pass it as `is_leaf` to treat such nodes as leaves."""
     return isinstance(node, AdaptedWeight)
+
+
+def placement(leaf: Any) -> Sharding | None:
+    """The sharding that an array was given on purpose; `None` where JAX chose one, and may move it.
+
+    To give an array a sharding, be it the one it has, makes it another argument to a compiled function.
+    """
+    given = isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.committed
+    return leaf.sharding if given else None
+
+
+def wider(first: Any, second: Any) -> Any:
+    """The dtype to compute in with arrays of both; strict promotion forbids what is implicit, and this is not."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(first, second)
 
 
 def is_traced(tree: Any) -> bool:

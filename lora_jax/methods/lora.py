@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
 
 from ..matmul import low_rank_matmul
 from ..paths import SelectionError, Selector, matches_entry, path_key, select, shape_text
@@ -24,8 +23,8 @@ from ..weights import (
     RaggedDotSpec,
     TakeSpec,
     Unfactorable,
-    is_traced,
     register,
+    wider,
 )
 from .base import Method, is_number, is_weight, require, rooted
 
@@ -77,7 +76,7 @@ class LoRAWeight(AdaptedWeight):
         return lax.transpose(product, [order.index(axis) for axis in range(len(order))])
 
     def merge(self) -> jax.Array:
-        wide = jnp.promote_types(self.base.dtype, jnp.float32)
+        wide = wider(self.base.dtype, jnp.float32)
         return (self.base.astype(wide) + self.delta().astype(wide)).astype(self.base.dtype)
 
     def label(self, method_labels: bool) -> Self:
@@ -122,7 +121,7 @@ class LoRAWeight(AdaptedWeight):
         stack = [size(axes) for axes in (batched, loose) if axes]
         stack_order = [self._places(STACK).index(axis) for axis in batched + loose]
         tokens_and_k = (math.prod(other.shape[axis] for axis in free), size(contracted))
-        compute = jnp.promote_types(other.dtype, self.dtype)
+        compute = wider(other.dtype, self.dtype)
         x = _arranged(self._dropped(other), [*spec.other_batch, *free, *(pairs[axis] for axis in contracted)])
         x = x.reshape(*([size(batched)] if batched else []), *([1] if loose else []), *tokens_and_k)
         x = jnp.broadcast_to(x.astype(compute), (*stack, *tokens_and_k))
@@ -166,7 +165,7 @@ class LoRAWeight(AdaptedWeight):
         if self._places(OUT) != [spec.kernel_out] or self._places(STACK):
             raise Unfactorable(f"the labels {self.axes!r} do not fit a kernel whose output axis is {spec.kernel_out}")
         base_out = run(self.base)
-        compute = jnp.promote_types(other.dtype, self.dtype)
+        compute = wider(other.dtype, self.dtype)
         kernel = jnp.moveaxis(self.a, 0, spec.kernel_out).astype(compute)
         hidden = lax.conv_general_dilated_p.bind(self._dropped(other).astype(compute), kernel, **spec.params)
         # As in `low_rank_matmul`: positions flattened into one axis, the rank before it.
@@ -183,7 +182,7 @@ class LoRAWeight(AdaptedWeight):
         if self._places(STACK) != [spec.weight_group] or self.ndim != 3:
             raise Unfactorable(f"the labels {self.axes!r} do not fit a ragged matmul over axis {spec.weight_group}")
         base_out = run(self.base)
-        compute = jnp.promote_types(other.dtype, self.dtype)
+        compute = wider(other.dtype, self.dtype)
         x, reduce, expand = self._dropped(other).astype(compute), reduce.astype(compute), expand.astype(compute)
         hidden = lax.ragged_dot(x, reduce.swapaxes(1, 2), sizes, precision=spec.precision)
         y = lax.ragged_dot(hidden * self.scale, expand, sizes, precision=spec.precision)
@@ -340,10 +339,12 @@ class LoRA(Method):
                 a = jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0) / math.sqrt(fan_in)
             return a, jnp.zeros((*sizes(STACK), rank, *sizes(OUT)), jnp.float32)
 
-        placed = _factor_shardings(base, axes)
-        a, b = (jax.jit(start, out_shardings=placed) if placed else start)(path_key(key, path))
         scale = alpha / rank if self.scaling == "standard" else alpha / math.sqrt(rank)
-        return LoRAWeight(base, a, b, scale=float(scale), axes=axes, dropout=float(self.dropout))
+        node = LoRAWeight(base, None, None, scale=float(scale), axes=axes, dropout=float(self.dropout))
+        if places := node.placements():
+            start = jax.jit(start, out_shardings=(places["a"], places["b"]))
+        a, b = start(path_key(key, path))
+        return dataclasses.replace(node, a=a, b=b)
 
     def _overridden(
         self, default: Any, overrides: Mapping[str, Any], chosen: list[str], argument: str
@@ -408,11 +409,3 @@ def _is_linear(path: str, uses: Mapping[str, Any]) -> bool:
         and use.op in ("dot_general", "conv_general_dilated", "ragged_dot_general")
     )
     return linear and not any(matches_entry(path, head) for head in _OUTPUT_HEADS)
-
-
-def _factor_shardings(base: Any, axes: str) -> tuple[NamedSharding, NamedSharding] | None:
-    """Factors lie where the axes that they share with a sharded base lie; the rank is not split."""
-    if not isinstance(base, jax.Array) or is_traced(base) or not isinstance(base.sharding, NamedSharding):
-        return None
-    specs = LoRAWeight(base, ..., ..., scale=1.0, axes=axes).partition_specs(base.sharding.spec)
-    return NamedSharding(base.sharding.mesh, specs.a), NamedSharding(base.sharding.mesh, specs.b)
