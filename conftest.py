@@ -1,0 +1,17 @@
+"""What doctests find in their namespace, beside what each imports for itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lora_jax as lj
+
+
+@pytest.fixture(autouse=True)
+def _names(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace.update(jax=jax, jnp=jnp, lj=lj, optax=optax)

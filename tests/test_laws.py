@@ -1,0 +1,528 @@
+"""The laws of the core (docs/design.md), over the table of models, in float32 and bfloat16, jitted and not.
+
+Errors are maximum norms relative to the largest value of the tree. Float32: 1e-5, some hundred roundings. Bfloat16:
+3e-2, for a merged weight is rounded to 8 bits before it is used, and a factored one never is.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+from lora_jax.methods.base import FROZEN
+from lora_jax.paths import flatten_with_paths, leaves_by_path
+from lora_jax.weights import is_adapted
+
+from .models_table import TABLE, case
+
+# In full for LoRA and BitFit; the two that change nothing in the model, on two models.
+PAIRS = [(name, method) for name in TABLE for method in ("lora", "bitfit")]
+PAIRS += [(name, method) for name in ("plain", "nnx_mlp") for method in ("full", "frozen")]
+
+every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
+every_model = pytest.mark.parametrize("name", TABLE)
+in_each_dtype = pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name in TABLE for dtype in ("float32", "bfloat16")]
+)
+# Every operation is compiled alone, which takes its time: bfloat16 on one model only.
+unjitted = pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in TABLE), ("plain", "bfloat16")])
+
+
+def error(found: Any, wanted: Any) -> float:
+    """The largest difference of two trees, relative to the largest value of the second."""
+    chex.assert_trees_all_equal_shapes(found, wanted)
+    found, wanted = ([np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)] for tree in (found, wanted))
+    largest = max(np.abs(leaf).max() for leaf in wanted)
+    return max(np.abs(a - b).max() for a, b in zip(found, wanted, strict=True)) / largest
+
+
+def loss_of(output: jax.Array) -> jax.Array:
+    """Cross entropy with fixed classes: its gradient reaches every logit."""
+    classes = jnp.arange(output.shape[0]) % output.shape[-1]
+    return optax.softmax_cross_entropy_with_integer_labels(output.astype(jnp.float32), classes).mean()
+
+
+def split(params: Any, method: lj.Method) -> lj.Partition:
+    return lj.partition(params, lj.trainable_mask(params, method))
+
+
+class Outcome(NamedTuple):
+    """What a function computes of a split tree: its output, and the gradient of a loss for every trainable leaf."""
+
+    output: jax.Array
+    gradients: Any
+
+
+def outcome_of(apply: Callable[..., jax.Array]) -> Callable[..., Outcome]:
+    def run(trainable: Any, frozen: Any, x: jax.Array) -> Outcome:
+        def loss(trainable: Any) -> tuple[jax.Array, jax.Array]:
+            output = apply(lj.combine(trainable, frozen), x)
+            return loss_of(output), output
+
+        gradients, output = jax.grad(loss, has_aux=True)(trainable)
+        return Outcome(output, gradients)
+
+    return run
+
+
+# Compiled once for all laws: a second trace, for whatever adapter or merged tree, is an error (law 3).
+
+
+def traced_once(fn: Callable[..., Any], *row: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return fn(*args)
+
+    run.__name__ = "_".join([fn.__name__, *row])  # by which chex tells functions apart
+    return jax.jit(chex.assert_max_traces(run, n=1))
+
+
+@functools.cache
+def adapted(name: str, dtype: str = "float32", method: str = "lora") -> Callable[..., Outcome]:
+    run = outcome_of(lj.adapt(case(name, dtype).apply, on_materialize="error"))
+    return traced_once(run, "adapted", name, dtype, method)
+
+
+@functools.cache
+def merged(name: str, dtype: str = "float32") -> Callable[..., Outcome]:
+    apply = case(name, dtype).apply
+    return traced_once(outcome_of(lambda params, x: apply(lj.merge_params(params), x)), "merged", name, dtype)
+
+
+@functools.cache
+def plain(name: str, dtype: str = "float32") -> Callable[..., jax.Array]:
+    """The model as it is, jitted and called once on the base."""
+    row = case(name, dtype)
+    apply = traced_once(row.apply, "plain", name, dtype)
+    apply(row.params, row.x)
+    return apply
+
+
+@contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """What XLA compiles within the block, by the name of the event."""
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        del duration
+        if "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+# Law 1.
+
+
+@in_each_dtype
+def test_law_1_attaching_changes_nothing(name: str, dtype: str) -> None:
+    """At the start `adapt(f)(attach(p), x) == f(p, x)`."""
+    row = case(name, dtype)
+    found = adapted(name, dtype)(*split(row.attach(row.lora()), row.lora()), row.x).output
+    wanted = plain(name, dtype)(row.params, row.x)
+    assert found.dtype == wanted.dtype
+    assert error(found, wanted) <= row.error()
+
+
+@unjitted
+def test_law_1_bit_for_bit_without_jit(name: str, dtype: str) -> None:
+    """Where the same kernels run, which under `jit` XLA's fusion decides, not a bit changes; dropout is off."""
+    row = case(name, dtype)
+    params = row.attach(row.lora(dropout=0.5))
+    found = lj.adapt(row.apply, on_materialize="error")(params, row.x)
+    np.testing.assert_array_equal(found, row.apply(row.params, row.x))
+
+
+# Law 2.
+
+
+@in_each_dtype
+def test_law_2_adapted_equals_merged(name: str, dtype: str) -> None:
+    """`adapt(f)(p, x) == f(merge_params(p), x)` with B not zero, and so do the gradients of every trainable leaf.
+
+    Bfloat16 gradients: 1e-1, for the rounding of merged weights enters twice, in the activations and in the way back.
+    """
+    row = case(name, dtype)
+    params = row.trained(row.lora())
+    found = adapted(name, dtype)(*split(params, row.lora()), row.x)
+    wanted = merged(name, dtype)(*split(params, row.lora()), row.x)
+    assert error(found.output, wanted.output) <= row.error()
+    assert error(found.gradients, wanted.gradients) <= (1e-1 if dtype == "bfloat16" else 1e-5)
+    chex.assert_trees_all_equal_dtypes(found.gradients, split(params, row.lora()).trainable)
+    # The law would hold for factors that nobody uses: they matter.
+    assert error(plain(name, dtype)(lj.detach(params), row.x), wanted.output) > 0.05
+
+
+@unjitted
+def test_law_2_without_jit(name: str, dtype: str) -> None:
+    """As above, every operation alone."""
+    row = case(name, dtype)
+    params = row.trained(row.lora())
+    found = lj.adapt(row.apply, on_materialize="error")(params, row.x)
+    assert error(found, row.apply(lj.merge_params(params), row.x)) <= row.error()
+
+
+def test_law_2_holds_under_strict_dtype_promotion() -> None:
+    """Nothing in the core promotes a dtype by accident: a model that runs under strict promotion still does."""
+    row = case("plain", "bfloat16")
+    params = row.trained(row.lora())
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.jit(lj.adapt(row.apply))(params, row.x)
+        wanted = row.apply(lj.merge_params(params), row.x)
+    assert error(found, wanted) <= row.error()
+
+
+# Law 3.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_pair
+def test_law_3_merged_parameters_run_in_the_base_s_program(name: str, method: str, dtype: str) -> None:
+    """`merge_params` returns the base's structure, shapes, dtypes and shardings; a jitted `f` compiles nothing new."""
+    row = case(name, dtype)
+    apply, base = plain(name, dtype), row.params
+    whole = lj.merge_params(row.trained(row.method(method)))
+    chex.assert_trees_all_equal_structs(whole, base)
+    chex.assert_trees_all_equal_shapes_and_dtypes(whole, base)
+    assert jax.tree.map(lambda leaf: leaf.sharding, whole) == jax.tree.map(lambda leaf: leaf.sharding, base)
+    with counted_compilations() as compiled:
+        result = apply(whole, row.x)
+    assert not compiled
+    assert error(result, apply(base, row.x)) > 1e-3
+
+
+@every_pair
+def test_law_3_adapters_are_swapped_without_compiling(name: str, method: str) -> None:
+    """Nor does a jitted `adapt(f)` for another adapter of the same method."""
+    row = case(name)
+    chosen = row.method(method)
+    apply = adapted(name, method=method)
+    first = apply(*split(row.trained(chosen), chosen), row.x).output
+    other = split(row.trained(chosen, seed=2), chosen)
+    with counted_compilations() as compiled:
+        second = apply(*other, row.x).output
+    assert not compiled
+    assert error(second, first) > 1e-3
+
+
+# Law 4.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every_pair
+def test_law_4_inverse_pairs(name: str, method: str, dtype: str, tmp_path: Any) -> None:
+    """`combine` undoes `partition`, `detach` undoes `attach`, `load_adapter` undoes `save_adapter`: exactly."""
+    row = case(name, dtype)
+    chosen = row.method(method)
+    params = row.trained(chosen)
+    trainable, frozen = split(params, chosen)
+    chex.assert_trees_all_equal(lj.combine(trainable, frozen), params)
+    chex.assert_trees_all_equal_structs(lj.combine(trainable, frozen), params)
+    whole = {id(leaf) for leaf in jax.tree.leaves(params)}
+    assert all(id(leaf) in whole for leaf in jax.tree.leaves(frozen))
+
+    chex.assert_trees_all_equal(lj.detach(row.attach(chosen)), row.params)
+    chex.assert_trees_all_equal_structs(lj.detach(row.attach(chosen)), row.params)
+
+    loaded = lj.load_adapter(lj.save_adapter(tmp_path, params, chosen), row.params)
+    chex.assert_trees_all_equal(loaded.params, params)
+    chex.assert_trees_all_equal_structs(loaded.params, params)
+    chex.assert_trees_all_equal_dtypes(loaded.params, params)
+    assert lj.label_params(loaded.params, loaded.method) == lj.label_params(params, chosen)
+
+
+# Laws 5 and 6.
+
+
+@every_pair
+def test_law_5_frozen_leaves_stay_and_the_others_move(name: str, method: str) -> None:
+    """After steps, frozen leaves are bit-identical, and every leaf that had a gradient has moved; the base is whole.
+
+    As the README trains: the trainable part and the optimizer's state are donated at each step.
+    """
+    row = case(name)
+    chosen = row.method(method)
+    params = row.attach(chosen)
+    base, before = jax.tree.map(np.array, (row.params, params))
+    trainable, frozen = split(params, chosen)
+    tx = lj.make_optimizer(optax.adam(1e-2), lj.label_params(params, chosen))
+
+    @functools.partial(jax.jit, donate_argnames=("trainable", "state"))
+    def update(trainable: Any, state: Any, gradients: Any) -> Any:
+        updates, state = tx.update(gradients, state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    state, had_gradient = tx.init(trainable), jax.tree.map(lambda leaf: False, trainable)
+    for _ in range(3):
+        gradients = adapted(name, method=method)(trainable, frozen, row.x).gradients
+        had_gradient = jax.tree.map(lambda had, g: had or bool(np.any(g)), had_gradient, gradients)
+        trainable, state = update(trainable, state, gradients)
+    after = lj.combine(trainable, frozen)
+
+    mask = jax.tree.leaves(lj.trainable_mask(after, chosen))
+    changed = [bool((np.asarray(a) != b).any()) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
+    assert not any(moved for moved, trained in zip(changed, mask, strict=True) if not trained)
+    moved = [moved for moved, trained in zip(changed, mask, strict=True) if trained]
+    assert moved == jax.tree.leaves(had_gradient)
+    assert sum(moved) >= len(moved) - 1  # a key bias may have no gradient at all, see law 8
+    chex.assert_trees_all_equal(row.params, base)
+
+
+@every_pair
+def test_law_6_nothing_exists_for_a_frozen_leaf(name: str, method: str, tmp_path: Any) -> None:
+    """Neither gradient nor optimizer state nor byte on disk: every count is that of the trainable numbers."""
+    row = case(name)
+    chosen = row.method(method)
+    params = row.attach(chosen)
+    labels = lj.label_params(params, chosen)
+    trainable, frozen = split(params, chosen)
+    count = lj.count_params(params, labels)
+
+    gradients = jax.eval_shape(outcome_of(lj.adapt(row.apply)), trainable, frozen, row.x).gradients
+    mask = lj.trainable_mask(params, chosen)
+    assert [path for path, leaf in _named(gradients)] == [path for path, trained in _named(mask) if trained]
+    assert _size(gradients) == count.trainable
+
+    # Adam: two moments for each trained number, one count for each label; the frozen label has no state at all.
+    tx = lj.make_optimizer(optax.adam(1e-3), labels)
+    counts = len(set(jax.tree.leaves(labels)) - {FROZEN})
+    for tree in (trainable, params):
+        state = jax.eval_shape(tx.init, tree)
+        assert _size(state) == 2 * count.trainable + counts
+        updates, _ = jax.eval_shape(tx.update, tree, state, tree)
+        chex.assert_trees_all_equal_shapes(updates, tree)
+
+    folder = lj.save_adapter(tmp_path, params, chosen)
+    header = 8 + 200 * len(jax.tree.leaves(trainable))
+    assert count.bytes <= (folder / "adapter.safetensors").stat().st_size <= count.bytes + header
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+# Law 7.
+
+TOKENS, RANK = 96, 4
+SIZES = (160, 320, 288, 224)  # no two alike, none that a reshape of another would give
+
+
+def mlp(params: Any, x: jax.Array) -> jax.Array:
+    for layer in params:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+    return x
+
+
+def compiled_step(method: lj.Method) -> Any:
+    """A training step over three linear layers, compiled and never run, so that sizes can be honest."""
+    layers = itertools.pairwise(SIZES)
+    base = [{"kernel": jnp.zeros((inputs, outputs)), "bias": jnp.zeros(outputs)} for inputs, outputs in layers]
+    params = lj.attach(base, method, key=jax.random.key(0))
+    trainable, frozen = lj.partition(params, lj.trainable_mask(params, method))
+    apply = lj.adapt(mlp, on_materialize="error")
+
+    def step(trainable: Any, frozen: Any, x: jax.Array) -> Any:
+        grads = jax.grad(lambda trainable: jnp.sum(apply(lj.combine(trainable, frozen), x) ** 2))(trainable)
+        return jax.tree.map(lambda leaf, grad: leaf - 1e-3 * grad, trainable, grads)
+
+    x = jax.ShapeDtypeStruct((8, TOKENS // 8, SIZES[0]), jnp.float32)
+    return jax.jit(step).lower(trainable, frozen, x).compile()
+
+
+def weight_gradients(program: str) -> set[tuple[int, ...]]:
+    """Shapes of the weights that some dot of a compiled program, or a library call in its place, has as its result."""
+    shapes = [
+        tuple(sorted(map(int, dims.split(","))))
+        for dims in re.findall(r"= \w+\[([\d,]+)\]\S* (?:dot|custom-call|fusion)\(", program)
+    ]
+    weights = {tuple(sorted(pair)) for pair in itertools.pairwise(SIZES)}
+    return weights & set(shapes)
+
+
+def test_law_7_the_step_has_no_dot_of_a_weight_s_shape() -> None:
+    """No dot of the compiled LoRA step contracts tokens into an `in x out` result; in full fine-tuning each does."""
+    lora = compiled_step(lj.LoRA(rank=RANK, alpha=RANK, targets=("kernel",))).as_text()
+    assert "dot" in lora
+    assert not weight_gradients(lora)
+    assert not weight_gradients(compiled_step(lj.BitFit()).as_text())
+    assert len(weight_gradients(compiled_step(lj.FullFineTune()).as_text())) == 3
+
+
+def test_law_7_the_step_needs_no_more_than_its_formula() -> None:
+    """FLOPs by XLA's count. For each `in x out` weight and token, multiplications and additions:
+
+    forward 2·in·out, gradient of the input 2·in·out but for the first layer; LoRA adds 6·r·(in + out): two products
+    forward, four backward, of which the first layer needs no gradient of its input (-2·r·in). Full fine-tuning adds
+    2·in·out. What is no matmul (biases, relu, the update, the loss) is linear in activations and parameters: 5 % here
+    at most.
+    """
+    pairs = list(itertools.pairwise(SIZES))
+    products = sum(inputs * outputs for inputs, outputs in pairs)
+    chain = 2 * TOKENS * (2 * products - SIZES[0] * SIZES[1])
+    lora = chain + 2 * TOKENS * RANK * (3 * sum(map(sum, pairs)) - SIZES[0])
+    full = chain + 2 * TOKENS * products
+    for method, formula in (
+        (lj.LoRA(rank=RANK, alpha=RANK, targets=("kernel",)), lora),
+        (lj.BitFit(), chain),
+        (lj.FullFineTune(), full),
+    ):
+        flops = compiled_step(method).cost_analysis()["flops"]
+        assert formula <= flops <= 1.05 * formula, (method, flops / formula)
+
+
+# Law 8.
+
+
+@every_model
+def test_law_8_at_the_start_b_learns_and_a_does_not(name: str) -> None:
+    """d/dA is 0 at the start and d/dB is not."""
+    row = case(name)
+    gradients = adapted(name)(*split(row.attach(row.lora()), row.lora()), row.x).gradients
+    nodes = {path: leaf for path, leaf in leaves_by_path(gradients).items() if is_adapted(leaf)}
+    assert nodes
+    for path, node in nodes.items():
+        assert not np.any(node.a), path
+        assert np.abs(node.b).max() > 1e-6, path
+
+
+@pytest.mark.parametrize(
+    ("name", "key_bias", "query_bias"),
+    [
+        ("plain", "attention/key/bias", "attention/query/bias"),
+        ("nnx_attention", "attention/key/bias", "attention/query/bias"),
+        ("linen", "attention/key/bias", "attention/query/bias"),
+        ("equinox", "attention/key_proj/bias", "attention/query_proj/bias"),
+        ("bert", "encoder/layers/0/attention/key/bias", "encoder/layers/0/attention/query/bias"),
+    ],
+)
+def test_law_8_the_key_bias_has_no_gradient(name: str, key_bias: str, query_bias: str) -> None:
+    """In softmax attention the key bias adds the same to every score of a row: it has no gradient but rounding."""
+    row = case(name)
+    outcome = adapted(name, method="bitfit")(*split(row.params, row.bitfit()), row.x)
+    gradients = leaves_by_path(outcome.gradients)
+    assert np.abs(gradients[query_bias]).max() > 1e-4
+    assert np.abs(gradients[key_bias]).max() <= 1e-5 * np.abs(gradients[query_bias]).max() + 1e-7
+
+
+BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+BERT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+
+def bert_shapes(sizes: dict[str, int]) -> Any:
+    """BERT's parameters with the pooler and two classes, without their memory."""
+    from lora_jax.models.bert import BertConfig
+    from lora_jax.models.model import skeleton
+
+    config = BertConfig(vocab_size=30522, max_position_embeddings=512, type_vocab_size=2, **sizes)
+    return skeleton(config, task="classification", num_labels=2).params
+
+
+@pytest.mark.parametrize(
+    ("sizes", "biases", "percent"), [(BERT_BASE, 102_912, 0.09), (BERT_LARGE, 272_384, 0.08)], ids=["base", "large"]
+)
+def test_law_8_bitfit_s_counts_are_the_paper_s(sizes: dict[str, int], biases: int, percent: float) -> None:
+    """A layer has 7 biases of the hidden size (4 of attention, 2 norms, MLP-down) and MLP-up's; then two more."""
+    params = bert_shapes(sizes)
+    width, mlp_width, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
+    assert biases == layers * (7 * width + mlp_width) + 2 * width  # of the embeddings' norm and the pooler
+    count = lj.count_params(params, lj.label_params(params, lj.BitFit(also_train=("classifier",))))
+    assert count.per_label["bias"].params == biases
+    assert round(100 * biases / count.total, 2) == percent
+    assert count.trainable == biases + 2 * width + 2
+
+
+def test_law_8_lora_s_count_is_its_formula() -> None:
+    """r·(in + out) for each matrix: 294,912 for r = 8 on query and value of a 12-layer, 768-wide encoder."""
+    params = bert_shapes(BERT_BASE)
+    method = lj.LoRA(rank=8, alpha=8, targets=("query", "value"))
+    tree = jax.eval_shape(lambda: lj.attach(params, method, key=jax.random.key(0)))
+    count = lj.count_params(tree, lj.label_params(tree, method))
+    assert count.trainable == 294_912 == 12 * 2 * 8 * (768 + 768)
+    assert count.per_label["lora_a"] == count.per_label["lora_b"] == (147_456, 4 * 147_456)
+    assert count.total == 109_483_778 + 294_912
+
+
+# Law 9.
+
+
+@pytest.mark.parametrize("task", [None, "classification", "regression"])
+def test_law_9_nothing_is_merged_in_the_bundled_models(task: Any, tmp_path: Any) -> None:
+    """`adapt(model.apply, on_materialize="error")` passes with factors at every weight, dropout and masks included."""
+    from .tiny_bert import write_tiny_bert
+
+    outputs = {"num_labels": 3} if task == "classification" else {}
+    model = lj.models.load(write_tiny_bert(tmp_path, hidden=8, heads=2), task=task, **outputs)
+    weights = tuple(f"/{path}" for path, leaf in leaves_by_path(model.params).items() if leaf.ndim >= 2)
+    method = lj.LoRA(rank=1, alpha=1, targets=weights, dropout=0.1)
+    params = lj.with_dropout(lj.attach(model.params, method, key=jax.random.key(0)), jax.random.key(1))
+    ids = jnp.ones((2, 6), jnp.int32)
+    apply = lj.adapt(model.apply, on_materialize="error")
+    jax.eval_shape(lambda params: apply(params, ids, ids, 0 * ids, dropout_key=jax.random.key(2)), params)
+    rows = lj.explain(model.apply, params, ids, ids, 0 * ids, dropout_key=jax.random.key(2))
+    assert not rows.materialized
+    assert {row.path for row in rows} == {path.strip("/") for path in weights}
+
+
+# Law 10.
+
+FACTORS = "e2feab9f846e8f44"
+
+
+def factors(params: Any, path: str) -> tuple[np.ndarray, np.ndarray]:
+    node = leaves_by_path(params)[path]
+    return np.asarray(node.a), np.asarray(node.b)
+
+
+@every_model
+def test_law_10_factors_depend_on_key_path_and_method_alone(name: str) -> None:
+    """Attached twice, or with other targets beside, a leaf starts with the same factors; with another key, others."""
+    row = case(name)
+    first, again, other_key = row.attach(row.lora()), row.attach(row.lora()), row.attach(row.lora(), seed=1)
+    chex.assert_trees_all_equal(first, again)
+    adapted = [path for path, leaf in leaves_by_path(first).items() if is_adapted(leaf)]
+    for path in adapted:
+        alone = row.attach(row.lora(targets=(f"/{path}",)))
+        for one, same in zip(factors(alone, path), factors(first, path), strict=True):
+            np.testing.assert_array_equal(one, same)
+        assert (factors(other_key, path)[0] != factors(first, path)[0]).any()
+    starts = [factors(first, path)[0].ravel()[:4].tolist() for path in adapted]
+    assert len({tuple(start) for start in starts}) == len(starts)  # no two leaves share a draw
+
+
+def test_law_10_factors_are_the_same_on_every_run() -> None:
+    """The digest below is that of another process, on another day."""
+    params = {"dense": {"kernel": jnp.zeros((6, 4))}, "other": jnp.zeros((3, 3))}
+    tree = lj.attach(params, lj.LoRA(rank=2, alpha=2, targets=("dense",)), key=jax.random.key(7))
+    a, _ = factors(tree, "dense/kernel")
+    digest = hashlib.sha256(np.round(a.astype(np.float64), 5).tobytes()).hexdigest()[:16]
+    assert digest == FACTORS
+
+
+def test_the_table_has_no_two_leaves_alike() -> None:
+    """What the laws rest on: every model's leaves are distinct and far from zero, so that a swap or a loss shows."""
+    for name in TABLE:
+        paths, leaves, _ = flatten_with_paths(case(name).params)
+        values = [float(np.abs(leaf).sum()) for leaf in leaves]
+        assert min(values) > 0.05, paths[int(np.argmin(values))]
+        assert len(set(values)) == len(values)
