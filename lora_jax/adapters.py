@@ -67,7 +67,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
         The folder.
 
     Raises:
-        AdapterError: a trained leaf holds NaN or infinity.
+        AdapterError: a trained leaf holds NaN or infinity; `params` is the trainable part only.
         FileError: the files cannot be written, a full disk for example.
 
     Example:
@@ -80,6 +80,12 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
     folder = Path(folder)
     leaves = leaves_by_path(params)
     labels = dict(zip(leaves, _leaves(label_params(params, method)), strict=True))
+    partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and leaf.base is None]
+    if partial:
+        raise AdapterError(
+            f"`params` lacks the base weights, at {', '.join(partial[:5])}: save `lj.combine(trainable, frozen)`, so "
+            "that the base can be told from another"
+        )
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in leaves.items():
         for name, array in _trained_arrays(path, leaf, labels[path]).items():
@@ -309,11 +315,13 @@ def _static(node: AdaptedWeight) -> dict[str, Any]:
 
 def _method_to_json(method: Method) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    plain = {
-        name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
-        for name, v in values.items()
-    }
-    return {"name": type(method).__name__, **plain}
+    return {"name": type(method).__name__, **{name: _plain(value) for name, value in values.items()}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value.item() if isinstance(value, np.generic) else value
 
 
 def _method_from_json(description: Mapping[str, Any], folder: Path) -> Method:

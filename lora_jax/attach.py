@@ -9,7 +9,7 @@ import jax
 
 from .masks import copied
 from .methods import Method
-from .paths import flatten_with_paths, leaves_by_path
+from .paths import flatten_with_paths, leaves_by_path, nearest
 from .weights import is_adapted
 
 
@@ -34,7 +34,7 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
     Raises:
         SelectionError: a selector matches nothing, or nothing suitable; a leaf is both target and head.
         ValueError: a rank is larger than a weight allows; the roles of a weight's axes are unknown; a target has
-            factors already.
+            factors already; `uses` names a leaf that `params` does not have.
 
     Example:
         >>> import lora_jax as lj
@@ -49,6 +49,12 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
         raise ValueError(
             f"`params` has factors already, at {', '.join(adapted[:5])}: take them off with `lj.detach`, or fold "
             "them in with `lj.merge_params`, first"
+        )
+    unknown = [path for path in uses or () if path not in leaves]
+    if unknown:
+        near = nearest(unknown[0], leaves)
+        raise ValueError(
+            f"`uses` has `{unknown[0]}`, and `params` does not. Nearest paths: {', '.join(near) or 'none'}"
         )
     changed = {path: copied(leaves[path]) for path in method.head(leaves)}
     changed |= method.attach(leaves, key=key, uses=uses)

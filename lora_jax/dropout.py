@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .paths import flatten_with_paths, path_key
 from .weights import is_adapted
@@ -32,6 +33,8 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
         >>> params["w"].key is None, with_dropout(params, jax.random.key(1))["w"].key is None
         (True, False)
     """
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # of the older kind, `jax.random.PRNGKey`
     paths, leaves, treedef = flatten_with_paths(params)
     keyed = [
         leaf.with_key(None if key is None else path_key(key, path)) if is_adapted(leaf) else leaf

@@ -104,7 +104,7 @@ def partition(params: Any, mask: Any) -> Partition:
         Partition(trainable={'b': 2.0, 'w': None}, frozen={'b': None, 'w': 1.0})
     """
     paths, leaves, treedef = flatten_with_paths(params)
-    mask_leaves = _matching_leaves("mask", mask, paths, treedef)
+    mask_leaves = _matching_leaves("mask", mask, paths, leaves, treedef)
     trainable, frozen = [], []
     for leaf, keep in zip(leaves, mask_leaves, strict=True):
         if is_adapted(leaf):
@@ -163,8 +163,10 @@ def count_params(params: Any, labels: Any) -> ParamCount:
     """
     paths, leaves, treedef = flatten_with_paths(params)
     sizes: dict[str, LabelCount] = {}
-    for leaf, label in zip(leaves, _matching_leaves("labels", labels, paths, treedef), strict=True):
+    for leaf, label in zip(leaves, _matching_leaves("labels", labels, paths, leaves, treedef), strict=True):
         for array, name in zip(jax.tree.leaves(leaf), jax.tree.leaves(label), strict=True):
+            if not hasattr(array, "shape"):
+                continue  # an Equinox model's activation function, a Python number: no parameter
             before = sizes.get(name, LabelCount(0, 0))
             size = _size(array)
             sizes[name] = LabelCount(before.params + size, before.bytes + size * array.dtype.itemsize)
@@ -188,11 +190,13 @@ def copied(leaf: Any) -> Any:
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
-def _matching_leaves(argument: str, tree: Any, paths: list[str], treedef: Any) -> list[Any]:
-    leaves, other = jax.tree.flatten(tree, is_leaf=is_adapted)
-    if other != treedef:
+def _matching_leaves(argument: str, tree: Any, paths: list[str], leaves: list[Any], treedef: Any) -> list[Any]:
+    others, other = jax.tree.flatten(tree, is_leaf=is_adapted)
+    pairs = zip(leaves, others, strict=False)
+    nodes = [path for path, (ours, twin) in zip(paths, pairs, strict=False) if is_adapted(ours) != is_adapted(twin)]
+    if other != treedef or nodes:
         theirs = set(leaf_paths(tree))
-        differing = [path for path in paths if path not in theirs] + sorted(theirs - set(paths))
+        differing = [path for path in paths if path not in theirs] + sorted(theirs - set(paths)) or nodes
         where = f"; they differ at {', '.join(differing[:8])}" if differing else ""
         raise ValueError(f"`{argument}` does not have the structure of `params`{where}")
-    return leaves
+    return others

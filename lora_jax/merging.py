@@ -26,7 +26,8 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
         A tree of plain arrays.
 
     Raises:
-        ValueError: a factor holds NaN or infinity (checked where values are concrete); the message names the leaf.
+        ValueError: a factor holds NaN or infinity (checked where values are concrete); the message names the leaf. `dtype` is no
+            floating type.
 
     Example:
         >>> import lora_jax as lj
@@ -34,6 +35,8 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
         >>> lj.merge_params({"w": node})["w"].tolist()
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"`dtype` must be a floating type, got {dtype!r}")
     paths, leaves, treedef = flatten_with_paths(params)
     merged = [
         _merged(path, leaf, dtype) if is_adapted(leaf) else leaf for path, leaf in zip(paths, leaves, strict=True)

@@ -285,7 +285,9 @@ class AdaptedWeight:
 
     __jax_array__ = __array__ = __getitem__ = __iter__ = __len__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = __abs__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __neg__ = (
+        __abs__
+    ) = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
     @property

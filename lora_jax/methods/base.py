@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..paths import Selector, is_weight_name, select
+from ..paths import SelectionError, Selector, is_weight_name, select
 from ..weights import is_adapted
 
 FROZEN, HEAD = "frozen", "head"
@@ -29,6 +29,9 @@ class Method:
 
     # Every method by the name under which an adapter file knows it.
     registry: ClassVar[dict[str, type[Method]]] = {}
+
+    def __post_init__(self) -> None:
+        require_selector(self.also_train, "also_train")
 
     def __init_subclass__(cls) -> None:
         Method.registry[cls.__name__] = cls
@@ -66,6 +69,19 @@ def is_trainable(path: str, leaf: Any) -> bool:
 def is_weight(path: str, leaf: Any) -> bool:
     """Whether a leaf is a weight that factors can stand beside: floating, two axes or more, not named like a bias."""
     return is_trainable(path, leaf) and len(leaf.shape) >= 2 and is_weight_name(path)
+
+
+def require_selector(value: Any, argument: str) -> None:
+    """Refuses what is no selector, when it is given rather than when it is used."""
+    if callable(value) or isinstance(value, str):
+        return
+    if not isinstance(value, Sequence) or not all(isinstance(entry, str) for entry in value):
+        raise SelectionError(
+            f"`{argument}` must be a regular expression, a sequence of names or a callable `(path, leaf) -> bool`, "
+            f"got {value!r}"
+        )
+    if argument == "targets" and not value:
+        raise SelectionError("`targets` is empty: name what to train, or use `Frozen` to train the head alone")
 
 
 def require(condition: bool, message: str) -> None:

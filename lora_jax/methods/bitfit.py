@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from ..paths import BIAS_NAMES, SelectionError, Selector, is_bias_name, leaf_name, select
-from .base import Method, is_trainable, rooted
+from .base import Method, is_trainable, require_selector, rooted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,10 @@ class BitFit(Method):
     """
 
     targets: Selector = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_selector(self.targets, "targets")
 
     def selected(self, leaves: Mapping[str, Any]) -> list[str]:
         """Paths of the chosen biases."""

@@ -26,7 +26,7 @@ from ..weights import (
     register,
     wider,
 )
-from .base import Method, is_number, is_weight, require, rooted
+from .base import Method, is_number, is_weight, require, require_selector, rooted
 
 _ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "output"))
 _MLP = tuple(f"mlp/{name}" for name in ("up", "gate", "down"))
@@ -265,10 +265,12 @@ class LoRA(Method):
     dropout: float = 0.0
     scaling: Literal["standard", "rank_stabilized"] = "standard"
     init: Literal["gaussian", "kaiming"] = "gaussian"
-    rank_overrides: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha_overrides: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rank_overrides: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    alpha_overrides: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        require_selector(self.targets, "targets")
         for name, rank in {"rank": self.rank, **self.rank_overrides}.items():
             require(
                 is_number(rank, int) and rank >= 1, f"`rank` must be an integer of at least 1, got {rank!r} for {name}"
