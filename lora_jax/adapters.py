@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import secrets
 import shutil
@@ -34,6 +33,7 @@ from .paths import flatten_with_paths, leaves_by_path, nearest, shape_text
 from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
+_LARGEST = float(np.finfo(np.float32).max)
 FORMAT, VERSION = "lora_jax adapter", 1
 
 
@@ -186,7 +186,9 @@ def load_adapter(
             warnings.warn(message, stacklevel=2)
     _, _, treedef = flatten_with_paths(base_params)
     params = jax.tree.unflatten(treedef, [trained.get(path, leaf) for path, leaf in leaves.items()])
-    return Adapter(params, _method_from_json(description["method"], folder))
+    method = _method_from_json(description["method"], folder)
+    _require_agreement(params, method, tensors, folder)
+    return Adapter(params, method)
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -211,6 +213,12 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
             raise AdapterError(
                 f"{path}: `{name}` must be a JSON {kind.__name__}, got {type(description.get(name)).__name__}"
             )
+    for name in ("tensors", "base"):
+        for leaf, entry in description[name].items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
+                raise AdapterError(
+                    f"{path}: `{name}` must have a JSON dict with a `shape` for {leaf}, got {entry!r:.80}"
+                )
     return description
 
 
@@ -254,6 +262,8 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
         )
     for name, info in header.items():
         wanted = expected[name]
+        if not jnp.issubdtype(info.dtype, jnp.inexact):
+            raise AdapterError(f"{path}: `{name}` is {info.dtype}, and what is trained is of a floating type")
         if list(info.shape) != wanted.get("shape") or str(info.dtype) != wanted.get("dtype"):
             raise AdapterError(
                 f"{path}: `{name}` is {info.dtype} {info.shape}, and {DESCRIPTION} says {wanted.get('dtype')} "
@@ -266,6 +276,25 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
             f"{path} is not the file that {DESCRIPTION} was written with: copy both files of the adapter again"
         )
     return tensors
+
+
+def _require_agreement(params: Any, method: Method, tensors: Mapping[str, Any], folder: Path) -> None:
+    """What is on disk must be what the method trains: a description may have been edited."""
+    leaves = leaves_by_path(params)
+    try:
+        labels = _leaves(label_params(params, method))
+    except ValueError as error:
+        raise AdapterError(f"{folder}: its method does not fit the base: {error}") from None
+    trains = {
+        name
+        for (path, leaf), label in zip(leaves.items(), labels, strict=True)
+        for name in _trained_arrays(path, leaf, label)
+    }
+    differing = sorted(trains ^ set(tensors))
+    if differing:
+        raise AdapterError(
+            f"{folder}: its method does not train what its tensors are; they differ at {', '.join(differing[:8])}"
+        )
 
 
 def _base_leaf(path: str, leaves: Mapping[str, Any], folder: Path) -> Any:
@@ -283,20 +312,21 @@ def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
 
 
 def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], folder: Path) -> AdaptedWeight:
-    cls = AdaptedWeight.registry.get(static.get("node", "")) if isinstance(static, dict) else None
-    if cls is None:
+    name = static.get("node") if isinstance(static, dict) else None
+    cls = AdaptedWeight.registry.get(name) if isinstance(name, str) else None
+    if cls is None or not cls.saved:
         raise AdapterError(f"{folder}: `{path}` is adapted in a way that this lora_jax does not know: {static!r:.80}")
     values = {name: value for name, value in static.items() if name != "node"}
     axes = values.get("axes")
     if not isinstance(axes, str) or len(axes) != len(base.shape) or set(axes) - {IN, OUT, STACK}:
         raise AdapterError(f"{folder}: the axis labels {axes!r} of `{path}` do not fit the base's {shape_text(base)}")
+    numbers = {name: value for name, value in values.items() if name != "axes"}
+    if not all(type(value) in (int, float) and abs(value) <= _LARGEST for value in numbers.values()):
+        raise AdapterError(f"{folder}: `{path}` has settings that are no finite float32 numbers: {numbers!r:.200}")
     try:
         node = cls(base, **dict.fromkeys(cls.fields), **values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: the description of `{path}` does not fit {cls.__name__}: {error}") from None
-    numbers = {name: value for name, value in values.items() if name != "axes"}
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers.values()):
-        raise AdapterError(f"{folder}: `{path}` has settings that are no finite numbers: {numbers}")
     arrays = {name: tensors[f"{path}/{name}"] for name in cls.fields if f"{path}/{name}" in tensors}
     missing = [f"{path}/{name}" for name in cls.saved if name not in arrays]
     if missing:

@@ -26,8 +26,8 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
         A tree of plain arrays.
 
     Raises:
-        ValueError: a factor holds NaN or infinity (checked where values are concrete); the message names the leaf. `dtype` is no
-            floating type.
+        ValueError: a factor holds NaN or infinity (checked where values are concrete); the message names the
+            leaf. `dtype` is no floating type.
 
     Example:
         >>> import lora_jax as lj

@@ -62,6 +62,9 @@ class LoRAWeight(AdaptedWeight):
     scale: float = dataclasses.field(kw_only=True)
     dropout: float = dataclasses.field(default=0.0, kw_only=True)
 
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout!r}")
+
     @property
     def rank(self) -> int:
         return self.a.shape[self.axes.count(STACK)]
