@@ -361,6 +361,9 @@ def _method_from_json(description: Mapping[str, Any], folder: Path) -> Method:
         known = ", ".join(sorted(Method.registry))
         raise AdapterError(f"{folder}: this lora_jax has no method {name!r}, only {known}")
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in description.items() if key != "name"}
+    patterns = [key for key in ("targets", "also_train") if isinstance(values.get(key), str)]
+    if patterns:  # `resolved` writes paths, and a regular expression from elsewhere can run for ever
+        raise AdapterError(f"{folder}: `{patterns[0]}` of the method must be a list of leaf paths")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
