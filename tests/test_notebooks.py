@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 
+import nbclient
+import nbformat
 import pytest
 
 from . import markdown
@@ -15,8 +17,6 @@ NOTEBOOKS = sorted((markdown.ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs(path, tmp_path, monkeypatch):
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
     # The kernel is this Python, whatever kernels the machine has under the same name.
     kernel = tmp_path / "kernels" / "python3"
     kernel.mkdir(parents=True)
