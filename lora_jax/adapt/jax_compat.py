@@ -85,6 +85,32 @@ def scan_counts(eqn: Equation) -> tuple[int, int]:
     return param(eqn, "num_consts"), param(eqn, "num_carry")
 
 
+def unchanged(body: Any) -> dict[int, int]:
+    """Which outputs of a body are inputs of it, unchanged, also through nested bodies: `{output: input}` by place."""
+    jaxpr = program(body).jaxpr
+    source: dict[Any, int] = {variable: place for place, variable in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        for output, place in _unchanged_by(eqn).items():
+            atom = eqn.invars[place]
+            if not is_literal(atom) and atom in source:
+                source[eqn.outvars[output]] = source[atom]
+    return {place: source[atom] for place, atom in enumerate(jaxpr.outvars) if not is_literal(atom) and atom in source}
+
+
+def _unchanged_by(eqn: Equation) -> dict[int, int]:
+    name = eqn.primitive.name
+    if name in ("jit", "remat2"):
+        return unchanged(param(eqn, "jaxpr"))
+    if name == "scan":
+        num_consts, num_carry = scan_counts(eqn)
+        return {
+            output: place
+            for output, place in unchanged(param(eqn, "jaxpr")).items()
+            if (place == num_consts + output if output < num_carry else place >= num_consts + num_carry)
+        }
+    return {}
+
+
 def manual_axes(eqn: Equation) -> Any:
     """The mesh axes that a `shard_map` makes manual."""
     return eqn.params["newly_manual_axes"] if "newly_manual_axes" in eqn.params else param(eqn, "manual_axes")

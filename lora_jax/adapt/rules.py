@@ -11,8 +11,8 @@ import numpy as np
 from jax import lax
 
 from ..weights import AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable
-from . import jax_compat
-from .jax_compat import Equation, param, program
+from . import control_flow, jax_compat
+from .jax_compat import Equation, param
 from .walk import Traced, Walker
 
 Rule = Callable[[Walker, Equation, list[Any]], list[Any]]
@@ -264,220 +264,6 @@ def _optimization_barrier(walker: Walker, eqn: Equation, operands: list[Any]) ->
     ]
 
 
-# Control flow: the body is walked in turn.
-
-
-class _Entry:
-    """Operands of a body as one list of pytrees, adapted weights as their nodes, and the way back."""
-
-    def __init__(self, walker: Walker, operands: Sequence[Any]):
-        self.paths = [operand.path if isinstance(operand, Traced) else None for operand in operands]
-        self.tree = [walker.counted(operand).node if isinstance(operand, Traced) else operand for operand in operands]
-
-    def operands(self, tree: Sequence[Any]) -> list[Any]:
-        return [leaf if path is None else Traced(leaf, path) for leaf, path in zip(tree, self.paths, strict=True)]
-
-
-def _walk_body(walker: Walker, eqn: Equation, body: Any, operands: Sequence[Any]) -> list[Any]:
-    """The body's outputs as arrays, computed by a walker of its own."""
-    inner = walker.inner()
-    outputs = inner.run(program(body), operands)
-    return [inner.materialize(output, eqn, "the body returns it") for output in outputs]
-
-
-def _jit(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
-    body = param(eqn, "jaxpr")
-    in_shardings = [jax_compat.specified(sharding) for sharding in param(eqn, "in_shardings")]
-    out_shardings = [jax_compat.specified(sharding) for sharding in param(eqn, "out_shardings")]
-    options, donated = dict(param(eqn, "compiler_options_kvs")), param(eqn, "donated_invars")
-    if not (any(in_shardings) or any(out_shardings) or options or any(donated)):
-        with jax_compat.context(eqn):
-            return walker.run(program(body), operands)
-    entry = _Entry(walker, operands)
-    leaves = [jax.tree.leaves(operand) for operand in entry.tree]
-    treedef = jax.tree.structure(entry.tree)
-
-    def call(*flat: Any) -> list[Any]:
-        return _walk_body(walker, eqn, body, entry.operands(jax.tree.unflatten(treedef, flat)))
-
-    call.__name__ = call.__qualname__ = param(eqn, "name")
-    # A node's base keeps its operand's place; its other arrays are free. A donated base stays with its owner.
-    flat_shardings, donate = [], []
-    for arrays, sharding, gone in zip(leaves, in_shardings, donated, strict=True):
-        if gone and len(arrays) == 1:
-            donate.append(len(flat_shardings))
-        flat_shardings += [sharding] + [None] * (len(arrays) - 1)
-    jitted = jax.jit(
-        call,
-        in_shardings=tuple(flat_shardings),
-        out_shardings=out_shardings,
-        donate_argnums=tuple(donate),
-        compiler_options=options or None,
-    )
-    with jax_compat.context(eqn):
-        return jitted(*(array for arrays in leaves for array in arrays))
-
-
-def _remat(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
-    body, policy, prevent_cse = param(eqn, "jaxpr"), param(eqn, "policy"), param(eqn, "prevent_cse")
-    entry = _Entry(walker, operands)
-
-    def call(*tree: Any) -> list[Any]:
-        return _walk_body(walker, eqn, body, entry.operands(tree))
-
-    # In the backward pass of a gradient taken inside the function, JAX puts a barrier before what is computed again; a
-    # new `checkpoint` would do so only when it is differentiated in turn.
-    barriers = prevent_cse if isinstance(prevent_cse, tuple) else (prevent_cse,) * len(operands)
-    with jax_compat.context(eqn):
-        tree = [
-            lax.optimization_barrier(value) if param(eqn, "differentiated") and barrier else value
-            for value, barrier in zip(entry.tree, barriers, strict=True)
-        ]
-        return jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(*tree)
-
-
-def _unchanged(walker: Walker, eqn: Equation, jaxpr: Any, first: int, carry: list[Any]) -> list[Any]:
-    """Merges the adapted weights among carried values that the loop's body changes; the others are constants."""
-    return [
-        value
-        if not isinstance(value, Traced) or jaxpr.outvars[place] is jaxpr.invars[first + place]
-        else walker.materialize(value, eqn, "the loop carries it from one iteration to the next, changed")
-        for place, value in enumerate(carry)
-    ]
-
-
-def _scan(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
-    body = param(eqn, "jaxpr")
-    jaxpr = program(body).jaxpr
-    num_consts, num_carry = jax_compat.scan_counts(eqn)
-    consts, carry, xs = (
-        operands[:num_consts],
-        operands[num_consts : num_consts + num_carry],
-        operands[num_consts + num_carry :],
-    )
-    carry = _unchanged(walker, eqn, jaxpr, num_consts, carry)
-    sliced: list[Any] = []
-    members: list[Any] = []
-    for value in xs:
-        member = None
-        if isinstance(value, Traced):
-            try:
-                value, member = _stacked(walker, value)
-            except Unfactorable as reason:
-                value = walker.materialize(value, eqn, str(reason))
-        sliced.append(value)
-        members.append(member)
-    entry = _Entry(walker, consts + carry)
-    moving = [place for place, value in enumerate(carry) if not isinstance(value, Traced)]
-
-    def call(state: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
-        number, slices = slices
-        constants = entry.operands([_in_iteration(value, number) for value in entry.tree])
-        for place, value in zip(moving, state, strict=True):
-            constants[num_consts + place] = value
-        stacked = [value if member is None else member(value) for member, value in zip(members, slices, strict=True)]
-        inner = walker.inner()
-        outputs = inner.run(program(body), constants + stacked)
-        arrays = [
-            output
-            if place < num_carry and place not in moving
-            else inner.materialize(output, eqn, "the loop's body returns it")
-            for place, output in enumerate(outputs)
-        ]
-        return [arrays[place] for place in moving], arrays[num_carry:]
-
-    with jax_compat.context(eqn):
-        state, ys = lax.scan(
-            call,
-            [carry[place] for place in moving],
-            (jnp.arange(param(eqn, "length"), dtype=jnp.int32), sliced),
-            length=param(eqn, "length"),
-            reverse=param(eqn, "reverse"),
-            unroll=param(eqn, "unroll"),
-        )
-    carried = list(carry)
-    for place, value in zip(moving, state, strict=True):
-        carried[place] = value
-    return carried + ys
-
-
-def _stacked(walker: Walker, value: Traced) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Traced]]:
-    arrays, member = walker.counted(value).node.stacked()
-    return arrays, lambda slices: Traced(member(slices), value.path)
-
-
-def _in_iteration(value: Any, number: jax.Array) -> Any:
-    return value.for_use(number) if isinstance(value, AdaptedWeight) else value
-
-
-def _while(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
-    cond_body, body = param(eqn, "cond_jaxpr"), param(eqn, "body_jaxpr")
-    first, second = param(eqn, "cond_nconsts"), param(eqn, "body_nconsts")
-    carry = operands[first + second :]
-    carry = _unchanged(walker, eqn, program(body).jaxpr, second, carry)
-    entry = _Entry(walker, operands[: first + second] + carry)
-    moving = [place for place, value in enumerate(carry) if not isinstance(value, Traced)]
-
-    def filled(number: jax.Array, state: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        values = entry.operands([_in_iteration(value, number) for value in entry.tree])
-        for place, value in zip(moving, state, strict=True):
-            values[first + second + place] = value
-        return values[:first], values[first : first + second], values[first + second :]
-
-    def cond(state: tuple[jax.Array, list[Any]]) -> Any:
-        cond_consts, _, carried = filled(*state)
-        return _walk_body(walker, eqn, cond_body, cond_consts + carried)[0]
-
-    def step(state: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
-        number, _ = state
-        _, body_consts, carried = filled(*state)
-        inner = walker.inner()
-        outputs = inner.run(program(body), body_consts + carried)
-        return number + 1, [inner.materialize(outputs[place], eqn, "the loop's body returns it") for place in moving]
-
-    with jax_compat.context(eqn):
-        _, state = lax.while_loop(cond, step, (jnp.int32(0), [carry[place] for place in moving]))
-    carried = list(carry)
-    for place, value in zip(moving, state, strict=True):
-        carried[place] = value
-    return carried
-
-
-def _cond(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
-    index, *values = operands
-    index = walker.materialize(index, eqn, "it chooses the branch")
-    entry = _Entry(walker, values)
-
-    def branch(body: Any) -> Callable[[list[Any]], list[Any]]:
-        return lambda tree: _walk_body(walker, eqn, body, entry.operands(tree))
-
-    with jax_compat.context(eqn):
-        return lax.switch(index, [branch(body) for body in param(eqn, "branches")], entry.tree)
-
-
-def _shard_map(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
-    body, in_specs, out_specs = param(eqn, "jaxpr"), param(eqn, "in_specs"), param(eqn, "out_specs")
-    entry = _Entry(walker, operands)
-    specs = [
-        value.partition_specs(spec) if isinstance(value, AdaptedWeight) else spec
-        for value, spec in zip(entry.tree, in_specs, strict=True)
-    ]
-
-    def call(tree: list[Any]) -> list[Any]:
-        return _walk_body(walker, eqn, body, entry.operands(tree))
-
-    mapped = jax.shard_map(
-        call,
-        mesh=param(eqn, "mesh"),
-        in_specs=(specs,),
-        out_specs=list(out_specs),
-        axis_names=jax_compat.manual_axes(eqn),
-        check_vma=param(eqn, "check_vma"),
-    )
-    with jax_compat.context(eqn):
-        return mapped(entry.tree)
-
-
 class RuleEntry(NamedTuple):
     """A rule and every parameter of its primitive that it takes into account, or that changes nothing for it."""
 
@@ -519,13 +305,13 @@ RULES: dict[str, RuleEntry] = {
     "all_gather": _rule(_all_gather, "all_gather_dimension axis_name axis_size axis_index_groups tiled"),
     "optimization_barrier": _rule(_optimization_barrier),
     "jit": _rule(
-        _jit,
+        control_flow.jit_rule,
         "jaxpr name in_shardings out_shardings in_layouts out_layouts donated_invars compiler_options_kvs ctx_mesh "
         "inline keep_unused",
     ),
-    "remat2": _rule(_remat, "jaxpr policy prevent_cse differentiated"),
-    "scan": _rule(_scan, "jaxpr length num_consts num_carry ft_in ft_out reverse unroll"),
-    "while": _rule(_while, "cond_jaxpr body_jaxpr cond_nconsts body_nconsts"),
-    "cond": _rule(_cond, "branches"),
-    "shard_map": _rule(_shard_map, "jaxpr mesh in_specs out_specs newly_manual_axes check_vma"),
+    "remat2": _rule(control_flow.remat_rule, "jaxpr policy prevent_cse differentiated"),
+    "scan": _rule(control_flow.scan_rule, "jaxpr length num_consts num_carry ft_in ft_out reverse unroll"),
+    "while": _rule(control_flow.while_rule, "cond_jaxpr body_jaxpr cond_nconsts body_nconsts"),
+    "cond": _rule(control_flow.cond_rule, "branches"),
+    "shard_map": _rule(control_flow.shard_map_rule, "jaxpr mesh in_specs out_specs newly_manual_axes check_vma"),
 }

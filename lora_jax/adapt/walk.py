@@ -51,6 +51,7 @@ class Walker:
         rules: what to do with a primitive that meets an adapted weight, by its name: `rules.RULES`.
         report: told of every encounter.
         on_materialize: what to do, beyond reporting, where a weight has to be merged.
+        enclosing: the equations whose body this is, outermost first.
     """
 
     def __init__(
@@ -58,15 +59,23 @@ class Walker:
         rules: dict[str, Any],
         report: Callable[[Encounter], None],
         on_materialize: OnMaterialize,
+        enclosing: tuple[Equation, ...] = (),
     ):
         self.rules = rules
         self.report = report
         self.on_materialize: OnMaterialize = on_materialize
+        self.enclosing = enclosing
         self.uses: Counter[str] = Counter()
 
-    def inner(self) -> Walker:
+    def inner(self, eqn: Equation) -> Walker:
         """A walker for the body of a loop or branch. It counts uses anew: JAX may trace a body more than once."""
-        return Walker(self.rules, self.report, self.on_materialize)
+        return Walker(self.rules, self.report, self.on_materialize, (*self.enclosing, eqn))
+
+    def inlined(self, eqn: Equation) -> Walker:
+        """A walker for a body that becomes part of this one."""
+        walker = self.inner(eqn)
+        walker.uses = self.uses
+        return walker
 
     def run(self, body: Program, operands: Sequence[Any]) -> list[Any]:
         """The outputs for `operands`; weights that only pass through come out as `Traced`."""
@@ -103,8 +112,9 @@ class Walker:
                 )
             return entry.rule(self, eqn, operands)
         except Unfactorable as reason:
-            merged = [self.materialize(value, eqn, str(reason)) for value in operands]
-            return jax_compat.run_equation(eqn, merged)
+            distinct = {id(value): value for value in operands}
+            merged = {key: self.materialize(value, eqn, str(reason)) for key, value in distinct.items()}
+            return jax_compat.run_equation(eqn, [merged[id(value)] for value in operands])
 
     def counted(self, value: Any) -> Any:
         """A node as its next use sees it."""
@@ -113,15 +123,17 @@ class Walker:
         return value._replace(node=value.node.for_use(number))
 
     def factored(self, value: Traced, eqn: Equation) -> None:
-        self.report(Encounter(value.path, eqn.primitive.name, True, jax_compat.source_line(eqn)))
+        self.report(Encounter(value.path, eqn.primitive.name, True, self.source(eqn)))
+
+    def source(self, eqn: Equation) -> str:
+        """The source line of an equation; the caller's where it lies within a function of JAX's own."""
+        return next(filter(None, map(jax_compat.source_line, (eqn, *reversed(self.enclosing)))), "unknown source")
 
     def materialize(self, value: Any, eqn: Equation | None, reason: str) -> Any:
         """The merged weight in place of a node, announced; other values as they are."""
         if not isinstance(value, Traced):
             return value
-        op, source = (
-            ("return", "the function's result") if eqn is None else (eqn.primitive.name, jax_compat.source_line(eqn))
-        )
+        op, source = ("return", "the function's result") if eqn is None else (eqn.primitive.name, self.source(eqn))
         self.report(Encounter(value.path, op, False, source, reason))
         message = f"`{value.path}` is merged into one array at {op} ({source}): {reason}"
         if self.on_materialize == "error":
