@@ -30,7 +30,7 @@ SENTENCES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="runs/demo", metavar="FOLDER", help="for the runs (default: runs/demo)")
-    parser.add_argument("--epochs", type=int, default=6, metavar="N", help="of each method (default: 6)")
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of each method (default: 5)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     add_base_argument(parser)
 
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
             method=method,
             epochs=args.epochs,
             seed=args.seed,
-            buckets=1,  # the texts are short: compiling a second shape would take longer than it saves
+            batch_size=16,
+            buckets=2,  # each one more is a program more to compile, which takes longer than it saves here
             output=str(output / method),
         )
         with LiveProgress() as progress:

@@ -87,7 +87,7 @@ def collate(encoded: Encoded, targets: np.ndarray, plan: BatchPlan, *, batch_siz
 
 
 class TrainingBatches:
-    """The batches of a whole run, by step: `dataset[step]`, or an iterator whose state is one number.
+    """The batches of a whole run, by step, or from an iterator whose state is one number.
 
     Args:
         encoded, targets: the training rows.
@@ -121,11 +121,16 @@ class TrainingBatches:
             plan = plans(step // self.steps_per_epoch)[step % self.steps_per_epoch]
             return collate(encoded, targets, plan, batch_size=batch_size, pad_id=pad_id)
 
-        self.dataset = grain.MapDataset.range(steps).map(batch)
+        self._batch = batch
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step, counted from 0."""
+        return self._batch(step)
 
     def iterator(self, position: int = 0) -> grain.DatasetIterator[Batch]:
         """Batches from `position` on, made ahead of time in a thread; `get_state` tells the position."""
-        iterator = iter(self.dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+        dataset = grain.MapDataset.range(self.steps).map(self._batch)
+        iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
         iterator.set_state({"next_index": position})
         return iterator
 

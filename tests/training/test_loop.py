@@ -52,7 +52,7 @@ def test_a_tiny_model_learns(finished):
 
 def test_padding_is_what_the_batches_hold(finished, options):
     run = prepare(TrainConfig(**options, output="out"), lambda event: None)
-    batches = [run.batches.dataset[step] for step in range(run.steps)]
+    batches = [run.batches.batch(step) for step in range(run.steps)]
     tokens = sum(int(batch.attention_mask[batch.weights > 0].sum()) for batch in batches)
     assert tokens == 5 * run.splits["train"].encoded.lengths.sum()
     assert finished.padding_share == pytest.approx(1 - tokens / sum(batch.input_ids.size for batch in batches))
@@ -167,7 +167,7 @@ def test_regression(options, data, tmp_path):
 def test_dropout_rate_replaces_the_base_s(options, tmp_path):
     def loss(dropout):
         run = prepare(TrainConfig(**{**options, "dropout": dropout}, output="out"), lambda event: None)
-        batch = run.batches.dataset[0]
+        batch = run.batches.batch(0)
         params = lj.combine(run.state.trainable, run.frozen)
         return np.asarray(run.apply(params, *batch[:3], dropout_key=jax.random.key(0)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,13 @@ def test_schedule_follows_its_formula(kind, warmup):
     for t in range(steps):
         u = (t - w) / (steps - w)
         after = {"linear": 1 - u, "cosine": (1 + math.cos(math.pi * u)) / 2, "constant": 1.0}[kind]
-        assert float(schedule(t)) == pytest.approx(peak * (t / w if t < w else after), rel=1e-5, abs=1e-6 * peak)
+        assert float(np.asarray(schedule(t))) == pytest.approx(
+            peak * (t / w if t < w else after), rel=1e-5, abs=1e-6 * peak
+        )
 
 
 def test_schedule_of_one_step():
-    assert float(make_schedule("linear", peak=1.0, steps=1, warmup=0.0)(0)) == 1.0
+    assert np.asarray(make_schedule("linear", peak=1.0, steps=1, warmup=0.0)(0)) == 1.0
 
 
 def adapted():
@@ -37,7 +40,7 @@ def adapted():
     return params, method
 
 
-def update(**options):
+def update(**options) -> Any:
     params, method = adapted()
     config = TrainConfig(train="a", output="b", method=method, warmup=0.0, schedule="constant", **options)
     tx = make_optimizer(config, lj.label_params(params, method), steps=10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ TASK = Task(kind="classification", labels=("a", "b", "c"))
 METHOD = lj.LoRA(rank=2, alpha=4, targets=("dense",), also_train=("classifier",))
 
 
-def model(params, ids, mask=None, types=None, *, dropout_key=None):
+def model(params, ids, mask: Any = None, types=None, *, dropout_key=None):
     x = params["table"][ids]
     x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     x = jnp.tanh(x @ params["dense"]["kernel"] + params["dense"]["bias"])
