@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+
+KEY = jax.random.key(0)
+
+
+def base() -> Any:
+    return {"dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}, "head": {"kernel": jnp.ones((4, 2))}}
+
+
+def lora(**settings: Any) -> lj.LoRA:
+    return lj.LoRA(**{"rank": 2, "alpha": 2, "targets": ("dense",), **settings})
+
+
+def test_only_targets_and_heads_change() -> None:
+    tree = base()
+    params = lj.attach(tree, lora(also_train=("head",)), key=KEY)
+    assert params["dense"]["kernel"].base is tree["dense"]["kernel"]
+    assert params["dense"]["bias"] is tree["dense"]["bias"]
+    assert params["head"]["kernel"] is not tree["head"]["kernel"]
+    assert lj.detach(params)["dense"]["kernel"] is tree["dense"]["kernel"]
+    assert lj.leaf_paths(tree) == lj.leaf_paths(params)
+
+
+def test_methods_that_change_no_weight_copy_the_head_only() -> None:
+    tree = base()
+    for method in (lj.BitFit(also_train=("head",)), lj.Frozen(also_train=("head",))):
+        params = lj.attach(tree, method, key=KEY)
+        assert params["dense"]["kernel"] is tree["dense"]["kernel"]
+        assert params["head"]["kernel"] is not tree["head"]["kernel"]
+
+
+def test_detach_keeps_what_else_was_trained() -> None:
+    params = lj.attach(base(), lora(), key=KEY)
+    params["dense"]["bias"] = jnp.ones(4)
+    assert lj.detach(params)["dense"]["bias"] is params["dense"]["bias"]
+
+
+def test_a_target_that_matches_nothing() -> None:
+    with pytest.raises(
+        lj.SelectionError, match=r"`targets` entry 'dnese' matches no leaf. Nearest paths: dense/kernel"
+    ):
+        lj.attach(base(), lora(targets=("dnese",)), key=KEY)
+    with pytest.raises(
+        lj.SelectionError, match=r"`also_train` entry 'haed' matches no leaf. Nearest paths: head/kernel"
+    ):
+        lj.attach(base(), lora(also_train=("haed",)), key=KEY)
+
+
+@pytest.mark.parametrize(
+    ("tree", "target", "message"),
+    [
+        (base(), "dense/bias", r"'dense/bias' matches no weight, only dense/bias \(4,\)"),
+        ({"table": jnp.ones((4, 4), jnp.int32)}, "table", r"matches no weight, only table \(4, 4\)"),
+        ({"rate": 0.5}, "rate", "matches no weight, only rate float"),
+        ({"heads": {"bias": jnp.ones((4, 4))}}, "heads", r"matches no weight, only heads/bias \(4, 4\)"),
+    ],
+)
+def test_a_target_that_is_no_weight(tree: Any, target: str, message: str) -> None:
+    with pytest.raises(lj.SelectionError, match=message):
+        lj.attach(tree, lora(targets=(target,)), key=KEY)
+
+
+def test_a_leaf_both_target_and_head() -> None:
+    with pytest.raises(
+        lj.SelectionError, match="`targets` and `also_train` both select dense/kernel: train it in full"
+    ):
+        lj.attach(base(), lora(also_train=("dense",)), key=KEY)
+
+
+def test_a_rank_larger_than_the_weight_allows() -> None:
+    with pytest.raises(
+        ValueError, match=r"`rank` 5 is larger than `dense/kernel` allows: \(8, 4\) labelled 'io' is 8 in"
+    ):
+        lj.attach(base(), lora(rank=5), key=KEY)
+    assert lj.attach(base(), lora(rank=4), key=KEY)["dense"]["kernel"].rank == 4
+    with pytest.raises(ValueError, match="`rank` 5 is larger than `dense/kernel` allows"):
+        lj.attach(base(), lora(rank_overrides={"dense": 5}), key=KEY)
+
+
+def test_axes_whose_roles_are_unknown() -> None:
+    tree = {"heads": jnp.ones((6, 2, 3))}
+    with pytest.raises(ValueError, match=r"the roles of the axes of `heads` \(6, 2, 3\) are unknown.*: pass `uses="):
+        lj.attach(tree, lora(targets=("heads",)), key=KEY)
+    uses = lj.trace_weights(lambda params, x: jnp.einsum("td,dnh->tnh", x, params["heads"]), tree, jnp.ones((5, 6)))
+    node = lj.attach(tree, lora(targets=("heads",)), key=KEY, uses=uses)["heads"]
+    assert (node.axes, node.a.shape, node.b.shape) == ("ioo", (2, 6), (2, 2, 3))
+
+
+@pytest.mark.parametrize("labels", ["io", "iox", "iooo"])
+def test_labels_that_do_not_fit(labels: str) -> None:
+    uses = {"heads": lj.Use("dot_general", labels)}
+    with pytest.raises(
+        ValueError, match=rf"`uses` labels `heads` \(6, 2, 3\) with '{labels}': one of i, o, s for each"
+    ):
+        lj.attach({"heads": jnp.ones((6, 2, 3))}, lora(targets=("heads",)), key=KEY, uses=uses)
+
+
+def test_uses_of_another_tree() -> None:
+    with pytest.raises(
+        ValueError, match=r"`uses` has `dence/kernel`, and `params` does not. Nearest paths: dense/kernel"
+    ):
+        lj.attach(base(), lora(), key=KEY, uses={"dence/kernel": lj.Use("dot_general", "io")})
+
+
+def test_a_tree_that_has_factors_already() -> None:
+    params = lj.attach(base(), lora(), key=KEY)
+    with pytest.raises(
+        ValueError, match=r"`params` has factors already, at dense/kernel: take them off with `lj.detach`"
+    ):
+        lj.attach(params, lora(), key=KEY)
+
+
+def test_older_random_keys_do_as_well() -> None:
+    new, old = (lj.attach(base(), lora(), key=key) for key in (jax.random.key(3), jax.random.PRNGKey(3)))
+    np.testing.assert_array_equal(new["dense"]["kernel"].a, old["dense"]["kernel"].a)
+
+
+def test_attach_to_shapes_alone() -> None:
+    shapes = jax.eval_shape(base)
+    tree = jax.eval_shape(lambda: lj.attach(shapes, lora(), key=KEY))
+    assert tree["dense"]["kernel"].a.shape == (2, 8)
+
+
+def test_factors_lie_where_the_base_s_axes_lie() -> None:
+    """Each factor is split along the axes that it shares with a sharded base; values do not depend on it."""
+    mesh = jax.make_mesh((2,), ("x",))
+    for spec, a_spec, b_spec in (
+        (jax.P("x", None), jax.P(None, "x"), jax.P(None, None)),
+        (jax.P(None, "x"), jax.P(None, None), jax.P(None, "x")),
+    ):
+        sharding = jax.NamedSharding(mesh, spec)
+        node = lj.attach({"w": jax.device_put(jnp.ones((8, 4)), sharding)}, lora(targets=("w",)), key=KEY)["w"]
+        assert node.a.sharding.is_equivalent_to(jax.NamedSharding(mesh, a_spec), 2)
+        assert node.b.sharding.is_equivalent_to(jax.NamedSharding(mesh, b_spec), 2)
+        plain = lj.attach({"w": jnp.ones((8, 4))}, lora(targets=("w",)), key=KEY)["w"]
+        np.testing.assert_allclose(node.a, plain.a, rtol=1e-6)
+    stacked = jax.device_put(jnp.ones((2, 8, 4)), jax.NamedSharding(mesh, jax.P("x")))
+    uses = {"w": lj.Use("dot_general", "sio")}
+    node = lj.attach({"w": stacked}, lora(targets=("w",)), key=KEY, uses=uses)["w"]
+    assert node.a.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P("x")), 3)
+
+
+def test_a_base_on_another_device_keeps_its_factors_there() -> None:
+    second = jax.devices()[1]
+    node = lj.attach({"w": jax.device_put(jnp.ones((8, 4)), second)}, lora(targets=("w",)), key=KEY)["w"]
+    assert node.a.devices() == node.b.devices() == {second}
+
+
+# The forgotten `adapt`.
+
+
+def used_as_array(node: Any) -> dict[str, Any]:
+    x = jnp.ones((3, 8))
+    return {
+        "x @ w": lambda: x @ node,
+        "w @ x": lambda: node @ x.T,
+        "w + 1": lambda: node + 1,
+        "1 - w": lambda: 1 - node,
+        "w // 2": lambda: node // 2,
+        "-w": lambda: -node,
+        "w > 0": lambda: node > 0,
+        "w[0]": lambda: node[0],
+        "w.T": lambda: node.T,
+        "w.astype": lambda: node.astype(jnp.bfloat16),
+        "bool(w)": lambda: bool(node),
+        "iter(w)": lambda: list(node),
+        "jnp.dot": lambda: jnp.dot(x, node),
+        "jnp.einsum": lambda: jnp.einsum("td,do->to", x, node),
+        "jnp.asarray": lambda: jnp.asarray(node),
+        "np.asarray": lambda: np.asarray(node),
+        "jit": lambda: jax.jit(lambda node: x @ node)(node),
+    }
+
+
+@pytest.mark.parametrize("use", used_as_array(None))
+def test_a_forgotten_adapt_is_explained(use: str) -> None:
+    node = lj.attach(base(), lora(), key=KEY)["dense"]["kernel"]
+    with pytest.raises(
+        TypeError, match=r"a LoRAWeight of shape \(8, 4\) was used as an array: wrap the function .*`lj.ada"
+    ):
+        used_as_array(node)[use]()
+
+
+def test_a_node_answers_what_a_shape_is_asked_for() -> None:
+    node = lj.attach(base(), lora(), key=KEY)["dense"]["kernel"]
+    assert (node.shape, node.ndim, node.size, node.dtype) == ((8, 4), 2, 32, jnp.float32)
+
+
+def test_a_node_may_hold_anything() -> None:
+    """Pytree functions put labels, booleans, `None` and shapes where arrays stood."""
+    node = lj.attach(base(), lora(), key=KEY)["dense"]["kernel"]
+    for value in ("label", True, None, object(), jax.ShapeDtypeStruct((), jnp.float32)):
+        assert jax.tree.map(lambda leaf, value=value: value, node).a is value
+    assert dataclasses.replace(node, a="x").a == "x"

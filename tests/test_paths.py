@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import lora_jax as lj
+from lora_jax.paths import leaves_by_path, matches_entry, nearest, path_key, select
+
+TREE = {
+    "encoder": {
+        "layers": [
+            {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "norm": {"scale": jnp.ones(4)}},
+            {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "norm": {"scale": jnp.ones(4)}},
+        ],
+        "subquery": {"kernel": jnp.ones((4, 4))},
+    },
+    "classifier": {"dense": {"out": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}}},
+}
+QUERIES = ["encoder/layers/0/query/kernel", "encoder/layers/1/query/kernel"]
+
+
+def chosen(selector: Any, *, below: bool = False, tree: Any = TREE) -> list[str]:
+    return select(
+        leaves_by_path(tree),
+        selector,
+        argument="targets",
+        eligible=lambda path, leaf: leaf.ndim >= 2,
+        kind="weight",
+        below=below,
+    )
+
+
+# Paths.
+
+
+def test_a_path_joins_every_kind_of_key() -> None:
+    tree = {"a": [1.0, {"b": 2.0}], "c": (3.0, None)}
+    assert lj.leaf_paths(tree) == ["a/0", "a/1/b", "c/0"]
+    assert lj.leaf_paths({0: {"x": 1.0}, 1: 2.0}) == ["0/x", "1"]
+    assert lj.leaf_paths(jnp.ones(2)) == [""]
+    assert lj.leaf_paths({}) == []
+
+
+def test_flax_boxes_leave_no_trace_in_a_path() -> None:
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    assert lj.leaf_paths(state) == ["bias", "kernel"]
+    boxed = {"kernel": nn.Partitioned(jnp.ones((2, 3)), names=("in", "out")), "value": jnp.ones(2)}
+    assert lj.leaf_paths(boxed) == ["kernel", "value"]
+
+
+def test_an_adapted_weight_is_one_leaf() -> None:
+    tree = lj.attach(TREE, lj.LoRA(rank=1, alpha=1, targets=("query",)), key=jax.random.key(0))
+    assert lj.leaf_paths(tree) == lj.leaf_paths(TREE)
+
+
+def test_two_leaves_of_one_path_are_refused() -> None:
+    tree = {"a": {"b/c": jnp.ones((2, 2))}, "a/b": {"c": jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match="stand for more than one leaf: a/b/c; rename one of the keys"):
+        leaves_by_path(tree)
+
+
+def test_a_path_s_key_depends_on_key_and_path() -> None:
+    draws = {
+        tuple(jax.random.key_data(path_key(jax.random.key(seed), path)).tolist())
+        for seed in (0, 1)
+        for path in ("a", "b", "a/b", "b/a")
+    }
+    assert len(draws) == 8
+
+
+# The rule.
+
+
+def test_a_string_is_a_regular_expression_for_the_whole_path() -> None:
+    assert chosen(r".*/query/kernel") == QUERIES
+    assert chosen(r"encoder/layers/1/.*") == QUERIES[1:]
+    with pytest.raises(
+        lj.SelectionError, match=r"`targets` entry 'query/kernel' matches no leaf; a string is a regular"
+    ):
+        chosen("query/kernel")
+
+
+def test_a_name_is_a_suffix_of_whole_segments() -> None:
+    assert chosen(("query",)) == QUERIES
+    assert chosen(["query/kernel"]) == QUERIES
+    assert chosen(("layers/1/query",)) == QUERIES[1:]
+    assert chosen(("1/query", "out", "subquery")) == [
+        "classifier/dense/out/kernel",
+        QUERIES[1],
+        "encoder/subquery/kernel",
+    ]
+    for entry in ("uery", "quer", "encoder", "layers/query", "*"):
+        with pytest.raises(lj.SelectionError, match="matches no leaf"):
+            chosen((entry,))
+
+
+def test_a_leading_slash_anchors_at_the_root() -> None:
+    assert chosen(("/encoder/layers/0/query",)) == QUERIES[:1]
+    with pytest.raises(lj.SelectionError, match="'/query' matches no leaf"):
+        chosen(("/query",))
+
+
+def test_names_reach_below_a_module_for_heads_only() -> None:
+    assert chosen(("classifier",), below=True) == ["classifier/dense/out/kernel"]
+    assert chosen(("encoder",), below=True) == [*QUERIES, "encoder/subquery/kernel"]
+    with pytest.raises(lj.SelectionError, match="'classifier' matches no leaf"):
+        chosen(("classifier",))
+
+
+def test_a_callable_is_free() -> None:
+    assert chosen(lambda path, leaf: path.endswith("kernel") and leaf.shape == (4, 2)) == [
+        "classifier/dense/out/kernel"
+    ]
+    with pytest.raises(lj.SelectionError, match="entry the callable matches no leaf"):
+        chosen(lambda path, leaf: False)
+
+
+def test_every_entry_must_match() -> None:
+    with pytest.raises(lj.SelectionError, match="'values' matches no leaf"):
+        chosen(("query", "values"))
+    with pytest.raises(
+        lj.SelectionError, match=r"'norm' matches no weight, only .*0/norm/scale \(4,\), .*1/norm/scale"
+    ):
+        chosen(("query", "norm"))
+
+
+def test_what_matches_nothing_lists_the_nearest_paths() -> None:
+    with pytest.raises(
+        lj.SelectionError, match=r"'qurey' matches no leaf. Nearest paths: encoder/layers/0/query/kernel"
+    ):
+        chosen(("qurey",))
+    with pytest.raises(lj.SelectionError, match=r"Nearest paths: classifier/dense/out/kernel, encoder/layers/0"):
+        chosen(("nothing-like-it",))
+    assert nearest("layers/3/query", lj.leaf_paths(TREE))[0].startswith("encoder/layers")
+
+
+def test_an_invalid_pattern_says_what_is_wrong() -> None:
+    with pytest.raises(lj.SelectionError, match="is no valid regular expression: missing \\)"):
+        chosen("(query")
+
+
+@pytest.mark.parametrize(
+    ("path", "entry", "below", "matches"),
+    [
+        ("a/b/kernel", "b", False, True),
+        ("a/b/kernel", "a", False, False),
+        ("a/b/kernel", "a", True, True),
+        ("a/b/kernel", "a/b/kernel", False, True),
+        ("a/b/kernel", "/b", True, False),
+        ("a/b/kernel", "/a", True, True),
+        ("kernel", "kernel", False, True),
+        ("kernel", "x/kernel", False, False),
+        ("", "/", False, True),
+    ],
+)
+def test_matches_entry(path: str, entry: str, below: bool, matches: bool) -> None:
+    assert matches_entry(path, entry, below=below) is matches
