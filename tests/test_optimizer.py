@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+
+KEY = jax.random.key(0)
+METHOD = lj.LoRA(rank=2, alpha=2, targets=("dense",), also_train=("head",))
+
+
+def tree() -> Any:
+    base = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}, "head": {"kernel": jnp.ones((3, 2))}}
+    return lj.attach(base, METHOD, key=KEY)
+
+
+def ones_like(params: Any) -> Any:
+    return jax.tree.map(jnp.ones_like, params)
+
+
+def test_the_whole_tree_and_the_trainable_part_are_updated_alike() -> None:
+    params = tree()
+    labels = lj.label_params(params, METHOD)
+    tx = lj.make_optimizer(optax.adamw(1e-2), labels)
+    trainable, frozen = lj.partition(params, lj.trainable_mask(params, METHOD))
+
+    whole, whole_state = params, tx.init(params)
+    part, part_state = trainable, tx.init(trainable)
+    for _ in range(3):
+        updates, whole_state = tx.update(ones_like(whole), whole_state, whole)
+        whole = optax.apply_updates(whole, updates)
+        updates, part_state = tx.update(ones_like(part), part_state, part)
+        part = optax.apply_updates(part, updates)
+    chex.assert_trees_all_close(lj.combine(part, frozen), whole, rtol=1e-7)
+    np.testing.assert_array_equal(whole["dense"]["bias"], params["dense"]["bias"])
+    np.testing.assert_array_equal(whole["dense"]["kernel"].base, params["dense"]["kernel"].base)
+    assert (np.asarray(whole["head"]["kernel"]) < 1).all()
+    chex.assert_trees_all_equal_shapes(jax.tree.leaves(part_state), jax.tree.leaves(whole_state))
+
+
+def test_each_label_may_have_its_own() -> None:
+    """LoRA+ gives `lora_b` a higher rate; the transformation of a label that is not there does no harm."""
+    params = tree()
+    rates = {"lora_a": 0.1, "lora_b": 1.6, "head": 0.0, "bias": 9.0}
+    tx = lj.make_optimizer({name: optax.sgd(rate) for name, rate in rates.items()}, lj.label_params(params, METHOD))
+    updates, _ = tx.update(ones_like(params), tx.init(params), params)
+    node = updates["dense"]["kernel"]
+    np.testing.assert_allclose(node.a, -0.1, rtol=1e-6)
+    np.testing.assert_allclose(node.b, -1.6, rtol=1e-6)
+    assert not np.any(node.base)
+    assert not np.any(updates["head"]["kernel"])
+    assert not np.any(updates["dense"]["bias"])
+
+
+def test_frozen_leaves_do_not_move_whatever_is_asked() -> None:
+    """`optax.masked` would pass their raw gradients through; here they get zeros."""
+    params = {"w": jnp.ones(2), "bias": jnp.ones(2)}
+    tx = lj.make_optimizer(optax.add_decayed_weights(1.0), lj.label_params(params, lj.BitFit()))
+    updates, _ = tx.update(ones_like(params), tx.init(params), params)
+    assert updates["w"].tolist() == [0, 0]
+    assert updates["bias"].tolist() == [2, 2]
+
+
+def test_clipping_sees_what_is_trained_alone() -> None:
+    """On the trainable part, the global norm is that of trained leaves, be the clipping inside or around."""
+    params = {"w": jnp.ones((100, 100)), "bias": jnp.ones(4)}
+    labels = lj.label_params(params, lj.BitFit())
+    trainable, _ = lj.partition(params, lj.trainable_mask(params, lj.BitFit()))
+    clip = optax.clip_by_global_norm(1.0)
+    inside = lj.make_optimizer(optax.chain(clip, optax.sgd(1.0)), labels)
+    around = optax.chain(clip, lj.make_optimizer(optax.sgd(1.0), labels))
+    for tx in (inside, around):
+        updates, _ = tx.update(ones_like(trainable), tx.init(trainable), trainable)
+        np.testing.assert_allclose(updates["bias"], -0.5, rtol=1e-6)
+
+
+def test_accumulation_keeps_no_frozen_accumulator() -> None:
+    params = tree()
+    tx = optax.MultiSteps(lj.make_optimizer(optax.adam(1e-3), lj.label_params(params, METHOD)), every_k_schedule=4)
+    trainable, _ = lj.partition(params, lj.trainable_mask(params, METHOD))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    state = jax.eval_shape(tx.init, trainable)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 3 * numbers
+
+
+def test_extra_arguments_reach_the_transformation() -> None:
+    def update(updates: Any, state: Any, params: Any = None, *, scale: float) -> Any:
+        del params
+        return jax.tree.map(lambda update: scale * update, updates), state
+
+    tx = lj.make_optimizer(
+        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update), {"bias": "bias"}
+    )
+    params = {"bias": jnp.ones(2)}
+    updates, _ = tx.update(params, tx.init(params), params, scale=3.0)
+    assert updates["bias"].tolist() == [3, 3]
+
+
+def test_a_label_without_transformation_is_refused() -> None:
+    labels = lj.label_params(tree(), METHOD)
+    with pytest.raises(
+        ValueError, match="`tx` has no transformation for the labels head, lora_b; it has lora_a"
+    ):
+        lj.make_optimizer({"lora_a": optax.sgd(1.0)}, labels)
+
+
+def test_a_label_s_own_transformation_for_frozen_is_kept() -> None:
+    labels = {"w": "frozen", "bias": "bias"}
+    tx = lj.make_optimizer({"frozen": optax.sgd(1.0), "bias": optax.sgd(2.0)}, labels)
+    params = {"w": jnp.ones(1), "bias": jnp.ones(1)}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["w"].tolist() == [-1]
