@@ -58,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """A failed save reaches the user as one line; Orbax's threads and its log would print pages beside it."""
-    logger, hook = logging.getLogger("absl"), threading.excepthook
-    level = logger.level
+    logger = logging.getLogger("absl")
+    before = logger.level, threading.excepthook, sys.unraisablehook
     logger.setLevel(logging.CRITICAL)
-    threading.excepthook = lambda args: None
+    threading.excepthook = sys.unraisablehook = lambda args: None
     try:
         yield
     finally:
+        level, threading.excepthook, sys.unraisablehook = before
         logger.setLevel(level)
-        threading.excepthook = hook
 
 
 def make_parser() -> argparse.ArgumentParser:
