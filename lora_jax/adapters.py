@@ -216,9 +216,7 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for name in ("tensors", "base"):
         for leaf, entry in description[name].items():
             if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
-                raise AdapterError(
-                    f"{path}: `{name}` must have a JSON dict with a `shape` for {leaf}, got {entry!r:.80}"
-                )
+                raise AdapterError(f"{path}: `{name}` must give a `shape` for {leaf}, got {entry!r:.80}")
     return description
 
 
@@ -366,5 +364,5 @@ def _method_from_json(description: Mapping[str, Any], folder: Path) -> Method:
         raise AdapterError(f"{folder}: `{patterns[0]}` of the method must be a list of leaf paths")
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise AdapterError(f"{folder}: the description of the method {name} is not usable: {error}") from None

@@ -33,10 +33,24 @@ def _sample(leaf: Any) -> str:
         return ""
     size = math.prod(leaf.shape)
     places = np.unique(np.linspace(0, size - 1, _SAMPLES).astype(np.int64))
-    values = np.asarray(leaf[np.unravel_index(places, leaf.shape)])
+    values = _values(leaf, np.unravel_index(places, leaf.shape) if leaf.shape else ())
     if np.issubdtype(values.dtype, np.floating) or values.dtype == ml_dtypes.bfloat16:
         values = values.astype(np.float32).astype(ml_dtypes.bfloat16)
     return hashlib.blake2s(values.tobytes(), digest_size=8).hexdigest()
+
+
+def _values(leaf: Any, index: tuple[np.ndarray, ...]) -> np.ndarray:
+    """`leaf[index]` on the host, taken from each shard on its own device: a sharded array is not put together."""
+    if not isinstance(leaf, jax.Array) or not index:
+        return np.asarray(leaf)[index]
+    values = np.zeros(index[0].shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        starts = [cut.start or 0 for cut in shard.index]
+        inside = np.logical_and.reduce(
+            [(start <= i) & (i < start + size) for i, start, size in zip(index, starts, shard.data.shape, strict=True)]
+        )
+        values[inside] = shard.data[tuple(i[inside] - start for i, start in zip(index, starts, strict=True))]
+    return values
 
 
 def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
