@@ -116,6 +116,14 @@ def manual_axes(eqn: Equation) -> Any:
     return eqn.params["newly_manual_axes"] if "newly_manual_axes" in eqn.params else param(eqn, "manual_axes")
 
 
+def explicit_dims(array: Any) -> set[int]:
+    """The dimensions split along explicit mesh axes: there, shardings are part of types."""
+    sharding = jax.typeof(array).sharding
+    explicit = set(sharding.mesh.explicit_axes)
+    parts = [part if isinstance(part, tuple) else (part,) for part in sharding.spec] if explicit else []
+    return {dim for dim, part in enumerate(parts) if explicit & set(part)}
+
+
 def specified(sharding: Any) -> Any:
     """`None` for an unspecified sharding, which has no public name."""
     return sharding if isinstance(sharding, jax.sharding.Sharding) else None

@@ -38,6 +38,7 @@ def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any
     lhs, rhs = (tuple(lhs_contract), tuple(lhs_batch)), (tuple(rhs_contract), tuple(rhs_batch))
     mine, theirs = (lhs, rhs) if weight_is_lhs else (rhs, lhs)
     spec = DotSpec(*mine, *theirs, weight_is_lhs=weight_is_lhs, precision=param(eqn, "precision"))
+    _check_placement(eqn, value.node, other, spec)
 
     def run(base: jax.Array) -> jax.Array:
         return jax_compat.bind(eqn, base, other) if weight_is_lhs else jax_compat.bind(eqn, other, base)
@@ -46,6 +47,16 @@ def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any
         output = walker.counted(value).node.dot_general(other, spec, run)
     walker.factored(value, eqn)
     return [output]
+
+
+def _check_placement(eqn: Equation, node: AdaptedWeight, other: Any, spec: DotSpec) -> None:
+    """Refuses what a mesh with explicit axes would: flattening split token axes, summing over devices unasked."""
+    split, weight_split = jax_compat.explicit_dims(other), jax_compat.explicit_dims(node.base)
+    if not split | weight_split:
+        return
+    tokens = [axis for axis in range(np.ndim(other)) if axis not in spec.other_contract + spec.other_batch]
+    if split - set(tokens[:1]) or weight_split & set(spec.weight_contract) or param(eqn, "out_sharding") is not None:
+        raise Unfactorable("it is split along explicit mesh axes, other than by the first token axis or the result")
 
 
 def _gather(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:

@@ -15,9 +15,6 @@ import lora_jax as lj
 from lora_jax.paths import flatten_with_paths
 from lora_jax.weights import is_adapted
 
-# Compilation is most of what these tests cost, and small arrays need no optimized code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 # Float32, matmul precision "highest", relative to the largest value of the tree: sums in another order, no more.
 TOLERANCE = 1e-5
 
@@ -108,7 +105,7 @@ def value_and_gradients(fn: Callable[..., Any], params: Any, args: tuple[Any, ..
         return project(outputs), outputs
 
     with jax.default_matmul_precision("highest"):
-        gradients, outputs = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(params)
+        gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(params)
     return outputs, gradients
 
 
