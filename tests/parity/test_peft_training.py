@@ -49,7 +49,12 @@ def peft_model(modules: list[str]):
         lj.models.find_base(lj.models.DEFAULT_BASE), config=config
     )
     settings = peft.LoraConfig(
-        task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=modules, init_lora_weights="gaussian"
+        task_type="SEQ_CLS",
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        target_modules=modules,
+        init_lora_weights="gaussian",
     )
     return peft.get_peft_model(model, settings)
 
@@ -79,7 +84,9 @@ def our_losses(start: dict[str, np.ndarray], names, params, apply, method) -> li
             b = start[f"base_model.model.{module}.lora_B.default.weight"]
             return lj.LoRAWeight(leaf.base, jnp.asarray(a), jnp.asarray(b.T), scale=leaf.scale, axes=leaf.axes)
         if path.startswith("classifier/"):
-            value = start[f"base_model.model.classifier.modules_to_save.default.{'weight' if 'kernel' in path else 'bias'}"]
+            value = start[
+                f"base_model.model.classifier.modules_to_save.default.{'weight' if 'kernel' in path else 'bias'}"
+            ]
             return jnp.asarray(value.T)
         return leaf
 
