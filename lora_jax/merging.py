@@ -51,7 +51,9 @@ def _merged(path: str, node: AdaptedWeight, dtype: Any) -> jax.Array:
         return _fold(node, dtype)
     for name in node.fields:
         array = getattr(node, name)
-        if array is not None and not bool(jnp.isfinite(array).all()):
+        with jax.ensure_compile_time_eval():  # values are concrete, be it in the midst of a trace
+            finite = array is None or bool(jnp.isfinite(array).all())
+        if not finite:
             raise ValueError(
                 f"cannot merge `{path}`: its factor `{name}` holds NaN or infinity; load an earlier checkpoint"
             )

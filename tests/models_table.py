@@ -56,12 +56,13 @@ class Case:
             "frozen": lambda: lj.Frozen(also_train=self.head),
         }[name]()
 
+    @functools.cached_property
     def uses(self) -> dict[str, lj.Use]:
         return lj.trace_weights(self.apply, self.params, self.x)
 
     def attach(self, method: lj.Method, *, seed: int = 0) -> Any:
         """The tree as it is when training starts."""
-        return lj.attach(self.params, method, key=jax.random.key(seed), uses=self.uses())
+        return lj.attach(self.params, method, key=jax.random.key(seed), uses=self.uses)
 
     def trained(self, method: lj.Method, *, seed: int = 0) -> Any:
         """The tree as training might have left it: every trainable leaf has moved, so `B` is not zero."""
