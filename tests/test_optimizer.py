@@ -104,9 +104,7 @@ def test_extra_arguments_reach_the_transformation() -> None:
 
 def test_a_label_without_transformation_is_refused() -> None:
     labels = lj.label_params(tree(), METHOD)
-    with pytest.raises(
-        ValueError, match="`tx` has no transformation for the labels head, lora_b; it has lora_a"
-    ):
+    with pytest.raises(ValueError, match="`tx` has no transformation for the labels head, lora_b; it has lora_a"):
         lj.make_optimizer({"lora_a": optax.sgd(1.0)}, labels)
 
 
