@@ -206,7 +206,7 @@ class LoRAWeight(AdaptedWeight):
             return x
         key = self.key.reshape(-1)[0] if self.key.ndim else self.key
         # Under `shard_map` each shard holds other rows, so each draws its own mask.
-        for name in sorted(getattr(jax.typeof(x), "vma", ())):
+        for name in sorted(jax.typeof(x).manual_axis_type.varying):
             key = jax.random.fold_in(key, lax.axis_index(name))
         kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
