@@ -129,8 +129,8 @@ def counted_compilations() -> Iterator[list[str]]:
     """What XLA compiles within the block, by the name of the event."""
     events: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
-        del duration
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if "backend_compile" in event:
             events.append(event)
 
@@ -364,7 +364,7 @@ def compiled_step(method: lj.Method) -> Any:
     return jax.jit(step).lower(trainable, frozen, x).compile()
 
 
-def weight_gradients(program: str) -> set[tuple[int, ...]]:
+def weight_gradients(program: str) -> set[Any]:
     """Shapes of the weights that some dot of a compiled program, or a library call in its place, has as its result."""
     shapes = [
         tuple(sorted(map(int, dims.split(","))))
@@ -448,7 +448,8 @@ def bert_shapes(sizes: dict[str, int]) -> Any:
     from lora_jax.models.bert import BertConfig
     from lora_jax.models.model import skeleton
 
-    config = BertConfig(vocab_size=30522, max_position_embeddings=512, type_vocab_size=2, **sizes)
+    settings: Any = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, **sizes}
+    config = BertConfig(**settings)
     return skeleton(config, task="classification", num_labels=2).params
 
 
@@ -485,7 +486,7 @@ def test_law_9_nothing_is_merged_in_the_bundled_models(task: Any, tmp_path: Any)
     """`adapt(model.apply, on_materialize="error")` passes with factors at every weight, dropout and masks included."""
     from .tiny_bert import write_tiny_bert
 
-    outputs = {"num_labels": 3} if task == "classification" else {}
+    outputs: Any = {"num_labels": 3} if task == "classification" else {}
     model = lj.models.load(write_tiny_bert(tmp_path, hidden=8, heads=2), task=task, **outputs)
     weights = [path for path, leaf in leaves_by_path(model.params).items() if leaf.ndim >= 2]
     method = lj.LoRA(rank=1, alpha=1, targets=[f"/{path}" for path in weights], dropout=0.1)

@@ -119,8 +119,8 @@ def test_an_array_that_jax_may_move_stays_so() -> None:
 def test_equal_shapes_compile_once() -> None:
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
-        del duration
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if "backend_compile" in event:
             compiled.append(event)
 

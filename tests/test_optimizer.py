@@ -24,19 +24,27 @@ def ones_like(params: Any) -> Any:
     return jax.tree.map(jnp.ones_like, params)
 
 
+def first_updates(tx: Any, params: Any, **extra: Any) -> Any:
+    """What the optimizer makes of gradients of one."""
+    return tx.update(ones_like(params), tx.init(params), params, **extra)[0]
+
+
+def trained(tx: Any, params: Any, steps: int = 3) -> tuple[Any, Any]:
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(ones_like(params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
 def test_the_whole_tree_and_the_trainable_part_are_updated_alike() -> None:
     params = tree()
     labels = lj.label_params(params, METHOD)
     tx = lj.make_optimizer(optax.adamw(1e-2), labels)
     trainable, frozen = lj.partition(params, lj.trainable_mask(params, METHOD))
 
-    whole, whole_state = params, tx.init(params)
-    part, part_state = trainable, tx.init(trainable)
-    for _ in range(3):
-        updates, whole_state = tx.update(ones_like(whole), whole_state, whole)
-        whole = optax.apply_updates(whole, updates)
-        updates, part_state = tx.update(ones_like(part), part_state, part)
-        part = optax.apply_updates(part, updates)
+    whole, whole_state = trained(tx, params)
+    part, part_state = trained(tx, trainable)
     chex.assert_trees_all_close(lj.combine(part, frozen), whole, rtol=1e-7)
     np.testing.assert_array_equal(whole["dense"]["bias"], params["dense"]["bias"])
     np.testing.assert_array_equal(whole["dense"]["kernel"].base, params["dense"]["kernel"].base)
@@ -49,7 +57,7 @@ def test_each_label_may_have_its_own() -> None:
     params = tree()
     rates = {"lora_a": 0.1, "lora_b": 1.6, "head": 0.0, "bias": 9.0}
     tx = lj.make_optimizer({name: optax.sgd(rate) for name, rate in rates.items()}, lj.label_params(params, METHOD))
-    updates, _ = tx.update(ones_like(params), tx.init(params), params)
+    updates = first_updates(tx, params)
     node = updates["dense"]["kernel"]
     np.testing.assert_allclose(node.a, -0.1, rtol=1e-6)
     np.testing.assert_allclose(node.b, -1.6, rtol=1e-6)
@@ -62,7 +70,7 @@ def test_frozen_leaves_do_not_move_whatever_is_asked() -> None:
     """`optax.masked` would pass their raw gradients through; here they get zeros."""
     params = {"w": jnp.ones(2), "bias": jnp.ones(2)}
     tx = lj.make_optimizer(optax.add_decayed_weights(1.0), lj.label_params(params, lj.BitFit()))
-    updates, _ = tx.update(ones_like(params), tx.init(params), params)
+    updates = first_updates(tx, params)
     assert updates["w"].tolist() == [0, 0]
     assert updates["bias"].tolist() == [2, 2]
 
@@ -76,8 +84,7 @@ def test_clipping_sees_what_is_trained_alone() -> None:
     inside = lj.make_optimizer(optax.chain(clip, optax.sgd(1.0)), labels)
     around = optax.chain(clip, lj.make_optimizer(optax.sgd(1.0), labels))
     for tx in (inside, around):
-        updates, _ = tx.update(ones_like(trainable), tx.init(trainable), trainable)
-        np.testing.assert_allclose(updates["bias"], -0.5, rtol=1e-6)
+        np.testing.assert_allclose(first_updates(tx, trainable)["bias"], -0.5, rtol=1e-6)
 
 
 def test_accumulation_keeps_no_frozen_accumulator() -> None:
@@ -94,12 +101,11 @@ def test_extra_arguments_reach_the_transformation() -> None:
         del params
         return jax.tree.map(lambda update: scale * update, updates), state
 
-    tx = lj.make_optimizer(
-        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update), {"bias": "bias"}
-    )
+    updater: Any = update
+    scaled = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), updater)
+    tx = lj.make_optimizer(scaled, {"bias": "bias"})
     params = {"bias": jnp.ones(2)}
-    updates, _ = tx.update(params, tx.init(params), params, scale=3.0)
-    assert updates["bias"].tolist() == [3, 3]
+    assert first_updates(tx, params, scale=3.0)["bias"].tolist() == [3, 3]
 
 
 def test_a_label_without_transformation_is_refused() -> None:
@@ -112,5 +118,4 @@ def test_a_label_s_own_transformation_for_frozen_is_kept() -> None:
     labels = {"w": "frozen", "bias": "bias"}
     tx = lj.make_optimizer({"frozen": optax.sgd(1.0), "bias": optax.sgd(2.0)}, labels)
     params = {"w": jnp.ones(1), "bias": jnp.ones(1)}
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert updates["w"].tolist() == [-1]
+    assert first_updates(tx, params)["w"].tolist() == [-1]
