@@ -2,6 +2,21 @@
 
 Errors are maximum norms relative to the largest value of the tree. Float32: 1e-5, some hundred roundings. Bfloat16:
 3e-2, for a merged weight is rounded to 8 bits before it is used, and a factored one never is.
+
+Each law has been seen to fail, when
+
+1   `b` starts at 1e-3 instead of zero;
+2   the low-rank matmul forgets `scale`; so does the lookup;
+3   merging asks for the base's sharding where JAX chose it (compiles anew); returns float32 for bfloat16; a number drawn
+    at random is a static part of the node (swapping compiles);
+4   `partition` copies frozen leaves; `load_adapter` rounds to bfloat16;
+5   `partition` does not copy trained leaves (donation deletes the base's); the mask is true everywhere; `lora_b` gets
+    `set_to_zero`;
+6   the optimizer is the transformation itself, without labels;
+7   a matmul with a node is one with its merged weight (autodiff then forms `in x out`), by shapes and by FLOPs;
+8   `a` starts at zero and `b` does not; norms' scales count as biases;
+9   the rule for lookups is missing;
+10  keys come from Python's `hash` of the path; every leaf draws with the same key.
 """
 
 from __future__ import annotations
