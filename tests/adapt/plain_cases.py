@@ -355,6 +355,18 @@ def weights_chosen_by_cond_operands() -> Case:
     return _case(fn, {"w": (D, D)}, _x(), jnp.array(False))
 
 
+def dead_code() -> Case:
+    """What nobody reads merges nothing: at the top, and as an output of a body."""
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        jnp.tanh(p["w"]).sum()
+        y, _ = jax.checkpoint(lambda w, x: (x @ w, jnp.sin(w)))(p["w"], x)
+        z, _ = jax.jit(lambda w, x: (x @ w, w + 1))(p["w"], y)
+        return lax.scan(lambda x, _: (x @ p["w"], jnp.cos(p["w"])), z, length=2)[0]
+
+    return _case(fn, {"w": (D, D)}, _x())
+
+
 def inner_jit() -> Case:
     def fn(p: Any, x: jax.Array) -> jax.Array:
         return jax.jit(lambda w, x: jnp.tanh(x @ w))(p["w"], x)

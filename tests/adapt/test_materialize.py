@@ -73,7 +73,8 @@ def weights_as_outputs_of_a_scan(p: Any, x: jax.Array) -> Any:
 
 
 def changed_in_one_branch(p: Any, x: jax.Array) -> jax.Array:
-    return x @ lax.cond(x.sum() > 0, lambda w: w, lambda w: jnp.tanh(w), p["w"])
+    """In the one that is taken."""
+    return x @ lax.cond(x.sum() > 1e9, lambda w: w, lambda w: jnp.tanh(w), p["w"])
 
 
 def while_loop_over_a_changing_weight(p: Any, x: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -244,6 +245,30 @@ def test_strongly_typed_scans_of_bfloat16() -> None:
     outputs = lj.adapt(fn, on_materialize="error")(params, x)
     assert outputs.dtype == jnp.bfloat16
     assert_close(outputs.astype(jnp.float32), fn(merge_nodes(params), x).astype(jnp.float32), 3e-2)
+
+
+def test_casts_round_the_base_alone() -> None:
+    """Small updates survive in the factors; added into a bfloat16 weight they would be rounded away."""
+    weight, x = node("w", D, 6), normal("x", 2, D)
+    rounded = dataclasses.replace(weight, base=weight.base.astype(jnp.bfloat16).astype(jnp.float32))
+    outputs = lj.adapt(lambda w, x: x @ w.astype(jnp.bfloat16).astype(jnp.float32), on_materialize="error")(weight, x)
+    assert_close(outputs, x @ merge_nodes(rounded))
+
+
+def test_loops_and_checkpoints_keep_their_parameters() -> None:
+    params, x = {"w": node("w", 4, D, D, axes="sio")}, normal("x", 2, D)
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        layer = jax.checkpoint(lambda x, w: (x @ w, None), prevent_cse=False, policy=POLICIES["dots_saveable"])
+        return lax.scan(layer, x, p["w"], reverse=True, unroll=2)[0]
+
+    jaxpr = jax.make_jaxpr(lj.adapt(fn, on_materialize="error"))(params, x)
+    (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert [scan.params[name] for name in ("length", "reverse", "unroll")] == [4, True, 2]
+    body = getattr(scan.params["jaxpr"], "jaxpr", scan.params["jaxpr"])
+    (remat,) = [eqn for eqn in body.eqns if eqn.primitive.name == "remat2"]
+    assert remat.params["prevent_cse"] is False
+    assert remat.params["policy"] is POLICIES["dots_saveable"]
 
 
 @pytest.mark.parametrize("preferred", [jnp.float32, jnp.bfloat16])

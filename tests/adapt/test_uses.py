@@ -69,6 +69,11 @@ CONFLICTING: dict[str, tuple[Fn, tuple[int, ...], str]] = {
         (2, D, 6),
         "dot_general needs the labels 'sio', dot_general needs 'iio': choose by hand",
     ),
+    "contracted and not": (
+        lambda p, x: (x @ p["w"], jnp.einsum("t,df->tdf", x[:, 0], p["w"])),
+        (D, 6),
+        "dot_general needs the labels 'io', dot_general needs 'oo': choose by hand",
+    ),
     "a part of a fused axis": (
         lambda p, x: jnp.einsum("td,hdf->thf", x, p["w"].reshape(2, D, 3)),
         (2 * D, 3),
