@@ -7,8 +7,8 @@ Each law has been seen to fail, when
 
 1   `b` starts at 1e-3 instead of zero;
 2   the low-rank matmul forgets `scale`; so does the lookup;
-3   merging asks for the base's sharding where JAX chose it (compiles anew); returns float32 for bfloat16; a number drawn
-    at random is a static part of the node (swapping compiles);
+3   merging asks for the base's sharding where JAX chose it (compiles anew), or returns float32 for bfloat16; a number
+    drawn at random is a static part of the node (swapping compiles);
 4   `partition` copies frozen leaves; `load_adapter` rounds to bfloat16;
 5   `partition` does not copy trained leaves (donation deletes the base's); the mask is true everywhere; `lora_b` gets
     `set_to_zero`;
