@@ -28,8 +28,9 @@ STEPS, RATE, DECAY, RANK, ALPHA = 50, 1e-3, 0.01, 8, 16
 
 @functools.cache
 def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rows = [line.split("\t") for line in data_path("train").read_text(encoding="utf-8").splitlines()[1:17]]
+    rows = [line.split("\t") for line in data_path("train").read_text(encoding="utf-8").splitlines()[1:9]]
     tokenizer = lj.models.load_tokenizer(lj.models.DEFAULT_BASE)
+    tokenizer.enable_truncation(24)
     tokenizer.enable_padding()
     encoded = tokenizer.encode_batch([row[0] for row in rows])
     names = sorted({row[1] for row in rows})
