@@ -49,7 +49,8 @@ def direction(params: Any) -> Any:
 
 def assert_same(transformed: Any, *args: Any) -> None:
     """`transformed(f)` is the same for the adapted and for the merged function."""
-    assert_close(jax.jit(transformed(factored))(*args), jax.jit(transformed(merged))(*args))
+    actual, expected = jax.jit(lambda *args: (transformed(factored)(*args), transformed(merged)(*args)))(*args)
+    assert_close(actual, expected)
 
 
 def test_not_jitted(params: Any, x: jax.Array) -> None:
@@ -147,7 +148,7 @@ POLICIES = {
 def test_checkpoint(policy: str, inside: bool, params: Any, x: jax.Array) -> None:
     remat = functools.partial(jax.checkpoint, policy=POLICIES[policy])
     actual = lj.adapt(remat(model), on_materialize="error") if inside else remat(factored)
-    results = [value_and_gradients(f, params, (x,)) for f in (actual, remat(merged))]
+    results = jax.jit(lambda p: [value_and_gradients(f)(p, x) for f in (actual, remat(merged))])(params)
     assert_close(results[0], results[1])
 
 
