@@ -22,7 +22,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     kernel.mkdir(parents=True)
     command = f'["{sys.executable}", "-m", "ipykernel_launcher", "-f", "{{connection_file}}"]'
     (kernel / "kernel.json").write_text(f'{{"argv": {command}, "display_name": "tests", "language": "python"}}')
-    for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+    for name in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("LORA_JAX_NOTEBOOK_EPOCHS", "1")
     notebook = nbformat.read(path, as_version=4)
