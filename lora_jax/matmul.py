@@ -1,11 +1,50 @@
-"""The low-rank matmul: `scale · (x Aᵀ) B`, in the operand order that stays fast when it is differentiated."""
+"""The matmul with an adapted weight, `x W + scale · (x Aᵀ) B`: its strategies, and which is fast when."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+Strategy = Literal["low_rank_first", "merged_weight"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+def choose_strategy(tokens: int, inner: int, outer: int, *, dtype: Any, backend: str) -> Strategy:
+    """The strategy for one matmul of `(tokens, inner)` with an adapted weight of `(inner, outer)`, by what is static.
+
+    - `"low_rank_first"` adds the low-rank path to the base's product: six thin products a step, forward and backward.
+    - `"merged_weight"` multiplies with `W + scale · Aᵀ B`, formed for the moment in the forward pass and again in the
+      backward pass, and has thin products for the factors' gradients alone: four a step, and no second pass over
+      outputs to add to.
+
+    Merging twice costs `4 · r · inner · outer` operations and saves `2 · r · tokens · (inner + outer)`. So it takes
+    `tokens ≥ 2 · inner · outer / (inner + outer)`, whatever the rank. `scripts/bench/matmul.py` measures both sides
+    of that line.
+
+    Merging is right where products are exact to float32 only: below, a small update is lost when it is added to the
+    weight. That leaves float32 on CPUs; other backends round float32 operands of a product by default.
+
+    Args:
+        tokens: rows of activations that meet the weight, all token axes together.
+        inner: size of what is contracted, all axes together.
+        outer: size of what is not.
+        dtype: of the base where it is used, and of the activations.
+        backend: `jax.default_backend()`.
+
+    Example:
+        >>> choose_strategy(2048, 384, 384, dtype="float32", backend="cpu")
+        'merged_weight'
+        >>> choose_strategy(1, 384, 384, dtype="float32", backend="cpu")
+        'low_rank_first'
+    """
+    pays = tokens * (inner + outer) >= 2 * inner * outer
+    return "merged_weight" if pays and dtype == jnp.float32 and backend == "cpu" else "low_rank_first"
 
 
 def low_rank_matmul(
@@ -42,3 +81,58 @@ def low_rank_matmul(
     last, rank = x.ndim - 1, x.ndim - 2
     hidden = lax.dot_general(reduce, x, (((last,), (last,)), (batch, batch)), precision=precision)
     return lax.dot_general(hidden * scale, expand, (((rank,), (rank,)), (batch, batch)), precision=precision)
+
+
+def merged_matmul(
+    x: jax.Array,
+    base: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    run: Callable[[jax.Array, jax.Array], jax.Array],
+    merge: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    low_rank: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """`run(merge(base, a, b), x)` whose derivatives by `a` and `b` are those of the low-rank path.
+
+    Plain differentiation would form the gradient of the merged weight, `inner × outer` over all tokens, as full
+    fine-tuning does, and take those of the factors from it. Here
+
+        dy = run(M, dx) + run(dW, x) + low_rank(x, da, b) + low_rank(x, a, db),    M = merge(W, a, b)
+
+    term by term where the tangent is not zero by construction: a frozen `W` has no `dW`, and none is computed. `M` is
+    formed again where `dx` is transposed, so that no merged weight waits from the forward to the backward pass.
+
+    It is a `custom_jvp` of ordinary operations: forward and reverse mode, `vmap`, higher derivatives, `checkpoint`
+    policies and `shard_map` work as without it.
+
+    Args:
+        x, base, a, b: the activations, the weight and its factors, in any layout.
+        run: the product with a weight in the base's place; linear in both.
+        merge: the merged weight.
+        low_rank: the low-rank path of the product; linear in each argument.
+    """
+
+    def merged_product(base: jax.Array, a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
+        return run(merge(base, a, b), x)
+
+    product = jax.custom_jvp(merged_product)
+
+    @functools.partial(product.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        base, a, b, x = primals
+        terms: list[Callable[[Any, Any, Any, Any], jax.Array]] = [
+            lambda dbase, da, db, dx: run(dbase, x),
+            lambda dbase, da, db, dx: low_rank(x, da, b),
+            lambda dbase, da, db, dx: low_rank(x, a, db),
+            lambda dbase, da, db, dx: jax.checkpoint(merged_product)(base, a, b, dx),
+        ]
+        y = merged_product(base, a, b, x)
+        present = [
+            term(*tangents)
+            for term, tangent in zip(terms, tangents, strict=True)
+            if not isinstance(tangent, SymbolicZero)
+        ]
+        return y, functools.reduce(jnp.add, present) if present else jnp.zeros_like(y)
+
+    return product(base, a, b, x)

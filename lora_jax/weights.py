@@ -18,6 +18,8 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
+from .matmul import Strategy
+
 IN, OUT, STACK = "i", "o", "s"
 
 
@@ -34,6 +36,7 @@ class DotSpec(NamedTuple):
     other_batch: tuple[int, ...]
     weight_is_lhs: bool
     precision: Any
+    strategy: Strategy | None = None
 
 
 class TakeSpec(NamedTuple):
@@ -126,9 +129,12 @@ class AdaptedWeight:
             private.update({letter: shape[dims.index(None)] for letter in letters})
         return None
 
-    # How it acts. `run(base)` computes what the unchanged operation gives for the base.
+    # How it acts. `run(base)` computes what the unchanged operation gives for the base, or for another array of its
+    # shape; a matmul's takes the other operand too, since it is differentiated by hand.
 
-    def dot_general(self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    def dot_general(
+        self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> jax.Array:
         raise Unfactorable(f"{type(self).__name__} has no rule for matmuls")
 
     def take(self, indices: jax.Array, spec: TakeSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..weights import AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable
+from ..weights import AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, wider
 from . import control_flow, jax_compat
 from .jax_compat import Equation, param
 from .walk import Traced, Walker
@@ -37,10 +37,12 @@ def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any
     ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)) = param(eqn, "dimension_numbers")
     lhs, rhs = (tuple(lhs_contract), tuple(lhs_batch)), (tuple(rhs_contract), tuple(rhs_batch))
     mine, theirs = (lhs, rhs) if weight_is_lhs else (rhs, lhs)
-    spec = DotSpec(*mine, *theirs, weight_is_lhs=weight_is_lhs, precision=param(eqn, "precision"))
+    spec = DotSpec(
+        *mine, *theirs, weight_is_lhs=weight_is_lhs, precision=param(eqn, "precision"), strategy=walker.matmul
+    )
     _check_placement(eqn, value.node, other, spec)
 
-    def run(base: jax.Array) -> jax.Array:
+    def run(base: jax.Array, other: jax.Array) -> jax.Array:
         return jax_compat.bind(eqn, base, other) if weight_is_lhs else jax_compat.bind(eqn, other, base)
 
     with jax_compat.context(eqn):
@@ -242,7 +244,7 @@ def _scalar_multiple(walker: Walker, eqn: Equation, operands: list[Any]) -> list
         raise Unfactorable("elementwise arithmetic with more than a scalar")
     bases = [operand.node.base if isinstance(operand, Traced) else operand for operand in operands]
     with jax_compat.context(eqn):
-        factor = jnp.asarray(other, jnp.promote_types(other.dtype, jnp.float32))
+        factor = jnp.asarray(other, wider(other.dtype, jnp.float32))
         node = value.node.times(1 / factor if divides else factor)
         return [value._replace(node=node.with_base(jax_compat.bind(eqn, *bases)))]
 

@@ -63,12 +63,13 @@ class _Probe(AdaptedWeight):
     def merge(self) -> jax.Array:
         return self.base
 
-    def dot_general(self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        del other
+    def dot_general(
+        self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> jax.Array:
         self._note(
             "dot_general", {**dict.fromkeys(spec.weight_contract, IN), **dict.fromkeys(spec.weight_batch, STACK)}
         )
-        return run(self.base)
+        return run(self.base, other)
 
     def take(self, indices: jax.Array, spec: TakeSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
         del indices

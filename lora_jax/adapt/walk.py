@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from ..matmul import STRATEGIES, Strategy
 from ..paths import flatten_with_paths
 from ..weights import AdaptedWeight, Unfactorable, is_adapted
 from . import jax_compat
@@ -51,6 +52,7 @@ class Walker:
         rules: what to do with a primitive that meets an adapted weight, by its name: `rules.RULES`.
         report: told of every encounter.
         on_materialize: what to do, beyond reporting, where a weight has to be merged.
+        matmul: the strategy of every matmul that can follow it; `None` chooses by sizes.
         enclosing: the equations whose body this is, outermost first.
     """
 
@@ -59,17 +61,19 @@ class Walker:
         rules: dict[str, Any],
         report: Callable[[Encounter], None],
         on_materialize: OnMaterialize,
+        matmul: Strategy | None = None,
         enclosing: tuple[Equation, ...] = (),
     ):
         self.rules = rules
         self.report = report
         self.on_materialize: OnMaterialize = on_materialize
+        self.matmul: Strategy | None = matmul
         self.enclosing = enclosing
         self.uses: Counter[str] = Counter()
 
     def inner(self, eqn: Equation) -> Walker:
         """A walker for the body of a loop or branch. It counts uses anew: JAX may trace a body more than once."""
-        return Walker(self.rules, self.report, self.on_materialize, (*self.enclosing, eqn))
+        return Walker(self.rules, self.report, self.on_materialize, self.matmul, (*self.enclosing, eqn))
 
     def inlined(self, eqn: Equation) -> Walker:
         """A walker for a body that becomes part of this one."""
@@ -188,7 +192,9 @@ def _flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[l
     return paths, leaves, treedef
 
 
-def adapt(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn") -> Callable[..., Any]:
+def adapt(
+    fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn", matmul: Strategy | None = None
+) -> Callable[..., Any]:
     """Makes a function of parameters take adapted parameters, and compute with their factors.
 
     `adapt(f)(params, *args) == f(merge_params(params), *args)`: the right side says what is computed, the left side
@@ -209,12 +215,14 @@ def adapt(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn") -> 
         fn: any function of pytrees that JAX can trace.
         on_materialize: where a weight has to be merged, `"warn"` (`MaterializeWarning`, with the leaf path, the
             operation and the source line), `"error"` (`MaterializeError`) or `"silent"`. `explain` shows every place.
+        matmul: for experiments, the strategy of every matmul that can follow it: `"low_rank_first"` or
+            `"merged_weight"`. By default `matmul.choose_strategy` decides by sizes, dtype and backend.
 
     Returns:
         A function with `fn`'s signature.
 
     Raises:
-        ValueError: `on_materialize` is none of the three.
+        ValueError: `on_materialize` is none of the three, or `matmul` none of the two.
 
     Example:
         >>> import lora_jax as lj
@@ -225,17 +233,21 @@ def adapt(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn") -> 
     """
     if on_materialize not in ("warn", "error", "silent"):
         raise ValueError(f'`on_materialize` must be "warn", "error" or "silent", got {on_materialize!r}')
+    if matmul is not None and matmul not in STRATEGIES:
+        raise ValueError(f"`matmul` must be one of {STRATEGIES} or None, got {matmul!r}")
 
     @functools.wraps(fn)
     def adapted(*args: Any, **kwargs: Any) -> Any:
-        return walk_function(fn, new_walker(on_materialize=on_materialize), args, kwargs)
+        return walk_function(fn, new_walker(on_materialize=on_materialize, matmul=matmul), args, kwargs)
 
     return adapted
 
 
 def new_walker(
-    report: Callable[[Encounter], None] = lambda encounter: None, on_materialize: OnMaterialize = "silent"
+    report: Callable[[Encounter], None] = lambda encounter: None,
+    on_materialize: OnMaterialize = "silent",
+    matmul: Strategy | None = None,
 ) -> Walker:
     from .rules import RULES  # rules and walker need each other: a loop's rule walks its body
 
-    return Walker(RULES, report, on_materialize)
+    return Walker(RULES, report, on_materialize, matmul)

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
+from ..host_memory import keep_freed_memory
 from . import demo, evaluate, inspect, merge, predict, train
 
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
@@ -29,6 +30,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 2 after a mistake of the user's, 130 when interrupted."""
+    if argv is None:  # the process is this command's own
+        keep_freed_memory()
     parser = make_parser()
     args = parser.parse_args(argv)
     name = f"lora-jax {args.command}"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..matmul import low_rank_matmul
+from ..matmul import Strategy, choose_strategy, low_rank_matmul, merged_matmul
 from ..paths import SelectionError, Selector, matches_entry, path_key, select, shape_text
 from ..weights import (
     IN,
@@ -103,12 +103,46 @@ class LoRAWeight(AdaptedWeight):
         fold = jnp.vectorize(jax.random.fold_in, excluded={1})
         return dataclasses.replace(self, key=fold(self.key, number))
 
-    def dot_general(self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        label, reduce, expand = self._direction(spec.weight_contract)
+    def dot_general(
+        self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
+    ) -> jax.Array:
+        self._direction(spec.weight_contract)  # refuses what the factors cannot follow
         if any(self.axes[axis] != STACK for axis in spec.weight_batch):
             raise Unfactorable("an axis that is not a stack axis is a batch axis of the matmul")
-        base_out = run(self.base)
 
+        def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            return dataclasses.replace(self, a=a, b=b)._low_rank_dot(x, spec)
+
+        def merge(base: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            return dataclasses.replace(self, base=base, a=a, b=b).merge()
+
+        if self._strategy(other, spec) == "merged_weight":
+            return merged_matmul(other, self.base, self.a, self.b, run=run, merge=merge, low_rank=low_rank)
+        base_out = run(self.base, other)
+        return base_out + low_rank(self._dropped(other), self.a, self.b).astype(base_out.dtype)
+
+    def _strategy(self, other: jax.Array, spec: DotSpec) -> Strategy:
+        dropped = self.key is not None and self.dropout > 0
+        exact = self.dtype == other.dtype == self.a.dtype == self.b.dtype
+        every_token_meets_every_member = len(spec.weight_batch) < self.axes.count(STACK)
+        if dropped or not exact or every_token_meets_every_member:
+            return "low_rank_first"
+        if spec.strategy is not None:
+            return spec.strategy
+        tokens = [axis for axis in range(other.ndim) if axis not in spec.other_contract + spec.other_batch]
+        inner = [self.shape[axis] for axis in spec.weight_contract]
+        outer = [self.shape[axis] for axis in range(self.ndim) if axis not in spec.weight_contract + spec.weight_batch]
+        return choose_strategy(
+            math.prod(other.shape[axis] for axis in tokens),
+            math.prod(inner),
+            math.prod(outer),
+            dtype=self.dtype,
+            backend=jax.default_backend(),
+        )
+
+    def _low_rank_dot(self, other: jax.Array, spec: DotSpec) -> jax.Array:
+        """The low-rank path of a `dot_general`, in its output's layout."""
+        label, reduce, expand = self._direction(spec.weight_contract)
         # Every array is brought to `low_rank_matmul`'s shape: one axis of tokens, one contracted axis, before them one
         # batch axis for the stack axes that the matmul batches, and one for those it does not: they meet every token.
         batched = list(spec.weight_batch)
@@ -125,7 +159,7 @@ class LoRAWeight(AdaptedWeight):
         stack_order = [self._places(STACK).index(axis) for axis in batched + loose]
         tokens_and_k = (math.prod(other.shape[axis] for axis in free), size(contracted))
         compute = wider(other.dtype, self.dtype)
-        x = _arranged(self._dropped(other), [*spec.other_batch, *free, *(pairs[axis] for axis in contracted)])
+        x = _arranged(other, [*spec.other_batch, *free, *(pairs[axis] for axis in contracted)])
         x = x.reshape(*([size(batched)] if batched else []), *([1] if loose else []), *tokens_and_k)
         x = jnp.broadcast_to(x.astype(compute), (*stack, *tokens_and_k))
 
@@ -143,8 +177,7 @@ class LoRAWeight(AdaptedWeight):
         place |= {axis: index + len(shape) for index, axis in enumerate(expanded)}
         tokens = list(range(len(batched) + len(loose), len(shape)))
         weight = [place[axis] for axis in sorted(place)]
-        y = _arranged(y, [*range(len(batched)), *(weight + tokens if spec.weight_is_lhs else tokens + weight)])
-        return base_out + y.astype(base_out.dtype)
+        return _arranged(y, [*range(len(batched)), *(weight + tokens if spec.weight_is_lhs else tokens + weight)])
 
     def take(self, indices: jax.Array, spec: TakeSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
         if self._places(STACK):

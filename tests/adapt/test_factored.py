@@ -21,6 +21,7 @@ def build_case(request: pytest.FixtureRequest) -> Any:
     return CASES[request.param]()
 
 
+@pytest.mark.usefixtures("every_strategy")
 def test_values_and_gradients_are_the_merged_functions(case: Case) -> None:
     params = attach_everywhere(case.fn, case.params, *case.args)
     leaves = jax.tree.leaves(params, is_leaf=is_adapted)

@@ -16,6 +16,8 @@ import lora_jax as lj
 
 from .kit import assert_as_merged, assert_close, merge_nodes, node, normal, project
 
+pytestmark = pytest.mark.usefixtures("every_strategy")
+
 P = jax.P
 D = 8
 
