@@ -1,4 +1,4 @@
-"""The low-rank matmul against its formula and the derivatives written by hand, in NumPy."""
+"""The strategies of the matmul against their formulas and the derivatives written by hand, in NumPy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lora_jax.matmul import low_rank_matmul
+from lora_jax.matmul import choose_strategy, low_rank_matmul, merged_matmul
+
+from .jaxprs import equations
 
 SCALE = 1.5
 
@@ -137,3 +139,140 @@ def test_precision_reaches_both_products(precision: Any) -> None:
         )
     dots = [eqn.params["precision"] for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert dots == [precision and (precision, precision)] * 2
+
+
+# The merged weight: y = x (W + s · Aᵀ B), with the base among the arguments.
+
+
+class Merged(NamedTuple):
+    """Operands of a merged product, or a direction for each."""
+
+    w: Any
+    a: Any
+    b: Any
+    x: Any
+
+
+def draws(seed: int) -> Merged:
+    rng = np.random.default_rng(seed)
+    return Merged(*(rng.normal(size=shape) for shape in [(6, 5), (2, 6), (2, 5), (7, 6)]))
+
+
+def merge(w: Any, a: Any, b: Any) -> Any:
+    return w + SCALE * t(a) @ b
+
+
+def as_float32(operands: Merged) -> tuple[jax.Array, ...]:
+    return tuple(jnp.asarray(array, jnp.float32) for array in operands)
+
+
+def merged(w: Any, a: Any, b: Any, x: Any) -> jax.Array:
+    return merged_matmul(
+        x,
+        w,
+        a,
+        b,
+        run=lambda weight, x: x @ weight,
+        merge=lambda w, a, b: w + SCALE * a.T @ b,
+        low_rank=lambda x, a, b: low_rank_matmul(x, a, b, scale=SCALE),
+    )
+
+
+def merged_directional(at: Merged, along: Merged) -> np.ndarray:
+    """`dy = dx M + x (dW + s · (daᵀ b + aᵀ db))`."""
+    return along.x @ merge(at.w, at.a, at.b) + at.x @ (along.w + SCALE * (t(along.a) @ at.b + t(at.a) @ along.b))
+
+
+def merged_cotangents(at: Merged, dy: np.ndarray) -> Merged:
+    """`W̄ = xᵀ ȳ`, `ā = s · b ȳᵀ x`, `b̄ = s · a xᵀ ȳ`, `x̄ = ȳ Mᵀ`."""
+    dw = t(at.x) @ dy
+    return Merged(dw, SCALE * at.b @ t(dw), SCALE * at.a @ dw, dy @ t(merge(at.w, at.a, at.b)))
+
+
+AT, ALONG = draws(1), draws(2)
+DY = np.random.default_rng(3).normal(size=(7, 5))
+
+
+def test_merged_value() -> None:
+    assert_close([merged(*as_float32(AT))], [AT.x @ merge(AT.w, AT.a, AT.b)])
+
+
+@pytest.mark.parametrize("zero", [(), ("w",), ("w", "x"), ("a", "b"), ("w", "a", "b")], ids="-".join)
+def test_merged_forward_mode(zero: tuple[str, ...]) -> None:
+    """Also where tangents are zero by construction."""
+    varied = [name for name in Merged._fields if name not in zero]
+    at, along = as_float32(AT), as_float32(ALONG)
+
+    def fn(*chosen: jax.Array) -> jax.Array:
+        return merged(*Merged(*at)._replace(**dict(zip(varied, chosen, strict=True))))
+
+    places = [Merged._fields.index(name) for name in varied]
+    value, tangent = jax.jvp(fn, [at[place] for place in places], [along[place] for place in places])
+    still = ALONG._replace(**{name: np.zeros_like(getattr(ALONG, name)) for name in zero})
+    assert_close([value, tangent], [AT.x @ merge(AT.w, AT.a, AT.b), merged_directional(AT, still)])
+
+
+def test_merged_reverse_mode() -> None:
+    _, backward = jax.vjp(merged, *as_float32(AT))
+    assert_close(backward(jnp.asarray(DY, jnp.float32)), merged_cotangents(AT, DY))
+
+
+def test_merged_vmap_of_gradients() -> None:
+    at, dy = as_float32(AT), jnp.asarray(DY, jnp.float32)
+    gradients = jax.grad(lambda *p: jnp.vdot(merged(*p), dy), argnums=(0, 1, 2, 3))
+    many = jax.vmap(gradients, in_axes=(None, None, None, 0))(*at[:3], jnp.stack([at[3], -2 * at[3]]))
+    expected = merged_cotangents(AT, DY)
+    assert_close([g[0] for g in many], expected)
+    assert_close([many[1][1], many[3][1]], [-2 * expected.a, expected.x])
+
+
+def test_merged_hessian_vector_product() -> None:
+    """Against a central difference of the cotangents' NumPy formula."""
+    dy = jnp.asarray(DY, jnp.float32)
+    gradients = jax.grad(lambda *p: jnp.vdot(merged(*p), dy), argnums=(0, 1, 2, 3))
+    _, products = jax.jvp(gradients, as_float32(AT), as_float32(ALONG))
+    step = 1e-6
+    moved = [
+        merged_cotangents(Merged(*(x + sign * step * v for x, v in zip(AT, ALONG, strict=True))), DY)
+        for sign in (1, -1)
+    ]
+    assert_close(products, [(plus - minus) / (2 * step) for plus, minus in zip(*moved, strict=True)])
+
+
+def test_merged_forms_no_gradient_of_a_frozen_weight() -> None:
+    """With sizes that tell every array apart: no product `(6, 5)` over the seven tokens."""
+    w, *rest = as_float32(AT)
+
+    def sums_over_tokens(fn: Any, *args: Any) -> list[set[int]]:
+        """Shapes of what is contracted over seven, the tokens."""
+        found = []
+        for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
+            if eqn.primitive.name == "dot_general":
+                ((contracted, _), _) = eqn.params["dimension_numbers"]
+                if [eqn.invars[0].aval.shape[axis] for axis in contracted] == [7]:
+                    found.append(set(eqn.outvars[0].aval.shape))
+        return found
+
+    def loss(factors: Any, w: Any) -> jax.Array:
+        return jnp.vdot(merged(w, *factors), jnp.asarray(DY, jnp.float32))
+
+    assert sums_over_tokens(jax.grad(loss), tuple(rest), w) == [{2, 5}, {2, 6}]
+    assert sums_over_tokens(jax.grad(loss, argnums=1), tuple(rest), w) == [{6, 5}]
+
+
+def test_no_merged_weight_waits_for_the_backward_pass() -> None:
+    """Of the size of the weight, the base alone is a residual."""
+    w, *rest = as_float32(AT)
+    _, backward = jax.vjp(lambda *factors: merged(w, *factors), *rest)
+    residuals = [leaf for leaf in jax.tree.leaves(backward) if leaf.shape == w.shape]
+    assert all(np.array_equal(leaf, w) for leaf in residuals)
+    assert residuals, "the base must be there for `ȳ Mᵀ`"
+
+
+def test_choice_is_by_operations_and_never_where_products_round() -> None:
+    line = 2 * 384 * 1536 // (384 + 1536) + 1
+    sizes = {"dtype": jnp.float32, "backend": "cpu"}
+    assert choose_strategy(line, 384, 1536, **sizes) == "merged_weight"
+    assert choose_strategy(line - 1, 384, 1536, **sizes) == "low_rank_first"
+    for about in ({"dtype": jnp.bfloat16}, {"dtype": jnp.float16}, {"backend": "gpu"}, {"backend": "tpu"}):
+        assert choose_strategy(10**6, 384, 1536, **(sizes | about)) == "low_rank_first"

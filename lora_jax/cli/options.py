@@ -80,6 +80,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "--accumulate", type=int, metavar="N", help="parts that a step is computed in, to save memory")
     _add(
         training,
+        "--remat",
+        choices=("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"),
+        help="what of a layer is kept for the backward pass, to save memory (default: all)",
+    )
+    _add(
+        training,
         "--lr",
         type=_rate,
         metavar="RATE",

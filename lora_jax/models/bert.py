@@ -23,6 +23,9 @@ from flax import nnx
 from ..paths import path_key
 
 Pooling = Literal["first", "mean"]
+# Names of `jax.checkpoint_policies`, by how much of a layer the backward pass computes again: all of it, what is no
+# matmul, what is no matmul of a weight.
+Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 _exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
 _tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
@@ -127,16 +130,24 @@ class Bert(nnx.Module):
         outputs: logits of the head; `None` for hidden states.
         dtype: of the computation. Parameters are cast to it where they are used, so trained leaves may be float32 in
             a bfloat16 model. Norms and softmax are computed in float32 at least.
+        remat: what of a layer is kept for the backward pass, the rest being computed again; `None` keeps all.
         rngs: for the initial values.
     """
 
     def __init__(
-        self, config: BertConfig, *, pooling: Pooling, outputs: int | None, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+        self,
+        config: BertConfig,
+        *,
+        pooling: Pooling,
+        outputs: int | None,
+        dtype: jax.typing.DTypeLike,
+        remat: Remat | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.pooling = pooling
         self.dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        self.encoder = Encoder(config, dtype=dtype, remat=remat, rngs=rngs)
         width = config.hidden_size
         self.pooler = _linear(config, width, width, dtype, rngs) if outputs and pooling == "first" else None
         self.classifier = _linear(config, width, outputs, dtype, rngs) if outputs else None
@@ -185,12 +196,18 @@ class Embeddings(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, config: BertConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: BertConfig, *, dtype: jax.typing.DTypeLike, remat: Remat | None = None, rngs: nnx.Rngs
+    ) -> None:
+        self.remat = remat
         self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        run = Layer.__call__
+        if self.remat is not None:
+            run = nnx.remat(run, policy=getattr(jax.checkpoint_policies, self.remat))
         for index, layer in enumerate(self.layers):
-            x = layer(x, mask, _key(key, f"encoder/layers/{index}"))
+            x = run(layer, x, mask, _key(key, f"encoder/layers/{index}"))
         return x
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..files import FileError
 from ..paths import leaves_by_path, path_key
-from .bert import BertConfig, Pooling
+from .bert import BertConfig, Pooling, Remat
 from .checkpoint import Located, locate_tensors, read_config, read_tensors
 from .hub import find_base
 from .model import Model, Task, difference, skeleton
@@ -40,6 +40,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
     pooling: Pooling = "first",
+    remat: Remat | None = None,
 ) -> Model:
     """Loads a BERT with its pretrained weights.
 
@@ -56,6 +57,10 @@ def load(
             the leaf's path.
         pooling: what the head sees: `"first"`, the pooler on the first token (transformers'
             `BertForSequenceClassification`), or `"mean"`, the mean over the tokens that aren't padding.
+        remat: rematerialization, for less memory in training: what of a layer is kept for the backward pass, by its
+            name in `jax.checkpoint_policies`. `"nothing_saveable"` keeps its input alone and computes the layer twice,
+            `"dots_saveable"` keeps what matmuls gave, `"dots_with_no_batch_dims_saveable"` that of weights' matmuls.
+            `None` keeps all.
 
     Returns:
         A `Model`. Its `params` hold no leaf without use: the pooler is there for a head with `pooling="first"` only.
@@ -68,7 +73,7 @@ def load(
     A base without a pooler gets a new one, with a warning: it starts random, so it must be trained
     (`also_train=("pooler", "classifier")`), or replaced by `pooling="mean"`.
     """
-    _check_arguments(task, num_labels, pooling)
+    _check_arguments(task, num_labels, pooling, remat)
     dtype = _float_dtype(dtype)
     folder = find_base(source)
     try:
@@ -81,7 +86,7 @@ def load(
     names = modern_names(tensors)
     _check_sizes(config, {name: tensors[held].info.shape for name, held in names.items()}, folder)
     outputs = _count_outputs(task, num_labels, tensors, names, folder)
-    apply, shapes = skeleton(config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype)
+    apply, shapes = skeleton(config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype, remat=remat)
     expected = leaves_by_path(shapes)
     held = _match(expected, tensors, names, folder)
 
@@ -110,11 +115,13 @@ def load(
     )
 
 
-def _check_arguments(task: object, num_labels: object, pooling: object) -> None:
+def _check_arguments(task: object, num_labels: object, pooling: object, remat: object) -> None:
     if task not in (None, "classification", "regression"):
         raise ValueError(f'`task` must be "classification", "regression" or None, not {task!r}.')
     if pooling not in get_args(Pooling):
         raise ValueError(f'`pooling` must be "first" or "mean", not {pooling!r}.')
+    if remat is not None and remat not in get_args(Remat):
+        raise ValueError(f"`remat` must be one of {', '.join(get_args(Remat))} or None, not {remat!r}.")
     if num_labels is None:
         return
     if task == "classification" and (type(num_labels) is not int or num_labels < 2):

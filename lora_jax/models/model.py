@@ -14,7 +14,7 @@ from flax import nnx
 
 from ..paths import leaf_paths, leaves_by_path
 from ..weights import is_adapted
-from .bert import Bert, BertConfig, Pooling, wide
+from .bert import Bert, BertConfig, Pooling, Remat, wide
 
 Task = Literal["classification", "regression"] | None
 
@@ -59,6 +59,7 @@ def skeleton(
     num_labels: int = 1,
     pooling: Pooling = "first",
     dtype: jnp.dtype = np.dtype("float32"),  # noqa: B008, immutable
+    remat: Remat | None = None,
 ) -> Skeleton:
     """A model's apply function and the shapes of its parameters; takes no memory for them.
 
@@ -73,7 +74,7 @@ def skeleton(
         109483778
     """
     outputs = {None: None, "classification": num_labels, "regression": 1}[task]
-    build = functools.partial(Bert, config, pooling=pooling, outputs=outputs, dtype=dtype)
+    build = functools.partial(Bert, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat)
     graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     shapes = _with_string_keys(nnx.to_pure_dict(state))
     paths = frozenset(leaf_paths(shapes))

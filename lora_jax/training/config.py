@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -23,6 +23,7 @@ DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 POOLINGS = ("first", "mean")
+Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 # What doesn't change the result: a run with other values of these is the same run.
 _PRESENTATION = ("output", "log_every", "tensorboard")
@@ -50,6 +51,7 @@ class TrainConfig:
         epochs: how often every row is seen, unless `steps` says how many batches.
         batch_size: rows of one optimizer step.
         accumulate: computes a step in this many parts, one after the other: less memory, the same result.
+        remat: what of a layer is kept for the backward pass, see `lj.models.load`: less memory, the same result.
         lr: the peak learning rate of AdamW, or one for each label (`{"lora_a": 1e-3, "lora_b": 4e-3, "head": 1e-3}`);
             `None` takes the method's.
         weight_decay: decoupled, on every trainable leaf, biases and norms too, as `torch.optim.AdamW` does with one
@@ -83,6 +85,7 @@ class TrainConfig:
     steps: int | None = None
     batch_size: int = 32
     accumulate: int = 1
+    remat: Remat | None = None
     lr: float | Mapping[str, float] | None = None
     weight_decay: float | Mapping[str, float] = 0.01
     warmup: float = 0.06
@@ -109,6 +112,8 @@ class TrainConfig:
             ("tensorboard", (True, False)),
         ):
             _check_choice(name, getattr(self, name), choices)
+        if self.remat is not None:
+            _check_choice("remat", self.remat, get_args(Remat))
         for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("buckets", 1), ("log_every", 1)):
             _check_int(name, getattr(self, name), least)
         for name in ("steps", "eval_every"):

@@ -85,6 +85,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         dtype=config.dtype,
         seed=config.seed,
         pooling=config.pooling,
+        remat=config.remat,
     )
     tokenizer = lj.models.load_tokenizer(config.base)
     max_length = min(config.max_length, model.config.max_position_embeddings)
@@ -166,4 +167,5 @@ def _with_dropout_rate(config: TrainConfig, model: Model, num_labels: int | None
         num_labels=num_labels or 1,
         pooling=model.pooling,
         dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
     ).apply

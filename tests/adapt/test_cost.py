@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,20 +11,11 @@ from jax import lax
 
 import lora_jax as lj
 
+from ..jaxprs import equations
 from .kit import merge_nodes, node, normal, project
 
 # A prime number of tokens tells activations from weights.
 IN, OUT, TOKENS = 16, 24, 11
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation, those of nested bodies included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def results_of_weight_size(fn: Any, *args: Any) -> list[str]:

@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax as lj
 from lora_jax import models
 from lora_jax.models import bert
 from lora_jax.models.model import skeleton
@@ -307,3 +309,27 @@ def test_apply_is_pure_under_vmap_and_remat():
     again = jax.jit(jax.grad(jax.checkpoint(lambda p: apply(p, IDS, MASK).sum())))(params)
     for path, grad in leaves_by_path(grads).items():
         np.testing.assert_allclose(leaves_by_path(again)[path], grad, rtol=1e-4, atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("remat", ["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"])
+def test_rematerialization_gives_the_same_and_keeps_less(remat: Any) -> None:
+    """Values and gradients of the factors, with dropout; and what waits from the forward to the backward pass."""
+    key = jax.random.key(3)
+
+    def parts(remat: Any) -> tuple[Any, Any]:
+        apply, shapes = skeleton(TINY, task="classification", num_labels=3, remat=remat)
+        method = lj.LoRA(rank=2, alpha=2, targets="all-linear", also_train=("classifier",))
+        params = lj.attach(random_params(shapes), method, key=jax.random.key(0))
+        trainable, frozen = lj.partition(params, lj.trainable_mask(params, method))
+        adapted = lj.adapt(apply, on_materialize="error")
+        return trainable, lambda tree: adapted(lj.combine(tree, frozen), IDS, MASK, dropout_key=key).sum()
+
+    def value_gradient_and_residuals(remat: Any) -> tuple[Any, int]:
+        trainable, loss = parts(remat)
+        value, backward = jax.vjp(loss, trainable)
+        kept = {id(leaf): leaf.size for leaf in jax.tree.leaves(backward) if hasattr(leaf, "size")}
+        return (value, backward(jnp.ones(()))), sum(kept.values())
+
+    (plain, plain_kept), (again, again_kept) = value_gradient_and_residuals(None), value_gradient_and_residuals(remat)
+    chex.assert_trees_all_close(again, plain, rtol=1e-4, atol=1e-5)
+    assert again_kept < plain_kept

@@ -77,6 +77,7 @@ def test_default_method():
         ({"max_length": 2}, r"`max_length` is 2, and a whole number of at least 4"),
         ({"seed": -1}, r"`seed` is -1, and a whole number of at least 0"),
         ({"accumulate": 3}, r"`accumulate` is 3, which doesn't divide `batch_size` 32"),
+        ({"remat": "some"}, r"`remat` is 'some', and one of nothing_saveable, dots_saveable, dots_with"),
         ({"lr": "fast"}, r"`lr` is 'fast', and a number of at least 0"),
         ({"lr": float("nan")}, r"`lr` is nan, and a number"),
         ({"lr": {"head": -1}}, r"`lr\.head` is -1, and a number of at least 0"),
