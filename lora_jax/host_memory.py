@@ -1,8 +1,11 @@
-"""How the C library hands memory to a training process."""
+"""Memory of a training process on the CPU: what the C library and the compiler do with it."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+
+import jax
 
 # Parameters of `mallopt`, from the GNU C library's <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -33,3 +36,29 @@ def keep_freed_memory() -> bool:
         return False
     settings = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0, _ARENA_MAX: 1}
     return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())
+
+
+@functools.cache
+def memory_first() -> dict[str, str]:
+    """Compiler options with which rematerialization saves memory on the CPU too: for `jax.jit(compiler_options=...)`.
+
+    By default XLA's CPU backend orders operations for concurrency, and computes again at once what `jax.checkpoint`
+    has it compute again in the backward pass: the operations are paid, and no memory is saved. Here it orders them for
+    memory. Steps are about as fast.
+
+    Returns:
+        The options; none on other backends, or where the compiler does not know them.
+
+    Example:
+        >>> step = jax.jit(lambda x: 2 * x, compiler_options=memory_first())
+        >>> float(step(2.0))
+        4.0
+    """
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options

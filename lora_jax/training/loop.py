@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 import lora_jax as lj
+from lora_jax.host_memory import memory_first
 
 from .batching import Batch, padding_share
 from .checkpoint import Checkpoint, Checkpoints
@@ -103,6 +104,7 @@ class _Progress:
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
             model_dropout=config.dropout != 0,
+            compiler_options=memory_first() if config.remat else None,
         )
         if self.position >= run.steps:
             return
@@ -113,7 +115,7 @@ class _Progress:
         with Scalars(tensorboard, start=self.position) as self.scalars:
             self.meter.start()
             for number in range(self.position + 1, run.steps + 1):
-                batch = next(batches)
+                batch = self.meter.wait_for(batches)
                 self.meter.dispatch(batch.input_ids.shape)
                 self.state, output = step(self.state, run.frozen, batch, run.key)
                 pending.append(_Pending(number, batch, output))
@@ -241,6 +243,7 @@ class _Progress:
             adapter_bytes=(folder.adapter / "adapter.safetensors").stat().st_size,
             train_seconds=self.meter.seconds,
             step_ms=self.meter.step_ms,
+            waiting_share=self.meter.waiting_share,
             padding_share=padding_share(self.meter.tokens, self.meter.slots),
             truncated={split: labelled.encoded.truncated for split, labelled in run.splits.items()},
             resumed_from=self.resumed_from,

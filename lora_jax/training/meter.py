@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
+
+from .batching import Batch
 
 _WINDOW = 20  # steps that pace and throughput are taken over
 
@@ -14,10 +17,11 @@ class Meter:
     """Time, tokens and means of a run.
 
     Args:
-        seconds, tokens, slots: what an earlier part of the run had counted.
+        seconds, waiting, tokens, slots: what an earlier part of the run had counted.
     """
 
-    def __init__(self, *, seconds: float = 0.0, tokens: int = 0, slots: int = 0) -> None:
+    def __init__(self, *, seconds: float = 0.0, waiting: float = 0.0, tokens: int = 0, slots: int = 0) -> None:
+        self.waiting = waiting
         self.tokens = tokens
         self.slots = slots
         self._seconds = seconds
@@ -40,6 +44,13 @@ class Meter:
 
     def stop(self) -> None:
         self._seconds, self._started, self._last = self.seconds, None, None
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time that it takes to come is time in which the device may run dry."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waiting += time.perf_counter() - start
+        return batch
 
     def dispatch(self, shape: tuple[int, ...]) -> None:
         """A step goes to the device. One of a new shape is compiled first, and that time says nothing of a step."""
@@ -67,6 +78,11 @@ class Meter:
         return steps * sum(seconds for seconds, _ in self._recent) / len(self._recent) if self._recent else None
 
     @property
+    def waiting_share(self) -> float:
+        """Of the run's time, that in which the loop waited for a batch."""
+        return self.waiting / self.seconds if self.seconds else 0.0
+
+    @property
     def step_ms(self) -> float | None:
         """The median step, of those that compiled nothing."""
         return 1000 * statistics.median(self._step_times) if self._step_times else None
@@ -79,4 +95,4 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """The arguments of a meter that counts on."""
-        return {"seconds": self.seconds, "tokens": self.tokens, "slots": self.slots}
+        return {"seconds": self.seconds, "waiting": self.waiting, "tokens": self.tokens, "slots": self.slots}

@@ -28,6 +28,7 @@ class RunResult:
         adapter_bytes: size of `adapter.safetensors`.
         train_seconds: of the steps, compiling included, evaluations and checkpoints not.
         step_ms: the median time of a step, compiling not included; `None` of a run too short to tell.
+        waiting_share: of `train_seconds`, in which the loop waited for a batch.
         padding_share: of the places in training batches that held no token.
         truncated: `{split: rows cut at max_length}`.
         resumed_from: the step that this call went on from; `None` of a run done in one go.
@@ -47,6 +48,7 @@ class RunResult:
     adapter_bytes: int
     train_seconds: float
     step_ms: float | None
+    waiting_share: float
     padding_share: float
     truncated: dict[str, int]
     resumed_from: int | None

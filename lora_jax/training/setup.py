@@ -17,13 +17,14 @@ from .batching import TrainingBatches
 from .buckets import choose_buckets
 from .config import TrainConfig
 from .data import Examples, read_examples
-from .encoding import Encoded, encode
+from .encoding import Encoded
 from .events import Listener, Note
 from .metrics import check_metric, default_metric
 from .optimizer import make_optimizer
 from .predict import padding_id
 from .step import TrainState
 from .task import Task, make_task
+from .token_cache import encode_cached
 
 _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
@@ -89,7 +90,9 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     )
     tokenizer = lj.models.load_tokenizer(config.base)
     max_length = min(config.max_length, model.config.max_position_embeddings)
-    splits = {split: Labelled(encode(rows, tokenizer, max_length), targets[split]) for split, rows in examples.items()}
+    splits = {
+        split: Labelled(encode_cached(rows, tokenizer, max_length), targets[split]) for split, rows in examples.items()
+    }
     encoded = splits["train"].encoded
     buckets = choose_buckets(encoded.lengths, count=config.buckets, max_length=max_length)
     steps = config.steps or config.epochs * math.ceil(encoded.rows / config.batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -69,6 +69,7 @@ def make_step(
     clip_norm: float | None = None,
     accumulate: int = 1,
     model_dropout: bool = True,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> Step:
     """Makes `step(state, frozen, batch, key) -> (state, output)`.
 
@@ -82,6 +83,7 @@ def make_step(
         accumulate: the parts that a batch is computed in, one after the other in a scan. Their sum is what one part
             would give, up to rounding (and, with dropout, other draws).
         model_dropout: whether the model gets a key. LoRA's dropout follows from its own rate.
+        compiler_options: as for `jax.jit`.
 
     Returns:
         The jitted function. `state` is donated; `frozen` is an argument, so the base isn't built into the program;
@@ -116,7 +118,7 @@ def make_step(
         zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
         return jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))[0]
 
-    @functools.partial(jax.jit, donate_argnames="state")
+    @functools.partial(jax.jit, donate_argnames="state", compiler_options=dict(compiler_options or {}))
     def step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> tuple[TrainState, StepOutput]:
         key = jax.random.fold_in(key, state.step)
         total = accumulated_sums if accumulate > 1 else sums

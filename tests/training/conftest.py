@@ -31,6 +31,12 @@ def write_rows(path: Path, count: int, *, seed: int) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Nothing is found or left in the user's cache."""
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compile_each_program_once(tmp_path_factory):
     """Runs of equal shapes share their compiled programs: compiling is most of a test's time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from typing import Any
 
 from rich.console import Console
 
@@ -84,3 +85,18 @@ def test_compiling_does_not_count_as_pace():
     assert (meter.tokens, meter.slots) == (110, 180)
     assert meter.take_means() == {"loss": 1.0, "accuracy": 0.5}
     assert Meter(**meter.state()).state()["tokens"] == 110
+
+
+def test_waiting_for_batches_is_counted():
+    def slow() -> Any:
+        for number in range(3):
+            time.sleep(0.05)
+            yield number
+
+    meter, batches = Meter(seconds=1.0, waiting=0.5), slow()
+    meter.start()
+    assert [meter.wait_for(batches) for _ in range(3)] == [0, 1, 2]
+    meter.stop()
+    assert 0.65 < meter.waiting < 1.0
+    assert meter.waiting_share == meter.waiting / meter.seconds
+    assert Meter(**meter.state()).waiting == meter.waiting
