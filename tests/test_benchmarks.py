@@ -1,0 +1,53 @@
+"""The benchmarks run, at toy sizes, and their page has a line for every target. Their figures are nobody's here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "scripts" / "bench"
+
+
+def run(name: str, *arguments: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, BENCH / f"{name}.py", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def content(name: str, folder: Path) -> dict[str, Any]:
+    run(name, "--quick", "--output", str(folder))
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["matmul", "step", "inference", "memory", "merge", "trace"])
+def test_it_runs(name: str, tmp_path: Path) -> None:
+    result = content(name, tmp_path)
+    assert result["quick"]
+    assert result["rows"]
+    assert all(value is not None for row in result["rows"] for value in row.values())
+    assert {"machine", "versions", "commit", "python"} <= result.keys()
+    page = tmp_path / "page.md"
+    run("page", "--results", str(tmp_path), "--page", str(page))
+    text = page.read_text()
+    assert f"## {name}: " in text
+    assert text.count("| not run |") > 5  # what other benchmarks measure
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["rivals", "end_to_end"])
+def test_it_runs_beside_pytorch(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="needs PyTorch: `scripts/test --all` installs it")
+    pytest.importorskip("peft", reason="needs PEFT: `scripts/test --all` installs it")
+    result = content(name, tmp_path)
+    assert len(result["rows"]) >= 4
+    # qwix is a rival of the benchmark alone, installed by `scripts/bench/run`.
+    assert set(result.get("failures", {})) <= {"qwix on the Linen model", "PEFT, torch.compile"}
