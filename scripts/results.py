@@ -31,21 +31,12 @@ Accuracy in percent after the last of 4 epochs, mean ± standard deviation over 
 tokens, AdamW (weight decay 0.01), linear schedule with 6 % warm-up, gradient norm clipped at 1, dropout 0.1; LoRA with
 r = 8, α = 16. *PEFT* is PyTorch with PEFT on the same base, data and hyperparameters, one seed.
 
-Step time is the median over a run's steps, compilation aside, on two CPU cores that other work shared: it shows the
-order of magnitude. Ratios between methods are measured in one interleaved run, below. Peak memory is the largest
-resident size of the whole process, compiler and evaluation included.
+Step time is the median over a run's steps, compilation aside, and the least of the seeds', on two CPU cores that other
+work shared: it shows the order of magnitude. Ratios between methods are measured in one interleaved run, in
+[benchmarks.md](benchmarks.md). Peak memory is the largest resident size of the whole process, compiler and evaluation
+included; the process keeps what it frees ([performance.md](performance.md)).
 
 This page is written by `scripts/results.py`."""
-
-STEP_TIMES = """
-## Step time, interleaved
-
-One training step on {batch_size} texts of {length} tokens, float32, AdamW, {rounds} rounds of all methods in turn
-(`scripts/step_time.py`). Ratios are medians of the rounds' ratios. The frozen chain trains the first normalization and
-the classifier: no gradient of a weight, but one through all of them.
-
-| method | of full | of the frozen chain | compiled GFLOP | temporary memory, MB | optimizer state, MB |
-|---|---|---|---|---|---|"""
 
 
 class Task(NamedTuple):
@@ -123,20 +114,6 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def step_times(path: Path) -> list[str]:
-    """The table of `scripts/step_time.py`."""
-    if not path.exists():
-        return []
-    measured = json.loads(path.read_text())
-    lines = [STEP_TIMES.format(**measured)]
-    for row in measured["rows"]:
-        lines.append(
-            f"| {row['method']} | {row['of_full']:.2f} | {row['of_chain']:.2f} | {row['gflops']:.1f} | "
-            f"{row['temporary_mb']:.0f} | {row['optimizer_mb']:.1f} |"
-        )
-    return lines
-
-
 def page(folder: Path, reference: dict[tuple[str, str], float], data: str) -> str:
     runs = finished_runs(folder)
     lines = [INTRODUCTION]
@@ -163,12 +140,11 @@ def page(folder: Path, reference: dict[tuple[str, str], float], data: str) -> st
                 gap,
                 f"{rows[0]['trainable']:,}",
                 f"{rows[0]['percent']:.3g}",
-                f"{statistics.median(row['step_ms'] for row in rows):.0f}",
+                f"{min(row['step_ms'] for row in rows):.0f}",
                 f"{max(row.get('peak_mb', 0) for row in rows):,.0f}",
                 f"{rows[0]['adapter_bytes'] / 1000:,.0f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    lines += step_times(folder / "step_time.json")
     lines += ["", "## Commands", "", "With seeds 0, 1, 2 in place of `SEED`:", "", "```bash"]
     for task in TASKS:
         for method in METHODS:

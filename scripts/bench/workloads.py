@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -240,10 +240,10 @@ def decoder(
 
     Rotary embeddings and grouped heads are left out: they cost little and nothing of theirs is trained.
     """
-    rng = np.random.default_rng(0)
+    keys = itertools.count()
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32) * shape[-2] ** -0.5, dtype)
+        return jax.random.normal(jax.random.key(next(keys)), shape, dtype) * shape[-2] ** -0.5
 
     square, up, down = (layers, width, width), (layers, width, inner), (layers, inner, width)
     params = {
