@@ -44,7 +44,7 @@ def choose_strategy(tokens: int, inner: int, outer: int, *, dtype: Any, backend:
         'low_rank_first'
     """
     pays = tokens * (inner + outer) >= 2 * inner * outer
-    return "merged_weight" if pays and dtype == jnp.float32 and backend == "cpu" else "low_rank_first"
+    return "merged_weight" if pays and jnp.dtype(dtype) == jnp.float32 and backend == "cpu" else "low_rank_first"
 
 
 def low_rank_matmul(
