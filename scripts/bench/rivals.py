@@ -244,7 +244,7 @@ def main() -> None:
         np.testing.assert_allclose(losses, reference, rtol=1e-4, err_msg=f"{name} computes something else")
         print(f"{name}: losses {losses}", flush=True)
     gc.collect()
-    times = interleave(candidates, rounds=report.rounds(15), warm_up=2)
+    times = interleave(candidates, rounds=report.rounds(9), warm_up=1)
     for name, candidate in candidates.items():
         rows.append(
             {
