@@ -1,14 +1,10 @@
 """`merge_params` beside a plain copy of the same bytes.
 
-Bytes are those of the adapted weights. Memory is what the process holds at most while merging, beyond what it holds
-before and the result, beside the largest weight.
+Bytes are those of the adapted weights.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,30 +14,6 @@ from timing import interleave
 
 import lora_jax as lj
 from lora_jax.weights import is_adapted
-
-
-class PeakMemory:
-    """The most resident memory of the process while the block runs, looked at every millisecond (Linux)."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before = self.most = _resident()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.done.is_set():
-            self.most = max(self.most, _resident())
-            time.sleep(0.001)
-
-    def __exit__(self, *_: Any) -> None:
-        self.done.set()
-        self.thread.join()
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def tree(width: int, layers: int, dtype: Any) -> Any:
@@ -76,9 +48,6 @@ def main() -> None:
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
         candidates = {"copy": lambda p=bases, c=copy: c(p), "merge": lambda p=params: lj.merge_params(p)}
         times = interleave(candidates, rounds=report.rounds(11), warm_up=2)
-        with PeakMemory() as memory:
-            merged = jax.block_until_ready(lj.merge_params(params))
-        beyond = memory.most - memory.before - size
         rows.append(
             {
                 "tree": title,
@@ -86,11 +55,8 @@ def main() -> None:
                 "merge GB/s": size / times.median("merge") / 1e9,
                 "copy GB/s": size / times.median("copy") / 1e9,
                 "merge / copy, GB/s": times.ratio("copy", "merge"),
-                "beyond inputs and outputs, MB": max(beyond, 0) / 1e6,
-                "largest weight, MB": max(leaf.nbytes for leaf in jax.tree.leaves(bases)) / 1e6,
             }
         )
-        del merged
         report.show(rows[-1])
     report.write(rows)
 
