@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -130,4 +129,4 @@ def test_merging_first_takes_no_more_operations_than_the_low_rank_path() -> None
     low_rank, merged, chosen = (step("lora_all", matmul=m) for m in ("low_rank_first", "merged_weight", None))
     assert merged.flops <= low_rank.flops
     assert chosen.flops == merged.flops
-    assert np.isclose(merged.temporary, low_rank.temporary, rtol=0.15)
+    assert merged.temporary <= 1.15 * low_rank.temporary
