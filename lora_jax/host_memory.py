@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
 
     On the CPU, XLA allocates a step's temporary memory anew for every step, hundreds of megabytes, and frees it after.
     The GNU C library returns blocks of that size to the system at once, and the system clears each page again at the
-    next step: about a fifth of the time of a step of a small encoder. Here it keeps them. The process then holds its
-    peak until it ends.
+    next step. Here it keeps them. The process then holds its peak until it ends, and blocks of unlike sizes may raise
+    that peak. `scripts/bench/memory.py` measures both.
 
     It does what the environment variables `MALLOC_MMAP_MAX_=0`, `MALLOC_TRIM_THRESHOLD_=-1` and `MALLOC_ARENA_MAX=1`
     do, for a process that has started. Call it before the first computation.

@@ -62,7 +62,8 @@ def _show(result: RunResult) -> None:
         "trained": f"{result.trainable:,} of {result.total:,} parameters ({result.percent:.3g} %)",
         "time": format_seconds(result.train_seconds) + (f", {result.step_ms:.0f} ms a step" if result.step_ms else ""),
         "padding": f"{100 * result.padding_share:.1f} % of the places in batches",
-        "waiting": f"{100 * result.waiting_share:.1f} % of the time, for batches",
         "adapter": f"{result.adapter} ({format_bytes(result.adapter_bytes)})",
     }
+    if result.waiting_share is not None:
+        facts["waiting"] = f"{100 * result.waiting_share:.1f} % of the time, for batches"
     print_facts(facts)

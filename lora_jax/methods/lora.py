@@ -123,7 +123,10 @@ class LoRAWeight(AdaptedWeight):
 
     def _strategy(self, other: jax.Array, spec: DotSpec) -> Strategy:
         dropped = self.key is not None and self.dropout > 0
-        exact = self.dtype == other.dtype == self.a.dtype == self.b.dtype
+        # Below float32, or under an algorithm that rounds its operands, a small update is lost in the merged weight.
+        exact = all(array.dtype == jnp.float32 for array in (self.base, other, self.a, self.b)) and not isinstance(
+            spec.precision, lax.DotAlgorithm | lax.DotAlgorithmPreset
+        )
         every_token_meets_every_member = len(spec.weight_batch) < self.axes.count(STACK)
         if dropped or not exact or every_token_meets_every_member:
             return "low_rank_first"

@@ -28,7 +28,8 @@ class RunResult:
         adapter_bytes: size of `adapter.safetensors`.
         train_seconds: of the steps, compiling included, evaluations and checkpoints not.
         step_ms: the median time of a step, compiling not included; `None` of a run too short to tell.
-        waiting_share: of `train_seconds`, in which the loop waited for a batch.
+        waiting_share: of `train_seconds`, in which the loop waited for a batch; `None` of a run made before that was
+            measured.
         padding_share: of the places in training batches that held no token.
         truncated: `{split: rows cut at max_length}`.
         resumed_from: the step that this call went on from; `None` of a run done in one go.
@@ -48,7 +49,7 @@ class RunResult:
     adapter_bytes: int
     train_seconds: float
     step_ms: float | None
-    waiting_share: float
+    waiting_share: float | None
     padding_share: float
     truncated: dict[str, int]
     resumed_from: int | None
@@ -70,5 +71,5 @@ def read_result(folder: RunFolder, saved: Mapping[str, Any]) -> RunResult:
         output=folder.path,
         adapter=folder.adapter,
         history=folder.history(),
-        **{**saved, "labels": tuple(saved["labels"])},
+        **{"waiting_share": None, **saved, "labels": tuple(saved["labels"])},
     )

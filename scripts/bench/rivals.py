@@ -56,7 +56,7 @@ class Shared:
 class JaxCandidate:
     """A step over any function of a trainable and a frozen tree."""
 
-    def __init__(self, shared: Shared, apply: Callable[..., jax.Array], trainable: Any, frozen: Any) -> None:
+    def __init__(self, shared: Shared, apply: Callable[..., Any], trainable: Any, frozen: Any) -> None:
         tx = optax.adamw(RATE, weight_decay=0.01)
 
         def loss(trainable: Any, frozen: Any, ids: jax.Array, labels: jax.Array) -> jax.Array:
@@ -87,7 +87,7 @@ class JaxCandidate:
         return memory.temp_size_in_bytes if memory else None
 
 
-def lora_jax_on(shared: Shared, apply: Callable[..., jax.Array]) -> JaxCandidate:
+def lora_jax_on(shared: Shared, apply: Callable[..., Any]) -> JaxCandidate:
     trainable, frozen = lj.partition(shared.params, lj.trainable_mask(shared.params, shared.method))
     adapted = lj.adapt(apply, on_materialize="error")
     return JaxCandidate(shared, lambda t, f, ids: adapted(lj.combine(t, f), ids), trainable, frozen)
@@ -99,7 +99,7 @@ def lora_jax_bundled(shared: Shared) -> JaxCandidate:
 
 def lora_jax_linen(shared: Shared) -> JaxCandidate:
     module = linen_bert.Bert(shared.model.config, 6)
-    return lora_jax_on(shared, lambda params, ids: module.apply({"params": params}, ids))  # type: ignore[arg-type]
+    return lora_jax_on(shared, lambda params, ids: module.apply({"params": params}, ids))
 
 
 def merged_each_step(shared: Shared) -> JaxCandidate:
@@ -116,20 +116,20 @@ def textbook(shared: Shared) -> JaxCandidate:
     module = linen_bert.Bert(shared.model.config, 6)
     trainable, frozen = lj.partition(shared.params, lj.trainable_mask(shared.params, shared.method))
 
-    def dense(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        path = "/".join(context.module.path)
-        if not isinstance(context.module, nn.Dense) or f"{path}/kernel" not in shared.nodes:
-            return next_call(*args, **kwargs)
-        (x,), node = args, dense.nodes[f"{path}/kernel"]  # type: ignore[attr-defined]
-        return x @ node.base + node.scale * (x @ node.a.T) @ node.b + dense.bias[f"{path}/bias"]  # type: ignore[attr-defined]
-
-    def apply(t: Any, f: Any, ids: jax.Array) -> jax.Array:
+    def apply(t: Any, f: Any, ids: jax.Array) -> Any:
         whole = lj.combine(t, f)
         leaves = dict(zip(lj.leaf_paths(whole), jax.tree.leaves(whole, is_leaf=is_adapted), strict=True))
-        dense.nodes = {path: leaf for path, leaf in leaves.items() if is_adapted(leaf)}  # type: ignore[attr-defined]
-        dense.bias = leaves  # type: ignore[attr-defined]
+
+        def dense(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            path = "/".join(context.module.path)
+            node: Any = leaves.get(f"{path}/kernel")
+            if context.method_name != "__call__" or not is_adapted(node):
+                return next_call(*args, **kwargs)
+            (x,) = args
+            return x @ node.base + node.scale * (x @ node.a.T) @ node.b + leaves[f"{path}/bias"]
+
         with nn.intercept_methods(dense):
-            return module.apply({"params": lj.detach(whole)}, ids)  # type: ignore[return-value]
+            return module.apply({"params": lj.detach(whole)}, ids)
 
     return JaxCandidate(shared, apply, trainable, frozen)
 

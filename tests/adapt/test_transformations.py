@@ -259,6 +259,18 @@ def test_casts_round_the_base_alone() -> None:
     assert_close(outputs, x @ merge_nodes(rounded))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(jnp.bfloat16, None), (jnp.float32, lax.DotAlgorithmPreset.BF16_BF16_F32)]
+)
+def test_no_merged_weight_where_products_round(dtype: Any, precision: Any) -> None:
+    """Whatever is asked for: a small update would be lost in the sum."""
+    weight = jax.tree.map(lambda leaf: leaf.astype(dtype), node("w", D, 6))
+    fn = lj.adapt(lambda w, x: jnp.matmul(x, w, precision=precision), on_materialize="error", matmul="merged_weight")
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(fn)(weight, normal("x", 2, D).astype(dtype)).eqns]
+    assert names.count("dot_general") == 3
+    assert "custom_jvp_call" not in names
+
+
 def test_loops_and_checkpoints_keep_their_parameters() -> None:
     params, x = {"w": node("w", 4, D, D, axes="sio")}, normal("x", 2, D)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import jax
@@ -93,6 +94,17 @@ def test_a_complete_run_is_not_done_again(finished, options):
     assert again == finished
     assert len(notes) == 1
     assert "complete" in notes[0].message
+
+
+def test_a_complete_run_from_before_waiting_was_measured_is_read(finished, options, tmp_path):
+    shutil.copytree(finished.output, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    saved = json.loads(path.read_text())
+    del saved["waiting_share"]
+    path.write_text(json.dumps(saved))
+    again = train(TrainConfig(**options, output=str(tmp_path / "run")))
+    assert again.waiting_share is None
+    assert again.metrics == finished.metrics
 
 
 def test_events(options, tmp_path):
