@@ -83,6 +83,54 @@ def low_rank_matmul(
     return lax.dot_general(hidden * scale, expand, (((rank,), (rank,)), (batch, batch)), precision=precision)
 
 
+# Up to this rank a sum of outer products beats a matmul (`scripts/bench/merge.py`).
+_OUTER_PRODUCTS = 8
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def low_rank_product(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
+    """`aᵀ b` of two thin factors, one for each member of the leading `stack` axes: what is added to a weight.
+
+    Up to rank 8 it is written as `Σₖ aₖ ⊗ bₖ`, elementwise, which XLA fuses into the sum with the weight: one pass over
+    the weight, as a copy makes, and no second `inner × outer` array. A matmul writes such an array first, and with so
+    thin operands it waits for memory all the same. Derivatives are those of the matmul.
+
+    Args:
+        a: `(stack…, r, inner…)`.
+        b: `(stack…, r, outer…)`.
+        stack: how many stack axes there are.
+
+    Returns:
+        `(stack…, inner…, outer…)`.
+
+    Example:
+        >>> low_rank_product(jnp.ones((2, 3)), jnp.ones((2, 4)), 0).tolist() == jnp.full((3, 4), 2.0).tolist()
+        True
+    """
+    rank = a.shape[stack]
+    if rank > _OUTER_PRODUCTS:
+        return _product(a, b, stack)
+    lead, inner, outer = a.shape[:stack], a.shape[stack + 1 :], b.shape[stack + 1 :]
+
+    def outer_product(k: int) -> jax.Array:
+        left = lax.index_in_dim(a, k, stack, keepdims=False).reshape(*lead, *inner, *(1 for _ in outer))
+        right = lax.index_in_dim(b, k, stack, keepdims=False).reshape(*lead, *(1 for _ in inner), *outer)
+        return left * right
+
+    return functools.reduce(jnp.add, map(outer_product, range(rank)))
+
+
+@low_rank_product.defjvp
+def _(stack: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (a, b), (da, db) = primals, tangents
+    return low_rank_product(a, b, stack), _product(da, b, stack) + _product(a, db, stack)
+
+
+def _product(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
+    batch = tuple(range(stack))
+    return lax.dot_general(a, b, (((stack,), (stack,)), (batch, batch)), precision=lax.Precision.HIGHEST)
+
+
 def merged_matmul(
     x: jax.Array,
     base: jax.Array,

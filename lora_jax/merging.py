@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from .paths import flatten_with_paths
 from .weights import AdaptedWeight, is_adapted, is_traced, placement, wider
@@ -38,27 +41,45 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` must be a floating type, got {dtype!r}")
     paths, leaves, treedef = flatten_with_paths(params)
-    merged = [
-        _merged(path, leaf, dtype) if is_adapted(leaf) else leaf for path, leaf in zip(paths, leaves, strict=True)
-    ]
+    leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in leaves]
+    _refuse_not_finite(dict(zip(paths, leaves, strict=True)))
+    merged = [_merged(leaf, dtype) if is_adapted(leaf) else leaf for leaf in leaves]
     return jax.tree.unflatten(treedef, merged)
 
 
-def _merged(path: str, node: AdaptedWeight, dtype: Any) -> jax.Array:
-    node = node.with_key(None)
-    dtype = node.dtype if dtype is None else jnp.dtype(dtype)
-    if is_traced(node):
-        return _fold(node, dtype)
-    for name in node.fields:
-        array = getattr(node, name)
-        with jax.ensure_compile_time_eval():  # values are concrete, be it in the midst of a trace
-            finite = array is None or bool(jnp.isfinite(array).all())
-        if not finite:
+def _refuse_not_finite(leaves: dict[str, Any]) -> None:
+    """Looks at every factor whose values are concrete; all at once, since each look alone would wait for the device."""
+    with jax.ensure_compile_time_eval():  # values are concrete, be it in the midst of a trace
+        finite = {
+            (path, name): _all_finite(getattr(node, name))
+            for path, node in leaves.items()
+            if is_adapted(node) and not is_traced(node)
+            for name in node.fields
+            if getattr(node, name) is not None
+        }
+    for (path, name), good in jax.device_get(finite).items():
+        if not good:
             raise ValueError(
                 f"cannot merge `{path}`: its factor `{name}` holds NaN or infinity; load an earlier checkpoint"
             )
-    # One function object: leaves of equal shapes and placement share what is compiled for it.
-    return jax.jit(_fold, static_argnames="dtype", out_shardings=placement(node.base))(node, dtype=dtype)
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
+
+
+def _merged(node: AdaptedWeight, dtype: Any) -> jax.Array:
+    dtype = node.dtype if dtype is None else jnp.dtype(dtype)
+    if is_traced(node):
+        return _fold(node, dtype)
+    return _compiled_fold(placement(node.base))(node, dtype=dtype)
+
+
+@functools.lru_cache
+def _compiled_fold(sharding: Sharding | None) -> Callable[..., jax.Array]:
+    """One function a placement: leaves of equal shapes share what is compiled for it."""
+    return jax.jit(_fold, static_argnames="dtype", out_shardings=sharding)
 
 
 def _fold(node: AdaptedWeight, dtype: Any) -> jax.Array:

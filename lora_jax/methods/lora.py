@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..matmul import Strategy, choose_strategy, low_rank_matmul, merged_matmul
+from ..matmul import Strategy, choose_strategy, low_rank_matmul, low_rank_product, merged_matmul
 from ..paths import SelectionError, Selector, matches_entry, path_key, select, shape_text
 from ..weights import (
     IN,
@@ -72,9 +72,7 @@ class LoRAWeight(AdaptedWeight):
     def delta(self) -> jax.Array:
         """`scale · B A` in the base's layout, float32."""
         stack, i, o = (self._places(label) for label in (STACK, IN, OUT))
-        batch = tuple(range(len(stack)))
-        dimensions = (((len(stack),), (len(stack),)), (batch, batch))
-        product = lax.dot_general(self.a * self.scale, self.b, dimensions, precision=lax.Precision.HIGHEST)
+        product = low_rank_product(self.a * self.scale, self.b, len(stack))
         order = stack + i + o
         return lax.transpose(product, [order.index(axis) for axis in range(len(order))])
 

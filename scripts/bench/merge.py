@@ -1,7 +1,8 @@
 """`merge_params` beside a plain copy of the same bytes.
 
-Bytes are those of the adapted weights. Memory is the most that a process of its own, which returns what it frees, holds
-while merging, beyond what it held before and the result; beside the largest weight.
+Bytes are those of the adapted weights. For the times, the process keeps the memory that it frees, so that what is timed
+is the moving of weights and not the clearing of new pages. Memory is the most that a process of its own, which returns
+what it frees, holds while merging, beyond what it held before and the result; beside the largest weight.
 """
 
 from __future__ import annotations
