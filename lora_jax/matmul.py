@@ -107,17 +107,13 @@ def low_rank_product(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
         >>> low_rank_product(jnp.ones((2, 3)), jnp.ones((2, 4)), 0).tolist() == jnp.full((3, 4), 2.0).tolist()
         True
     """
-    rank = a.shape[stack]
-    if rank > _OUTER_PRODUCTS:
+    if a.shape[stack] > _OUTER_PRODUCTS:
         return _product(a, b, stack)
-    lead, inner, outer = a.shape[:stack], a.shape[stack + 1 :], b.shape[stack + 1 :]
-
-    def outer_product(k: int) -> jax.Array:
-        left = lax.index_in_dim(a, k, stack, keepdims=False).reshape(*lead, *inner, *(1 for _ in outer))
-        right = lax.index_in_dim(b, k, stack, keepdims=False).reshape(*lead, *(1 for _ in inner), *outer)
-        return left * right
-
-    return functools.reduce(jnp.add, map(outer_product, range(rank)))
+    inner, outer = a.ndim - stack - 1, b.ndim - stack - 1
+    left = a.reshape(*a.shape, *(1 for _ in range(outer)))
+    right = b.reshape(*b.shape[: stack + 1], *(1 for _ in range(inner)), *b.shape[stack + 1 :])
+    members = zip(*(jnp.unstack(factor, axis=stack) for factor in (left, right)), strict=True)
+    return functools.reduce(jnp.add, (one * other for one, other in members))
 
 
 @low_rank_product.defjvp

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 
 from .methods.base import FROZEN
+
+if TYPE_CHECKING:
+    import optax
 
 
 def make_optimizer(
@@ -38,6 +40,8 @@ def make_optimizer(
         >>> updates["w"].tolist(), updates["b"].tolist()
         ([0.0, 0.0], [-1.0, -1.0])
     """
+    import optax  # on first use: who only merges or serves needs none, and its import takes a while
+
     names = sorted(set(jax.tree.leaves(labels)))
     given = tx if isinstance(tx, Mapping) else {name: tx for name in names if name != FROZEN}
     transforms: dict[Hashable, optax.GradientTransformation] = {FROZEN: optax.set_to_zero(), **given}

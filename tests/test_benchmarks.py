@@ -28,7 +28,7 @@ def content(name: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["matmul", "step", "inference", "memory", "merge", "trace", "gpu"])
+@pytest.mark.parametrize("name", ["matmul", "shared_input", "step", "inference", "memory", "merge", "trace", "gpu"])
 def test_it_runs(name: str, tmp_path: Path) -> None:
     result = content(name, tmp_path)
     assert result["quick"]

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
-import jax.extend as jex
-import jax.extend.core
-import jax.extend.source_info_util
 from jax.interpreters import partial_eval
 
 from ..weights import Unfactorable
 
-Equation = jex.core.JaxprEqn
+if TYPE_CHECKING:
+    from jax.extend.core import JaxprEqn
+
+Equation: TypeAlias = "JaxprEqn"
+
+
+@functools.cache
+def _source_info() -> Any:
+    """`jax.extend.source_info_util`, imported on first use: `jax.extend` brings Pallas along, which takes its time."""
+    import jax.extend.source_info_util
+
+    return jax.extend.source_info_util
 
 
 class Program(NamedTuple):
@@ -41,7 +50,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
 
 
 def is_literal(atom: Any) -> bool:
-    return isinstance(atom, jex.core.Literal)
+    return hasattr(atom, "val")  # a variable has none
 
 
 def run_equation(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
@@ -54,7 +63,7 @@ def run_equation(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
 @contextlib.contextmanager
 def context(eqn: Equation) -> Iterator[None]:
     """The equation's name stack, source and configuration, for what a rule computes in its place."""
-    info = jex.source_info_util
+    info = _source_info()
     names = info.current_name_stack() + eqn.source_info.name_stack
     with info.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
         yield
@@ -65,8 +74,20 @@ def bind(eqn: Equation, *operands: Any) -> Any:
     return eqn.primitive.bind(*operands, **eqn.params)
 
 
+class Product(NamedTuple):
+    """A matmul's equation as a function of the weight and the other operand; equal equations make equal functions."""
+
+    primitive: Any
+    params: tuple[tuple[str, Any], ...]
+    weight_is_lhs: bool
+
+    def __call__(self, weight: Any, other: Any) -> Any:
+        operands = (weight, other) if self.weight_is_lhs else (other, weight)
+        return self.primitive.bind(*operands, **dict(self.params))
+
+
 def source_line(eqn: Equation) -> str:
-    return jex.source_info_util.summarize(eqn.source_info)
+    return _source_info().summarize(eqn.source_info)
 
 
 def param(eqn: Equation, name: str) -> Any:

@@ -42,10 +42,8 @@ def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any
     )
     _check_placement(eqn, value.node, other, spec)
 
-    def run(base: jax.Array, other: jax.Array) -> jax.Array:
-        return jax_compat.bind(eqn, base, other) if weight_is_lhs else jax_compat.bind(eqn, other, base)
-
     with jax_compat.context(eqn):
+        run = jax_compat.Product(eqn.primitive, tuple(eqn.params.items()), weight_is_lhs)
         output = walker.counted(value).node.dot_general(other, spec, run)
     walker.factored(value, eqn)
     return [output]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
@@ -101,6 +102,8 @@ class LoRAWeight(AdaptedWeight):
         fold = jnp.vectorize(jax.random.fold_in, excluded={1})
         return dataclasses.replace(self, key=fold(self.key, number))
 
+    # A function of its own in the program: traced, differentiated and lowered once for all weights of equal shapes.
+    @functools.partial(jax.jit, static_argnames=("spec", "run"))
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:
@@ -108,6 +111,7 @@ class LoRAWeight(AdaptedWeight):
         if any(self.axes[axis] != STACK for axis in spec.weight_batch):
             raise Unfactorable("an axis that is not a stack axis is a batch axis of the matmul")
 
+        @functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
         def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
             return dataclasses.replace(self, a=a, b=b)._low_rank_dot(x, spec)
 

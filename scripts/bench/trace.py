@@ -1,7 +1,8 @@
 """What `adapt` costs before the first step: tracing and compilation against the base's, and the time to import.
 
-*Base* is the gradient of the same function by its biases, with plain weights. *Unrolled* layers are written out one
-after the other, *scanned* ones are one body over stacked weights.
+*Adapted* is the gradient by LoRA's factors. It stands beside two gradients of the same function with plain weights: by
+all its parameters (*base*), and by its biases alone (*biases*), which forms fewer products than any LoRA needs.
+*Unrolled* layers are written out one after the other, *scanned* ones are one body over stacked weights.
 """
 
 from __future__ import annotations
@@ -56,16 +57,18 @@ def _layer(x: jax.Array, p: Any) -> jax.Array:
     return x + linear("down", jax.nn.gelu(linear("up", x)))
 
 
-def prepared(apply: Callable[..., jax.Array], params: Any, uses: Any, *, adapted: bool) -> Callable[[], Any]:
+METHODS = {
+    "base": lj.FullFineTune(),
+    "biases": lj.BitFit(),
+    "adapted": lj.LoRA(rank=8, alpha=8, targets=("query", "value", "up", "down")),
+}
+
+
+def prepared(apply: Callable[..., jax.Array], params: Any, uses: Any, method: lj.Method) -> Callable[[], Any]:
     """Traces and compiles the gradient, from nothing."""
-    method = (
-        lj.LoRA(rank=8, alpha=8, targets=("query", "value", "up", "down"))
-        if adapted
-        else lj.BitFit(targets=("query", "value", "up", "down"))
-    )
     params = lj.attach(params, method, key=jax.random.key(0), uses=uses)
     trainable, frozen = lj.partition(params, lj.trainable_mask(params, method))
-    transform = lj.adapt if adapted else (lambda fn: fn)
+    transform = lj.adapt if isinstance(method, lj.LoRA) else (lambda fn: fn)
 
     def run() -> tuple[float, float]:
         def loss(trainable: Any, frozen: Any, x: jax.Array) -> jax.Array:
@@ -93,10 +96,7 @@ def main() -> None:
     for kind, build in (("unrolled", unrolled), ("scanned", scanned)):
         for layers in (2,) if report.quick else (6, 24, 80):
             apply, params, uses = build(layers)
-            runs = {
-                "base": prepared(apply, params, uses, adapted=False),
-                "adapted": prepared(apply, params, uses, adapted=True),
-            }
+            runs = {name: prepared(apply, params, uses, method) for name, method in METHODS.items()}
             traced: dict[str, list[float]] = {name: [] for name in runs}
             whole: dict[str, list[float]] = {name: [] for name in runs}
             for _ in range(rounds):
@@ -107,23 +107,24 @@ def main() -> None:
             rows.append(
                 {
                     "layers": f"{layers} {kind}",
-                    "trace, base, s": statistics.median(traced["base"]),
-                    "trace, adapted, s": statistics.median(traced["adapted"]),
-                    "trace + compile, base, s": statistics.median(whole["base"]),
-                    "trace + compile, adapted, s": statistics.median(whole["adapted"]),
+                    **{f"trace, {name}, s": statistics.median(seconds) for name, seconds in traced.items()},
+                    **{f"trace + compile, {name}, s": statistics.median(seconds) for name, seconds in whole.items()},
                     "adapted / base": Times(whole).ratio("adapted", "base"),
+                    "adapted / biases": Times(whole).ratio("adapted", "biases"),
                 }
             )
             report.show(rows[-1])
-    imports: dict[str, list[float]] = {"import jax, optax": [], "import lora_jax": []}
+    imports: dict[str, list[float]] = {
+        "import jax, optax": [],
+        "import lora_jax": [],
+        "import jax, optax, lora_jax": [],
+    }
     for _ in range(report.rounds(11)):
         for statement, seconds in imports.items():
             seconds.append(import_seconds(statement))
-    row = {
-        "import lora_jax, s": statistics.median(imports["import lora_jax"]),
-        "import jax, optax, s": statistics.median(imports["import jax, optax"]),
-        "ratio": Times(imports).ratio("import lora_jax", "import jax, optax"),
-    }
+    row: dict[str, Any] = {f"{statement}, s": statistics.median(seconds) for statement, seconds in imports.items()}
+    row["ratio"] = Times(imports).ratio("import lora_jax", "import jax, optax")
+    row["ratio, all three"] = Times(imports).ratio("import jax, optax, lora_jax", "import jax, optax")
     report.show(row)
     report.write(rows, imports=row)
 
