@@ -44,7 +44,7 @@ def memory_first() -> dict[str, str]:
 
     By default XLA's CPU backend orders operations for concurrency, and computes early what could wait: what
     `jax.checkpoint` has it compute again in the backward pass it computes at once, so that the operations are paid and
-    no memory is saved. Here it orders them for memory. Steps are about as fast; `scripts/bench/memory.py` measures both.
+    no memory is saved. Here it orders them for memory. Steps are about as fast: `scripts/bench/memory.py` measures it.
 
     Returns:
         The options; none on other backends, or where the compiler does not know them.
