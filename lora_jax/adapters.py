@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .files import (
-    FileError,
     read_json,
     read_safetensors,
     read_safetensors_header,
+    replacing,
     sha256_file,
     write_json,
     write_safetensors,
@@ -91,13 +89,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
         for name, array in _trained_arrays(path, leaf, labels[path]).items():
             tensors[name] = np.asarray(array)
     _require_finite(tensors, "cannot save")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = folder / f".saving-{secrets.token_hex(4)}"
-        staging.mkdir()
-    except OSError as error:
-        raise FileError(f"{folder} cannot hold an adapter: {error.strerror}. Choose another folder.") from error
-    try:
+    with replacing(folder, (TENSORS, DESCRIPTION)) as staging:
         write_safetensors(staging / TENSORS, tensors)
         description = {
             "format": FORMAT,
@@ -111,10 +103,6 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
             "base": fingerprint(_frozen_leaves(leaves, labels)),
         }
         write_json(staging / DESCRIPTION, description)
-        for name in (TENSORS, DESCRIPTION):
-            os.replace(staging / name, folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
