@@ -19,11 +19,11 @@ from ..masks import label_params
 from ..methods import LoRA, LoRAWeight, Method
 from ..methods.base import FROZEN
 from ..paths import leaves_by_path
-from ..weights import is_adapted, is_traced
+from ..weights import AdaptedWeight, is_adapted, is_traced
 from .layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
 from .names import BIAS, NameTable, kind, selects
 from .patterns import PatternError, Patterns, literal
-from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets
+from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, variants
 from .peft_keys import factor_key, leaf_key
 
 # Heads that PEFT saves in full by itself, and looks for when it loads, whatever `modules_to_save` says.
@@ -119,7 +119,14 @@ def export_peft(
         )
     if task_type is not None and task_type not in _TASKS:
         raise AdapterError(f"`task_type` must be one of {', '.join(_TASKS)} or None, got {task_type!r}")
+    if config is not None and (found := variants(config)):
+        raise AdapterError(f"`config` describes another adapter than this one: {'; '.join(found)}")
     leaves = leaves_by_path(params)
+    partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and _lacks_arrays(leaf)]
+    if partial:
+        raise AdapterError(
+            f"`params` lacks base weights or factors, at {', '.join(partial[:5])}: pass `lj.combine(trainable, frozen)`"
+        )
     table = NameTable(names, leaves)
     conv1d = frozenset(fan_in_fan_out)
     factored = {path: _factored(path, leaf, table, uses, method) for path, leaf in leaves.items() if is_adapted(leaf)}
@@ -177,8 +184,6 @@ def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | 
         raise AdapterError(
             f"`{path}` is a {type(node).__name__}, and PEFT's format has a place for LoRA's factors only"
         )
-    if node.base is None or node.a is None or node.b is None:
-        raise AdapterError(f"`{path}` lacks its base or its factors: pass `lj.combine(trainable, frozen)`")
     if is_traced(node):
         raise AdapterError(f"`{path}` is abstract: export outside of `jax.jit`")
     module = table.module(path)
@@ -199,30 +204,35 @@ def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | 
     return _Factored(module, node, is_embedding(path, uses), node.rank, alpha)
 
 
+def _lacks_arrays(node: AdaptedWeight) -> bool:
+    return any(getattr(node, name) is None for name in ("base", *node.saved))
+
+
 def _whole(
     trained: Sequence[str], factored: Mapping[str, _Factored], table: NameTable, task_type: str | None
 ) -> _Whole:
     """Which modules PEFT must save in full, and which biases beside them, so that every trained leaf is written."""
     targets = {target.module for target in factored.values()}
     heads = {module for path in trained if kind(path) != BIAS and (module := table.module(path)) not in targets}
-    rest = [path for path in trained if table.module(path) not in heads]
-    weights = [path for path in rest if kind(path) != BIAS]
-    if weights:
-        raise AdapterError(
-            f"`{weights[0]}` is trained in full in a module that has factors, which PEFT has no place for"
-        )
-    bias = "none" if not rest else "lora_only" if all(table.module(path) in targets for path in rest) else "all"
 
     # Several modules of one head are named by it: so PEFT names them itself.
     implied = _HEADS.get(task_type or "", ())
-    entries = sorted({_entry(module) for module in heads} | {e for e in implied if _covers(e, table)})
-    saved = [module for module in table.modules if is_saved(set(entries), module)]
+    found = {entry for entry in implied if any(is_saved({entry}, module) for module in table.modules)}
+    if implied and not found:
+        raise AdapterError(
+            f"with `task_type={task_type!r}` PEFT looks for a head, {' or '.join(implied)}, and `names` has none: name "
+            "its leaves, or leave `task_type` out"
+        )
+    entries = {_entry(module) for module in heads} | found
+    saved = [module for module in table.modules if is_saved(entries, module)]
     both = sorted(targets.intersection(saved))
     if both:
         raise AdapterError(
             f"{', '.join(both)} would be trained in full by PEFT as well, since the name ends like an entry of "
-            f"`modules_to_save`, {', '.join(entries)}: train it by factors or in full"
+            f"`modules_to_save`, {', '.join(sorted(entries))}: train it by factors or in full"
         )
+    rest = [path for path in trained if table.module(path) not in saved]
+    bias = "none" if not rest else "lora_only" if all(table.module(path) in targets for path in rest) else "all"
     paths = [path for module in saved for path in table.leaves_of(module)]
     if bias != "none":
         paths += [
@@ -238,16 +248,12 @@ def _whole(
             f"leaves are written as they are, and would be trained there: {', '.join(along[:5])}{more}",
             stacklevel=3,
         )
-    return _Whole(entries, paths, bias)
+    return _Whole(sorted(entries), paths, bias)
 
 
 def _entry(module: str) -> str:
     head = module.partition(".")[0]
     return head if head in ("classifier", "score") else module
-
-
-def _covers(entry: str, table: NameTable) -> bool:
-    return any(is_saved({entry}, module) for module in table.modules)
 
 
 def _patterns(factored: Mapping[str, _Factored], method: LoRA) -> dict[str, Any]:

@@ -244,7 +244,7 @@ class _Planner:
             raise self.error(f"the factors of {module} have two ranks, {rank} and {ranks_of_b}")
         if not 1 <= rank <= max(fan_in, fan_out):
             raise self.error(
-                f"the factors of {module} have the rank {rank}, more than `{path}` {self.shape(path)} is wide"
+                f"the factors of {module} have the rank {rank}, and `{path}` {self.shape(path)} allows 1 to {max(fan_in, fan_out)}"
             )
         try:
             key = self.ranks.first(module)

@@ -406,6 +406,14 @@ def test_the_head_of_a_classifier_goes_along(tmp_path: Path) -> None:
     assert f"base_model.model.{HEAD}.weight" in read_safetensors(folder / kit.WEIGHTS)
 
 
+def test_a_task_without_its_head(tmp_path: Path) -> None:
+    names = {path: module for path, module in NAMES.items() if module != HEAD}
+    method = lj.LoRA(rank=2, alpha=3, targets=("query",))
+    message = r"with `task_type='SEQ_CLS'` PEFT looks for a head, classifier or score, and `names` has none"
+    with pytest.raises(lj.AdapterError, match=message):
+        export_peft(tmp_path, trained(method), method, names=names, task_type="SEQ_CLS")
+
+
 def test_a_saved_name_that_ends_another(tmp_path: Path) -> None:
     """PEFT saves `pre_classifier` with `classifier`; and it can't have factors at the same time."""
     base = {name: {"kernel": jnp.ones((4, 4))} for name in ("q", "pre_classifier", "classifier")}
@@ -491,8 +499,12 @@ def test_what_is_not_finite_is_not_exported(tmp_path: Path) -> None:
 def test_other_trees_are_not_exported(tmp_path: Path) -> None:
     method = METHODS["plain"]
     params = trained(method)
-    with pytest.raises(lj.AdapterError, match=r"`query/kernel` lacks its base or its factors: pass `lj.combine"):
+    with pytest.raises(
+        lj.AdapterError, match=r"lacks base weights or factors, at query/kernel, value/kernel: pass `lj.com"
+    ):
         export_peft(tmp_path, lj.partition(params, lj.trainable_mask(params, method)).trainable, method, names=NAMES)
+    with pytest.raises(lj.AdapterError, match="`config` describes another adapter than this one: `use_dora`: DoRA"):
+        export_peft(tmp_path, params, method, names=NAMES, config=kit.config(use_dora=True))
     with pytest.raises(lj.AdapterError, match=r"`task_type` must be one of SEQ_CLS, .*, got 'chess'"):
         export_peft(tmp_path, params, method, names=NAMES, task_type="chess")
     mixed = {**params, "value": {**params["value"]}}
