@@ -243,9 +243,8 @@ class _Planner:
         if rank != ranks_of_b:
             raise self.error(f"the factors of {module} have two ranks, {rank} and {ranks_of_b}")
         if not 1 <= rank <= max(fan_in, fan_out):
-            raise self.error(
-                f"the factors of {module} have the rank {rank}, and `{path}` {self.shape(path)} allows 1 to {max(fan_in, fan_out)}"
-            )
+            allowed = f"`{path}` {self.shape(path)} allows 1 to {max(fan_in, fan_out)}"
+            raise self.error(f"the factors of {module} have the rank {rank}, and {allowed}")
         try:
             key = self.ranks.first(module)
         except PatternError:
