@@ -22,7 +22,11 @@ torch = pytest.importorskip("torch", reason="needs PyTorch: `scripts/test --all`
 peft = pytest.importorskip("peft", reason="needs PEFT: `scripts/test --all` installs it")
 transformers = pytest.importorskip("transformers", reason="needs transformers: `scripts/test --all` installs it")
 
-pytestmark = pytest.mark.parity
+pytestmark = [
+    pytest.mark.parity,
+    # PEFT still asks transformers for an attribute under its old name.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 TOLERANCE = 1e-4
 WEIGHTS = "adapter_model.safetensors"
