@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .files import (
+    FileError,
     read_json,
     read_safetensors,
     read_safetensors_header,
-    replacing,
     sha256_file,
     write_json,
     write_safetensors,
@@ -89,7 +91,13 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
         for name, array in _trained_arrays(path, leaf, labels[path]).items():
             tensors[name] = np.asarray(array)
     _require_finite(tensors, "cannot save")
-    with replacing(folder, (TENSORS, DESCRIPTION)) as staging:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = folder / f".saving-{secrets.token_hex(4)}"
+        staging.mkdir()
+    except OSError as error:
+        raise FileError(f"{folder} cannot hold an adapter: {error.strerror}. Choose another folder.") from error
+    try:
         write_safetensors(staging / TENSORS, tensors)
         description = {
             "format": FORMAT,
@@ -103,6 +111,10 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
             "base": fingerprint(_frozen_leaves(leaves, labels)),
         }
         write_json(staging / DESCRIPTION, description)
+        for name in (TENSORS, DESCRIPTION):
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 

@@ -301,20 +301,23 @@ def within_folder(folder: str | os.PathLike[str], name: str) -> Path:
 def replacing(folder: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Path]:
     """A new folder to write the files `names` in; at the end of the block they take their places in `folder`.
 
-    All are complete on disk before the first takes its place, so that a full disk leaves earlier ones whole.
+    All are complete on disk before the first takes its place, so that a full disk leaves earlier ones whole. The last
+    is the one that readers begin with: an earlier one goes first and the new one comes last, so that a kill in between
+    leaves a folder that doesn't load, rather than files of two writes.
 
     Raises:
         FileError: `folder` cannot be made, or cannot hold files.
     """
     folder = Path(folder)
-    staging = folder / f".saving-{secrets.token_hex(4)}"
+    staging = folder / f".writing-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
     except OSError as error:
-        raise FileError(f"{folder} cannot hold an adapter: {error.strerror}. Choose another folder.") from error
+        raise FileError(f"{folder} cannot hold files: {error.strerror}. Choose another folder.") from error
     try:
         yield staging
+        (folder / names[-1]).unlink(missing_ok=True)
         for name in names:
             os.replace(staging / name, folder / name)
     finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.files import read_safetensors
+from lora_jax.files import FileError, read_safetensors
 from lora_jax.interop import export_peft, import_peft, read_peft_config
 
 from . import kit
@@ -463,6 +465,45 @@ def test_copies_of_the_base_pass_if_they_are_equal(tmp_path: Path) -> None:
     twins[f"{kit.PREFIX}{HEAD}.modules_to_save.bias"] = np.zeros(kit.CLASSES, np.float32)
     kit.write_peft(tmp_path, tensors | twins, bias="all", modules_to_save=["classifier"])
     with pytest.raises(lj.AdapterError, match="are one parameter, and have two values"):
+        import_peft(tmp_path, kit.base(), names=NAMES)
+
+
+# Whole or not there.
+
+
+def test_a_full_disk_leaves_the_earlier_folder_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = METHODS["plain"]
+    export_peft(tmp_path, trained(method), method, names=NAMES)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(FileError, match=r"the disk \(or the quota\) is full"):
+            export_peft(tmp_path, trained(METHODS["head"]), METHODS["head"], names=NAMES)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"file cannot hold files: .* Choose another folder"):
+        export_peft(tmp_path / "file", trained(method), method, names=NAMES)
+
+
+def test_a_kill_between_the_files_leaves_none_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = METHODS["plain"]
+    export_peft(tmp_path, trained(method), method, names=NAMES)
+    replace = os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        if Path(target) == tmp_path / kit.CONFIG:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_peft(tmp_path, trained(METHODS["head"]), METHODS["head"], names=NAMES)
+    with pytest.raises(FileError, match=r"adapter_config.json doesn't exist"):
         import_peft(tmp_path, kit.base(), names=NAMES)
 
 
