@@ -33,6 +33,7 @@ from .paths import flatten_with_paths, leaves_by_path, nearest, shape_text
 from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
+_STAGING = ".saving-"
 _LARGEST = float(np.finfo(np.float32).max)
 FORMAT, VERSION = "lora_jax adapter", 1
 
@@ -52,8 +53,8 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
     """Saves what the method trained, and nothing of the base.
 
     Writes `lora_jax_adapter.json` (method, axes, shapes, the base's fingerprint) and `adapter.safetensors` (the trained
-    leaves, named by leaf path). Both are complete on disk before either takes its place, so that a full disk leaves an
-    earlier adapter in the folder whole.
+    leaves, named by leaf path). Both are complete on disk before either takes its place: a full disk, or a kill at any
+    moment, leaves the earlier adapter in the folder or the new one.
 
     The fingerprint covers the frozen leaves: path, shape, and a sample of values at fixed places rounded to bfloat16.
     It catches mistakes; it is no security check.
@@ -93,7 +94,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
     _require_finite(tensors, "cannot save")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staging = folder / f".saving-{secrets.token_hex(4)}"
+        staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
         staging.mkdir()
     except OSError as error:
         raise FileError(f"{folder} cannot hold an adapter: {error.strerror}. Choose another folder.") from error
@@ -113,8 +114,11 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
         write_json(staging / DESCRIPTION, description)
         for name in (TENSORS, DESCRIPTION):
             os.replace(staging / name, folder / name)
+        for left in folder.glob(f"{_STAGING}*"):  # by saves that were killed
+            shutil.rmtree(left, ignore_errors=True)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not _awaits_its_place(staging):
+            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -198,7 +202,7 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileError: the file is missing or no JSON.
         AdapterError: it is no adapter of this format, or one of a newer version.
     """
-    path = Path(folder) / DESCRIPTION
+    path = _description_file(Path(folder))
     description = read_json(path)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise AdapterError(f"{path} describes no lora_jax adapter: its `format` is not {FORMAT!r}")
@@ -218,6 +222,17 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
             if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
                 raise AdapterError(f"{path}: `{name}` must give a `shape` for {leaf}, got {entry!r:.80}")
     return description
+
+
+def _description_file(folder: Path) -> Path:
+    """In its place; or where a save that was cut short left it, when the new tensors were in theirs already."""
+    waiting = (staging / DESCRIPTION for staging in folder.glob(f"{_STAGING}*") if _awaits_its_place(staging))
+    return next(waiting, folder / DESCRIPTION)
+
+
+def _awaits_its_place(staging: Path) -> bool:
+    """Whether the tensors have left, and their description has not."""
+    return (staging / DESCRIPTION).exists() and not (staging / TENSORS).exists()
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -40,11 +40,11 @@ def keep_freed_memory() -> bool:
 
 @functools.cache
 def memory_first() -> dict[str, str]:
-    """Compiler options with which rematerialization saves memory on the CPU too: for `jax.jit(compiler_options=...)`.
+    """Compiler options with which a step takes less memory on the CPU: for `jax.jit(compiler_options=...)`.
 
-    By default XLA's CPU backend orders operations for concurrency, and computes again at once what `jax.checkpoint`
-    has it compute again in the backward pass: the operations are paid, and no memory is saved. Here it orders them for
-    memory. Steps are about as fast.
+    By default XLA's CPU backend orders operations for concurrency, and computes early what could wait: what
+    `jax.checkpoint` has it compute again in the backward pass it computes at once, so that the operations are paid and
+    no memory is saved. Here it orders them for memory. Steps are about as fast: `scripts/bench/memory.py` measures it.
 
     Returns:
         The options; none on other backends, or where the compiler does not know them.

@@ -109,11 +109,14 @@ def low_rank_product(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
     """
     if a.shape[stack] > _OUTER_PRODUCTS:
         return _product(a, b, stack)
-    inner, outer = a.ndim - stack - 1, b.ndim - stack - 1
-    left = a.reshape(*a.shape, *(1 for _ in range(outer)))
-    right = b.reshape(*b.shape[: stack + 1], *(1 for _ in range(inner)), *b.shape[stack + 1 :])
-    members = zip(*(jnp.unstack(factor, axis=stack) for factor in (left, right)), strict=True)
-    return functools.reduce(jnp.add, (one * other for one, other in members))
+    lead, inner, outer = a.shape[:stack], a.shape[stack + 1 :], b.shape[stack + 1 :]
+
+    def outer_product(k: int) -> jax.Array:
+        left = lax.index_in_dim(a, k, stack, keepdims=False).reshape(*lead, *inner, *(1 for _ in outer))
+        right = lax.index_in_dim(b, k, stack, keepdims=False).reshape(*lead, *(1 for _ in inner), *outer)
+        return left * right
+
+    return functools.reduce(jnp.add, map(outer_product, range(a.shape[stack])))
 
 
 @low_rank_product.defjvp
@@ -125,6 +128,16 @@ def _(stack: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def _product(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
     batch = tuple(range(stack))
     return lax.dot_general(a, b, (((stack,), (stack,)), (batch, batch)), precision=lax.Precision.HIGHEST)
+
+
+def _apart(array: jax.Array) -> jax.Array:
+    """The same bits, which the compiler takes for others: it finds no equal sum, and fuses no sum into a matmul.
+
+    XLA's CPU backend drops optimization barriers early. Rounding to the precision that the array has changes nothing,
+    and stays.
+    """
+    kind = jnp.finfo(array.dtype)
+    return lax.reduce_precision(array, kind.nexp, kind.nmant)
 
 
 def merged_matmul(
@@ -145,7 +158,8 @@ def merged_matmul(
         dy = run(M, dx) + run(dW, x) + low_rank(x, da, b) + low_rank(x, a, db),    M = merge(W, a, b)
 
     term by term where the tangent is not zero by construction: a frozen `W` has no `dW`, and none is computed. `M` is
-    formed again where `dx` is transposed, so that no merged weight waits from the forward to the backward pass.
+    formed again where `dx` is transposed, so that no merged weight waits from the forward to the backward pass: that
+    would be a merged copy of every adapted weight.
 
     It is a `custom_jvp` of ordinary operations: forward and reverse mode, `vmap`, higher derivatives, `checkpoint`
     policies and `shard_map` work as without it.
@@ -158,7 +172,11 @@ def merged_matmul(
     """
 
     def merged_product(base: jax.Array, a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:
-        return run(merge(base, a, b), x)
+        return run(_apart(merge(base, a, b)), x)
+
+    def merged_again(base: jax.Array, a: jax.Array, b: jax.Array, dx: jax.Array) -> jax.Array:
+        # The compiler would find two equal sums, and keep the first.
+        return merged_product(base, a, _apart(b), dx)
 
     product = jax.custom_jvp(merged_product)
 
@@ -169,7 +187,7 @@ def merged_matmul(
             lambda dbase, da, db, dx: run(dbase, x),
             lambda dbase, da, db, dx: low_rank(x, da, b),
             lambda dbase, da, db, dx: low_rank(x, a, db),
-            lambda dbase, da, db, dx: jax.checkpoint(merged_product)(base, a, b, dx),
+            lambda dbase, da, db, dx: jax.checkpoint(merged_again)(base, a, b, dx),
         ]
         y = merged_product(base, a, b, x)
         present = [

@@ -437,6 +437,32 @@ def test_dropout_keys_are_not_saved(tmp_path: Path, folder: Path) -> None:
     assert files(keyed) == files(folder)
 
 
+@pytest.mark.parametrize("name", [TENSORS, DESCRIPTION])
+def test_a_save_cut_short_leaves_the_earlier_adapter_or_the_new_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The tensors take their place first; from then on it is the new adapter, wherever its description is."""
+    earlier = trained()
+    trainable, frozen = lj.partition(earlier, lj.trainable_mask(earlier, METHOD))
+    new = lj.combine(jax.tree.map(lambda leaf: 2 * leaf, trainable), frozen)
+    replace = os.replace
+
+    def cut_short(source: Any, target: Any) -> None:
+        if Path(target) == folder / name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            lj.save_adapter(folder, new, METHOD)
+    chex.assert_trees_all_equal(lj.load_adapter(folder, base()).params, earlier if name == TENSORS else new)
+
+    lj.save_adapter(folder, earlier, METHOD)
+    chex.assert_trees_all_equal(lj.load_adapter(folder, base()).params, earlier)
+    assert sorted(files(folder)) == sorted([DESCRIPTION, TENSORS])
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace", "open"])
 def test_a_full_disk_leaves_the_earlier_adapter_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     before = files(folder)

@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> None:
             epochs=args.epochs,
             seed=args.seed,
             batch_size=16,
-            buckets=2,  # each one more is a program more to compile, which takes longer than it saves here
             output=str(output / method),
         )
         with LiveProgress() as progress:

@@ -96,7 +96,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "--schedule", choices=("linear", "cosine", "constant"), help="after the warm-up (default: linear)")
     _add(training, "--clip-norm", type=_optional(float), metavar="NORM", help="of the gradient, or none (default: 1)")
     _add(training, "--dropout", type=_optional(float), metavar="P", help="of the model (default: the base's own)")
-    _add(training, "--buckets", type=int, metavar="N", help="the most lengths to pad batches to (default: 4)")
+    _add(training, "--buckets", type=int, metavar="N", help="the most lengths to pad batches to (default: what pays)")
     _add(training, "--seed", type=int, metavar="N", help="of head, factors, order and dropout (default: 0)")
     _add(training, "--metric", metavar="NAME", help="that --dev chooses by (default: accuracy, or pearson)")
     _add(training, "--eval-every", type=int, metavar="STEPS", help="evaluate and save (default: once an epoch)")

@@ -59,7 +59,8 @@ class TrainConfig:
         warmup: the share of the steps in which the rate rises linearly from 0.
         schedule: then it falls to 0 as a line or half a cosine, or stays.
         clip_norm: the global norm of the trainable leaves' gradient is cut to this; `None` for no clipping.
-        buckets: the most lengths that batches are padded to.
+        buckets: the most lengths that batches are padded to, one compiled program each; `None` for as many as pay in
+            a run of this length.
         seed: of the head, the factors, the order and the dropout.
         metric: that `dev` chooses by; `None` takes accuracy or Pearson's correlation.
         eval_every: steps between evaluations and checkpoints; `None` for once an epoch.
@@ -91,7 +92,7 @@ class TrainConfig:
     warmup: float = 0.06
     schedule: str = "linear"
     clip_norm: float | None = 1.0
-    buckets: int = 4
+    buckets: int | None = None
     seed: int = 0
     metric: str | None = None
     eval_every: int | None = None
@@ -114,9 +115,9 @@ class TrainConfig:
             _check_choice(name, getattr(self, name), choices)
         if self.remat is not None:
             _check_choice("remat", self.remat, get_args(Remat))
-        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("buckets", 1), ("log_every", 1)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1)):
             _check_int(name, getattr(self, name), least)
-        for name in ("steps", "eval_every"):
+        for name in ("steps", "eval_every", "buckets"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
         _check_int("max_length", self.max_length, 4)

@@ -104,7 +104,7 @@ class _Progress:
             clip_norm=config.clip_norm,
             accumulate=config.accumulate,
             model_dropout=config.dropout != 0,
-            compiler_options=memory_first() if config.remat else None,
+            compiler_options=memory_first(),
         )
         if self.position >= run.steps:
             return

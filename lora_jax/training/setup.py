@@ -94,8 +94,8 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         split: Labelled(encode_cached(rows, tokenizer, max_length), targets[split]) for split, rows in examples.items()
     }
     encoded = splits["train"].encoded
-    buckets = choose_buckets(encoded.lengths, count=config.buckets, max_length=max_length)
     steps = config.steps or config.epochs * math.ceil(encoded.rows / config.batch_size)
+    buckets = choose_buckets(encoded.lengths, count=config.buckets, max_length=max_length, steps=steps)
     batches = TrainingBatches(
         *splits["train"],
         buckets=buckets,

@@ -106,6 +106,24 @@ def _contracted(eqn: Any) -> int:
     return size
 
 
+def test_merged_weight_is_formed_anew_in_the_backward_pass() -> None:
+    """Kept from the forward pass, it would be a merged copy of every adapted weight; the compiler would like to."""
+    tokens, inner, outer, rank = 8, 64, 96, 4
+    weight, x, dy = node("w", inner, outer, rank=rank), normal("x", tokens, inner), normal("dy", tokens, outer)
+    apply = lj.adapt(lambda w, x: x @ w, matmul="merged_weight")
+
+    @jax.jit
+    def both_passes(factors: Any, base: jax.Array, x: jax.Array, dy: jax.Array) -> Any:
+        y, backward = jax.vjp(lambda ab, x: apply(lj.LoRAWeight(base, *ab, scale=1.5, axes="io"), x), factors, x)
+        return y, backward(dy)
+
+    cost = both_passes.lower((weight.a, weight.b), weight.base, x, dy).compile().cost_analysis()
+    assert cost
+    products = tokens * (4 * inner * outer + 4 * rank * (inner + outer))
+    merging = 2 * rank * inner * outer
+    assert products + 2 * merging <= cost["flops"] < products + 2.5 * merging
+
+
 def test_tokens_are_contracted_over_one_axis_and_the_rank_leads() -> None:
     """Both forms that XLA's CPU backend is slow at: two token axes contracted, and a thin result `(k, r)`."""
     params, x = {"w": node("w", IN, OUT)}, normal("x", 2, 5, IN)

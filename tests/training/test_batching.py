@@ -39,6 +39,19 @@ def test_buckets_waste_the_least(count):
     assert waste(LENGTHS, chosen) == best
 
 
+@pytest.mark.parametrize(("steps", "most"), [(1, 1), (100, 3), (10_000, 8)])
+def test_as_many_buckets_as_pay(steps, most):
+    """A bucket more saves padding in every step, and costs a program, once."""
+    chosen = choose_buckets(LENGTHS, count=None, max_length=64, steps=steps)
+    options = [choose_buckets(LENGTHS, count=count, max_length=64) for count in range(1, 9)]
+
+    def time(buckets):
+        return steps * (1 + waste(LENGTHS, buckets) / LENGTHS.sum()) + 20 * len(buckets)
+
+    assert time(chosen) == min(map(time, options))
+    assert len(chosen) <= most
+
+
 def test_buckets_of_few_lengths():
     assert choose_buckets(np.array([7, 8]), count=4, max_length=64) == (8,)
     assert choose_buckets(np.array([9, 10, 30]), count=4, max_length=30)[-1] == 30  # never above the model's positions
