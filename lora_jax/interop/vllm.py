@@ -44,7 +44,7 @@ def vllm_problems(
         []
 
     Reference:
-        vLLM, `vllm/lora/peft_helper.py`, `vllm/lora/utils.py` and `vllm/config/lora.py`, as of 2026.
+        vLLM, `vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py` and `vllm/config/lora.py`. Read, not run.
     """
     if max_lora_rank not in RANKS:
         raise ValueError(f"`max_lora_rank` must be one of {', '.join(map(str, RANKS))}, got {max_lora_rank!r}")
