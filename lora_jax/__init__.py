@@ -39,13 +39,14 @@ from .paths import SelectionError as SelectionError
 from .paths import leaf_paths as leaf_paths
 
 if TYPE_CHECKING:
+    from . import interop as interop
     from . import models as models
     from . import training as training
 
 __version__ = "0.1.0"
 
-# Imported on first use: they need Flax and more, which the core does without.
-_OPTIONAL = ("models", "training")
+# Imported on first use: `models` and `training` need Flax and more, which the core does without.
+_OPTIONAL = ("interop", "models", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader, BufferedWriter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -40,6 +41,10 @@ _DTYPES: dict[str, np.dtype] = {
     "C64": np.dtype("<c8"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+# More than this `safetensors` does not read either.
+_LARGEST_HEADER = 100_000_000
 
 
 class FileError(ValueError):
@@ -112,6 +117,8 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
     with _open(path) as file:
         length = os.fstat(file.fileno()).st_size
         start = file.read(8)
+        claimed = int.from_bytes(start, "little")
+        _refuse_repeated_names(path, file.read(claimed) if claimed <= min(length - 8, _LARGEST_HEADER) else b"")
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")) and start[2:] != bytes(6):
         raise FileError(
             f"{path} is a pickle (a PyTorch `.bin` or `.pt`), which can run code when it is read, so it isn't. Save "
@@ -119,7 +126,6 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         )
     if start.startswith(b"version "):
         raise FileError(f"{path} is a Git LFS pointer, not the file itself. Run `git lfs pull` where it came from.")
-    claimed = int.from_bytes(start, "little")
     if length < 8 or claimed > length - 8:
         raise FileError(
             f"{path} is truncated or no safetensors file: it claims a header of {claimed:,} bytes, and has {length:,} "
@@ -130,6 +136,16 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except safetensors.SafetensorError as error:
         raise FileError(f"{path} is no whole safetensors file ({error}). Fetch or save it again.") from error
+
+
+def _refuse_repeated_names(path: Path, header: bytes) -> None:
+    """`safetensors` takes the last of two entries of one name, other readers the first: neither is to be trusted."""
+    try:
+        json.loads(header.decode(), object_pairs_hook=_once_each)
+    except _RepeatedName as error:
+        raise FileError(f"{path} has two entries named '{error}' in its header. Fetch or save it again.") from None
+    except (ValueError, RecursionError):
+        pass  # what is wrong with it otherwise, `safetensors` says
 
 
 def _tensor_info(path: Path, name: str, tensor: Any) -> TensorInfo:
@@ -204,7 +220,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def _parse_json(data: bytes, path: Path, *, what: str) -> Any:
     try:
-        return json.loads(data.decode())
+        return json.loads(data.decode(), object_pairs_hook=_once_each)
+    except _RepeatedName as error:
+        raise FileError(f"{path}: {what} has two entries named '{error}', and one of each name is expected.") from None
     except UnicodeDecodeError as error:
         raise FileError(
             f"{path}: {what} is not UTF-8 (byte {error.start:,}): it is corrupt or another format."
@@ -218,6 +236,19 @@ def _parse_json(data: bytes, path: Path, *, what: str) -> Any:
         raise FileError(f"{path}: {what} is JSON nested too deeply to be honest.") from None
     except ValueError as error:  # a number of more than 4,300 digits
         raise FileError(f"{path}: {what} is not JSON that can be read: {error}.") from None
+
+
+class _RepeatedName(Exception):
+    """Of an entry in a JSON object. No `ValueError`, as which it would pass for malformed JSON."""
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise _RepeatedName(f"{name:.200}")
+        names[name] = value
+    return names
 
 
 # ----------------------------------------------------------------------------------------------- names, sums, opening
@@ -258,6 +289,39 @@ def safe_join(folder: str | os.PathLike[str], name: str, *, links_within: str | 
     if not path.resolve().is_relative_to(limit.resolve()):
         raise FileError(f"The name {name!r:.200} is a link that leaves {limit}: put the file itself into the folder.")
     return path
+
+
+def within_folder(folder: str | os.PathLike[str], name: str) -> Path:
+    """`safe_join` for a model folder, which may be a Hugging Face cache's: its files are links to `blobs`, two up."""
+    folder = Path(folder)
+    return safe_join(folder, name, links_within=folder.parent.parent if folder.parent.name == "snapshots" else folder)
+
+
+@contextlib.contextmanager
+def replacing(folder: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Path]:
+    """A new folder to write the files `names` in; at the end of the block they take their places in `folder`.
+
+    All are complete on disk before the first takes its place, so that a full disk leaves earlier ones whole. The last
+    is the one that readers begin with: an earlier one goes first and the new one comes last, so that a kill in between
+    leaves a folder that doesn't load, rather than files of two writes.
+
+    Raises:
+        FileError: `folder` cannot be made, or cannot hold files.
+    """
+    folder = Path(folder)
+    staging = folder / f".writing-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        raise FileError(f"{folder} cannot hold files: {error.strerror}. Choose another folder.") from error
+    try:
+        yield staging
+        (folder / names[-1]).unlink(missing_ok=True)
+        for name in names:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -164,6 +164,15 @@ def test_a_header_over_the_format_limit_is_refused(tmp_path: Path):
         read_safetensors_header(path)
 
 
+def test_a_header_with_a_name_twice_is_refused(tmp_path: Path):
+    """`safetensors` itself takes one of them without a word."""
+    pair = ", ".join(f'"x": {json.dumps(entry(shape, 0, 16))}' for shape in ([4], [2, 2]))
+    path = write_raw(tmp_path / "x", f"{{{pair}}}".encode(), bytes(16))
+    with pytest.raises(FileError, match="has two entries named 'x' in its header"):
+        read_safetensors_header(path)
+    assert safetensors.numpy.load_file(path)["x"].size == 4
+
+
 def test_every_truncation_is_refused(tmp_path: Path):
     write_safetensors(tmp_path / "x", {"a": np.ones((2, 2), np.float32), "b": np.ones(3, np.float32)})
     whole = (tmp_path / "x").read_bytes()
@@ -302,6 +311,7 @@ def test_json_comes_back(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the file has two entries named 'c', and one of each name is expected"),
         (b"{", r"the file is not JSON \(.*line 1, column 2\)"),
         (b"\xff\xfe", r"the file is not UTF-8 \(byte 0\)"),
         (b'"' + b"a" * 200 + b'"', r"has 202 bytes, and a JSON file of at most 100 is expected"),

@@ -1,0 +1,292 @@
+"""Delta files: the leaves that training changed, under Hugging Face names. What BitFit exchanges."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..adapters import AdapterError
+from ..files import (
+    TensorInfo,
+    read_json,
+    read_safetensors,
+    read_safetensors_header,
+    replacing,
+    sha256_file,
+    within_folder,
+    write_json,
+    write_safetensors,
+)
+from ..fingerprint import differences, fingerprint
+from ..paths import flatten_with_paths, leaves_by_path, nearest
+from ..weights import is_adapted, placement
+from .layout import leaf_layout
+from .names import NameTable, selects
+
+DESCRIPTION, TENSORS = "lora_jax_delta.json", "delta.safetensors"
+FORMAT, VERSION = "lora_jax delta", 1
+
+
+def export_delta(
+    folder: str | os.PathLike[str],
+    params: Any,
+    base_params: Any,
+    *,
+    names: Mapping[str, str],
+    base_name: str | None = None,
+    uses: Mapping[str, Any] | None = None,
+    fan_in_fan_out: Sequence[str] = (),
+) -> Path:
+    """Writes the leaves in which two trees differ, with their new values, under Hugging Face names.
+
+    BitFit has no format of its own to exchange: this is one that needs a few lines to read anywhere. It writes
+    `delta.safetensors` (`bert.encoder.layer.0.attention.self.query.bias` and so on: the new values, not differences, so
+    that applying them is exact) and `lora_jax_delta.json` (shapes, checksum, a fingerprint of the values replaced).
+
+    Args:
+        folder: made if it doesn't exist.
+        params: the trained tree, of plain arrays: BitFit's, or `lj.merge_params` of another.
+        base_params: the base, in the same structure.
+        names: `{leaf path: Hugging Face module}`; what has changed must be in it.
+        base_name: a name of the base, to be kept in the description.
+        uses: from `trace_weights`, if weights of more than two axes, or stored `(out, in)`, have changed.
+        fan_in_fan_out: modules that store `(in, out)` there, see `export_peft`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the trees differ in structure or shapes, or in nothing; an adapted weight; a changed leaf has no
+            name, or values that are not finite.
+        FileError: the files cannot be written.
+
+    Example:
+        >>> import lora_jax as lj, tempfile
+        >>> base = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
+        >>> tuned = {"dense": {"kernel": base["dense"]["kernel"], "bias": jnp.arange(3.0)}}
+        >>> names = {"dense/kernel": "layer.dense", "dense/bias": "layer.dense"}
+        >>> folder = lj.interop.export_delta(tempfile.mkdtemp(), tuned, base, names=names)
+        >>> there = {"layer.dense.weight": np.ones((3, 2)), "layer.dense.bias": np.zeros(3)}
+        >>> lj.interop.apply_delta(folder, there)["layer.dense.bias"]
+        array([0., 1., 2.], dtype=float32)
+        >>> lj.interop.apply_delta(folder, base, names=names)["dense"]["bias"].tolist()
+        [0.0, 1.0, 2.0]
+    """
+    leaves, before = leaves_by_path(params), leaves_by_path(base_params)
+    for argument, tree in (("params", leaves), ("base_params", before)):
+        adapted = [path for path, leaf in tree.items() if is_adapted(leaf)]
+        if adapted:
+            raise AdapterError(
+                f"`{argument}` has factors, at {', '.join(adapted[:5])}: write them with `export_peft`, or fold them "
+                "in with `lj.merge_params` first"
+            )
+    if leaves.keys() != before.keys():
+        differing = sorted(leaves.keys() ^ before.keys())
+        raise AdapterError(f"`params` and `base_params` are no trees of one model, at {', '.join(differing[:5])}")
+    table = NameTable(names, leaves)
+    changed = [path for path in leaves if _differ(path, leaves[path], before[path])]
+    if not changed:
+        raise AdapterError("`params` and `base_params` are equal: there is nothing to write")
+    tensors, replaced = {}, {}
+    for path in changed:
+        module = table.module(path)
+        layout = leaf_layout(path, leaves[path], uses, conv1d=selects(set(fan_in_fan_out), module))
+        tensors[table.tensor(path)] = layout.export(leaves[path])
+        replaced[table.tensor(path)] = layout.export(before[path])
+    _require_finite(tensors, "cannot export")
+    folder = Path(folder)
+    with replacing(folder, (TENSORS, DESCRIPTION)) as staging:
+        write_safetensors(staging / TENSORS, tensors, {"format": "pt"})
+        prints = fingerprint(replaced)
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base_model_name_or_path": base_name,
+            "tensors": {
+                name: {"shape": list(array.shape), "dtype": str(array.dtype), "base": prints[name]["sample"]}
+                for name, array in tensors.items()
+            },
+            "sha256": sha256_file(staging / TENSORS),
+        }
+        write_json(staging / DESCRIPTION, description)
+    return folder
+
+
+def apply_delta(
+    folder: str | os.PathLike[str],
+    target: Any,
+    *,
+    names: Mapping[str, str] | None = None,
+    uses: Mapping[str, Any] | None = None,
+    fan_in_fan_out: Sequence[str] = (),
+    check_base: Literal["error", "warn", "ignore"] = "error",
+) -> Any:
+    """Puts a delta's values in place of a base's, in a tree of ours or in a mapping of Hugging Face names.
+
+    With `names`, `target` is a parameter tree. Without, it is a flat mapping from Hugging Face names to arrays, NumPy's
+    or anything that `numpy.asarray` takes, a PyTorch `state_dict()` on the CPU included. PyTorch isn't imported: what
+    comes back in place of a changed entry is a NumPy array, so load it with
+    `model.load_state_dict({name: torch.as_tensor(value) for name, value in result.items()})`.
+
+    Args:
+        folder: written by `export_delta`.
+        target: the base.
+        names: `{leaf path: Hugging Face module}` for a tree; `None` for a mapping of Hugging Face names.
+        uses, fan_in_fan_out: as they were given to `export_delta`; for a tree only.
+        check_base: what to do when the values to be replaced are not those that were: `"error"`, `"warn"` or
+            `"ignore"`. Names and shapes must fit in any case.
+
+    Returns:
+        A new tree, or a new dict, in which the changed entries are new and all others the same objects.
+
+    Raises:
+        AdapterError: another base; a tensor without a place here, misshapen, or not finite; a description that this
+            version cannot read.
+        FileError: a file is missing, truncated or corrupt, or leads out of the folder.
+
+    Example:
+        See `export_delta`.
+    """
+    if check_base not in ("error", "warn", "ignore"):
+        raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
+    folder = Path(folder)
+    description, header = _read_description(folder)
+    if names is None:
+        if not isinstance(target, Mapping):
+            raise AdapterError(
+                f"`target` is a {type(target).__name__}: pass a mapping of Hugging Face names, or a tree with `names`"
+            )
+        places = {name: (name, None) for name in header}
+        here: Mapping[str, Any] = target
+    else:
+        here = leaves_by_path(target)
+        adapted = [path for path, leaf in here.items() if is_adapted(leaf)]
+        if adapted:
+            raise AdapterError(f"`target` has factors, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`")
+        table = NameTable(names, here)
+        places = {}
+        for name in header:
+            module, _, part = name.rpartition(".")
+            path = table.path(module, part)
+            if path is None:
+                raise AdapterError(
+                    f"{folder} has '{name:.200}', and `names` has no leaf for it. Nearest: {table.near(module[:200])}"
+                )
+            conv1d = selects(set(fan_in_fan_out), module)
+            places[name] = path, leaf_layout(path, here[path], uses, conv1d=conv1d)
+
+    replaced = {}
+    for name, (place, layout) in places.items():
+        if place not in here:
+            near = nearest(name[:200].replace(".", "/"), [other.replace(".", "/") for other in here])
+            raise AdapterError(
+                f"{folder} has '{name:.200}', and the mapping hasn't. "
+                f"Nearest: {', '.join(near).replace('/', '.') or 'none'}"
+            )
+        shape = tuple(here[place].shape) if layout is None else layout.there
+        if shape != header[name].shape:
+            raise AdapterError(f"{folder}: '{name}' has the shape {header[name].shape}, and the base's has {shape}")
+        if check_base != "ignore":
+            replaced[name] = _array(name, here[place]) if layout is None else layout.export(here[place])
+    if check_base != "ignore":
+        _check_base(folder, description, replaced, check_base)
+
+    tensors = read_safetensors(folder / TENSORS, header)
+    _require_finite(tensors, f"{folder / TENSORS} is not usable")
+    if sha256_file(folder / TENSORS) != description.get("sha256"):
+        raise AdapterError(f"{folder / TENSORS} is not the file that {DESCRIPTION} was written with: copy both again")
+    if names is None:
+        return {**here, **tensors}
+    new = {path: _leaf(layout.restore(tensors[name]), here[path]) for name, (path, layout) in places.items() if layout}
+    _, _, treedef = flatten_with_paths(target)
+    return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in here.items()])
+
+
+def _differ(path: str, new: Any, old: Any) -> bool:
+    if new is old:
+        return False
+    if not hasattr(new, "shape") or not hasattr(old, "shape"):
+        if new == old:
+            return False
+        raise AdapterError(f"`{path}` has changed, and is no array")
+    if tuple(new.shape) != tuple(old.shape):
+        raise AdapterError(f"`{path}` has the shape {tuple(new.shape)}, and the base's has {tuple(old.shape)}")
+    new, old = np.asarray(new), np.asarray(old)
+    if new.dtype != old.dtype and all(jnp.issubdtype(array.dtype, jnp.floating) for array in (new, old)):
+        wide = jnp.promote_types(jnp.promote_types(new.dtype, old.dtype), jnp.float32)
+        new, old = new.astype(wide), old.astype(wide)
+    return not np.array_equal(new, old)
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # a bfloat16 tensor of PyTorch, or one on a GPU
+        raise AdapterError(
+            f"'{name}' can't be read as a NumPy array ({error}): pass `tensor.detach().cpu().float()`, or "
+            '`check_base="ignore"`'
+        ) from None
+
+
+def _leaf(array: np.ndarray, base: Any) -> jax.Array:
+    sharding = placement(base)
+    # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
+    new = jnp.array(array, copy=True)
+    return new if sharding is None else jax.device_put(new, sharding)
+
+
+def _require_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
+    broken = [
+        name
+        for name, array in tensors.items()
+        if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array.astype(np.complex128)).all()
+    ]
+    if broken:
+        raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}")
+
+
+def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    path = within_folder(folder, DESCRIPTION)
+    description = read_json(path)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise AdapterError(f"{path} describes no lora_jax delta: its `format` is not {FORMAT!r}")
+    if description.get("version") != VERSION:
+        raise AdapterError(
+            f"{path} has the format version {description.get('version')!r}, and this lora_jax reads {VERSION}: install "
+            "a newer lora_jax"
+        )
+    listed = description.get("tensors")
+    if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
+        raise AdapterError(f"{path}: `tensors` must give an object for each tensor")
+    header = read_safetensors_header(within_folder(folder, TENSORS))
+    for name in sorted(listed.keys() ^ header.keys()):
+        raise AdapterError(f"{folder / TENSORS} and {DESCRIPTION} differ at '{name:.200}': copy both files again")
+    for name, info in header.items():
+        entry = listed[name]
+        if entry.get("shape") != list(info.shape) or entry.get("dtype") != str(info.dtype):
+            raise AdapterError(
+                f"{folder / TENSORS}: '{name}' is {info.dtype} {info.shape}, and {DESCRIPTION} says "
+                f"{entry.get('dtype')!r:.50} {entry.get('shape')!r:.50}: copy both files again"
+            )
+    return description, header
+
+
+def _check_base(folder: Path, description: Mapping[str, Any], replaced: Mapping[str, Any], check: str) -> None:
+    saved = {
+        name: {"shape": entry["shape"], "sample": entry.get("base")} for name, entry in description["tensors"].items()
+    }
+    found = differences(saved, fingerprint(replaced))
+    if not found:
+        return
+    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+    message = f"{folder} was made on another base: {'; '.join(found[:5])}{more}"
+    if check == "error":
+        raise AdapterError(f'{message}. Load the base that it was trained on, or pass `check_base="warn"`')
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,127 @@
+"""How a leaf lies in a Hugging Face checkpoint: transposes and head reshapes, from the labels of its axes.
+
+There, a linear layer's weight is `(out, in)` and has two axes; here it is `(in, out)` as a rule, and either side may be
+split into heads. Axes of one label are joined in the order in which the leaf has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..adapters import AdapterError
+from ..methods import LoRAWeight
+from ..paths import is_weight_name, leaf_name, shape_text
+from ..weights import IN, OUT, STACK
+
+
+class Layout(NamedTuple):
+    """One leaf's place in both worlds.
+
+    Attributes:
+        here: its shape in the tree.
+        order: the leaf's axes in the order in which the Hugging Face tensor has them.
+        there: the tensor's shape.
+    """
+
+    here: tuple[int, ...]
+    order: tuple[int, ...]
+    there: tuple[int, ...]
+
+    def export(self, array: Any) -> np.ndarray:
+        """The Hugging Face tensor of a leaf."""
+        return np.asarray(array).transpose(self.order).reshape(self.there)
+
+    def restore(self, tensor: np.ndarray) -> np.ndarray:
+        """The leaf of a Hugging Face tensor."""
+        split = tensor.reshape([self.here[axis] for axis in self.order])
+        return split.transpose(np.argsort(self.order))
+
+
+def is_embedding(path: str, uses: Mapping[str, Any] | None) -> bool:
+    """Whether a leaf is a table of embeddings, which both sides keep as `(rows, d)`."""
+    use = (uses or {}).get(path)
+    return leaf_name(path) == "embedding" or (use is not None and use.op == "gather")
+
+
+def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
+    """The labels of a weight's axes, from `uses` or by the convention `(in, out)`.
+
+    Raises:
+        AdapterError: they are unknown, or PEFT has no place for such a weight: a stack of layers, a convolution.
+    """
+    use = (uses or {}).get(path)
+    shape = tuple(leaf.shape)
+    if is_embedding(path, uses) and len(shape) == 2:
+        return IN + OUT
+    if use is None and len(shape) == 2:
+        if leaf_name(path) == "weight":
+            raise AdapterError(
+                f"whether `{path}` {shape_text(leaf)} is stored (in, out) or (out, in), as Equinox does, can't be "
+                "told: pass `uses=lj.trace_weights(fn, params, ...)`"
+            )
+        return IN + OUT
+    if use is None or use.labels is None or len(use.labels) != len(shape):
+        raise AdapterError(
+            f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown: pass "
+            "`uses=lj.trace_weights(fn, params, ...)`"
+        )
+    if use.op == "conv_general_dilated":
+        raise AdapterError(f"`{path}` is the kernel of a convolution, and only linear layers and embeddings exchange")
+    require_no_stack(path, use.labels)
+    return use.labels
+
+
+def require_no_stack(path: str, labels: str) -> None:
+    if STACK in labels:
+        raise AdapterError(
+            f"`{path}` is labelled {labels!r}, a stack of layers or experts, and Hugging Face has a module for each: "
+            "unstack it first"
+        )
+
+
+def leaf_layout(path: str, leaf: Any, uses: Mapping[str, Any] | None, *, conv1d: bool = False) -> Layout:
+    """How the whole leaf lies in a checkpoint.
+
+    Args:
+        path, leaf: the leaf, or an adapted weight, whose base is meant.
+        uses: from `trace_weights`, for weights of more than two axes and those stored `(out, in)`.
+        conv1d: whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does.
+    """
+    shape = tuple(leaf.shape)
+    if not is_weight_name(path) or len(shape) < 2:  # biases and norms, though they may be split into heads
+        return Layout(shape, tuple(range(len(shape))), (math.prod(shape),) if shape else ())
+    labels = axis_labels(path, leaf, uses)
+    inside, outside = ([axis for axis, own in enumerate(labels) if own == label] for label in (IN, OUT))
+    first, second = (inside, outside) if conv1d or is_embedding(path, uses) else (outside, inside)
+    sizes = tuple(math.prod(shape[axis] for axis in axes) for axes in (first, second))
+    return Layout(shape, (*first, *second), sizes)
+
+
+def factor_sizes(shape: tuple[int, ...], labels: str) -> tuple[int, int]:
+    """`(in, out)` of a weight: the products of the axes so labelled."""
+    fan_in, fan_out = (
+        math.prod(size for size, own in zip(shape, labels, strict=True) if own == label) for label in (IN, OUT)
+    )
+    return fan_in, fan_out
+
+
+def export_factors(node: LoRAWeight) -> tuple[np.ndarray, np.ndarray]:
+    """`A (r, in)` and `B (out, r)` as PEFT has them.
+
+    Example:
+        >>> node = LoRAWeight(np.zeros((6, 2, 4)), np.ones((3, 6)), np.ones((3, 2, 4)), scale=1.0, axes="ioo")
+        >>> [array.shape for array in export_factors(node)]
+        [(3, 6), (8, 3)]
+    """
+    return np.asarray(node.a).reshape(node.rank, -1), np.asarray(node.b).reshape(node.rank, -1).T
+
+
+def restore_factors(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...], labels: str) -> tuple[np.ndarray, np.ndarray]:
+    """`a (r, in…)` and `b (r, out…)` as `LoRAWeight` has them; the inverse of `export_factors`."""
+    inside, outside = ([size for size, own in zip(shape, labels, strict=True) if own == label] for label in (IN, OUT))
+    rank = a.shape[0]
+    return a.reshape(rank, *inside), b.T.reshape(rank, *outside)

@@ -1,0 +1,308 @@
+"""From an adapted tree to a PEFT folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..adapters import AdapterError
+from ..files import replacing, write_json, write_safetensors
+from ..masks import label_params
+from ..methods import LoRA, LoRAWeight, Method
+from ..methods.base import FROZEN
+from ..paths import leaves_by_path
+from ..weights import AdaptedWeight, is_adapted, is_traced
+from .layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
+from .names import BIAS, NameTable, kind, selects
+from .patterns import PatternError, Patterns, literal
+from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, variants
+from .peft_keys import factor_key, leaf_key
+
+# Heads that PEFT saves in full by itself, and looks for when it loads, whatever `modules_to_save` says.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_TASKS = (*_HEADS, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
+
+class _Factored(NamedTuple):
+    """One weight with factors: its module there, its rank and its alpha."""
+
+    module: str
+    node: LoRAWeight
+    embedding: bool
+    rank: int
+    alpha: float
+
+
+class _Whole(NamedTuple):
+    """What is written in full: modules, biases beside them, and how PEFT is told."""
+
+    entries: list[str]
+    paths: list[str]
+    bias: str
+
+
+def export_peft(
+    folder: str | os.PathLike[str],
+    params: Any,
+    method: Method,
+    *,
+    names: Mapping[str, str],
+    base_name: str | None = None,
+    task_type: str | None = None,
+    uses: Mapping[str, Any] | None = None,
+    fan_in_fan_out: Sequence[str] = (),
+    dtype: Any = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes an adapter that `peft`, `transformers` and vLLM load.
+
+    Writes `adapter_config.json` and `adapter_model.safetensors`; both are complete on disk before either takes its
+    place. Targets are listed by their full names, and other ranks and alphas in `rank_pattern` and `alpha_pattern`.
+    Leaves trained in full become `modules_to_save`, and biases `bias="lora_only"` where only those of the adapted
+    modules are trained, else `bias="all"`.
+
+    Args:
+        folder: made if it doesn't exist.
+        params: the tree from `attach`, trained.
+        method: the `LoRA` that it was trained with.
+        names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own; what is trained
+            must be in it.
+        base_name: what PEFT calls the base (`base_model_name_or_path`): a hub name or a folder.
+        task_type: `"SEQ_CLS"`, `"CAUSAL_LM"`, …: with it PEFT knows the model's class, and with `"SEQ_CLS"` it expects
+            the head in the file, so the head is written, trained or not.
+        uses: from `trace_weights`; needed where a leaf that is written in full has more than two axes, or a weight is
+            stored `(out, in)`, as Equinox does.
+        fan_in_fan_out: modules (their names, or what follows a dot in them) that store `(in, out)` there: GPT-2's
+            `("c_attn", "c_proj", "c_fc")`.
+        dtype: of the tensors; those of the tree if `None`.
+        config: entries of another `adapter_config.json` to keep where the tree doesn't decide them, from
+            `read_peft_config`: what was imported goes out as it came in.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: PEFT has no place for what is trained: another method, a stack of layers, a convolution; or a
+            trained leaf has no name, or values that are not finite.
+        FileError: the files cannot be written.
+
+    Warns:
+        UserWarning: PEFT saves and trains modules as a whole; where that takes frozen leaves along, they are named.
+            Their values are written as they are, so what is computed is the same.
+
+    Example:
+        >>> import lora_jax as lj, tempfile
+        >>> base = {"query": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+        >>> method = lj.LoRA(rank=2, alpha=4, targets=("query",))
+        >>> params = lj.attach(base, method, key=jax.random.key(0))
+        >>> names = {"query/kernel": "layer.0.query", "query/bias": "layer.0.query"}
+        >>> folder = lj.interop.export_peft(tempfile.mkdtemp(), params, method, names=names)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    if not isinstance(method, LoRA):
+        raise AdapterError(
+            f"PEFT has no format for {type(method).__name__}, only for LoRA: write what it changed with "
+            "`export_delta`, or whole files after `lj.merge_params`"
+        )
+    if task_type is not None and task_type not in _TASKS:
+        raise AdapterError(f"`task_type` must be one of {', '.join(_TASKS)} or None, got {task_type!r}")
+    if config is not None and (found := variants(config)):
+        raise AdapterError(f"`config` describes another adapter than this one: {'; '.join(found)}")
+    leaves = leaves_by_path(params)
+    partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and _lacks_arrays(leaf)]
+    if partial:
+        raise AdapterError(
+            f"`params` lacks base weights or factors, at {', '.join(partial[:5])}: pass `lj.combine(trainable, frozen)`"
+        )
+    table = NameTable(names, leaves)
+    conv1d = frozenset(fan_in_fan_out)
+    factored = {path: _factored(path, leaf, table, uses, method) for path, leaf in leaves.items() if is_adapted(leaf)}
+    if not factored:
+        raise AdapterError("`params` has no factors: pass the tree from `lj.attach`, not a merged one")
+    dropouts = {target.node.dropout for target in factored.values()}
+    if len(dropouts) > 1:
+        raise AdapterError(f"`params` has factors with several dropouts, {sorted(dropouts)}, and PEFT has one")
+    labels = leaves_by_path(label_params(params, method))
+    trained = [path for path, label in labels.items() if path not in factored and label != FROZEN]
+    for path in trained:
+        table.module(path)  # refuses what has no name
+    kept = dict(config or {})
+    task_type = kept.get("task_type") if task_type is None else task_type
+    whole = _whole(trained, factored, table, task_type)
+
+    targets = {target.module for target in factored.values()}
+    tensors: dict[str, np.ndarray] = {}
+    for target in factored.values():
+        for role, array in zip(("a", "b"), export_factors(target.node), strict=True):
+            tensors[factor_key(target.module, role, embedding=target.embedding)] = array
+    for path in whole.paths:
+        module = table.module(path)
+        layout = leaf_layout(path, leaves[path], uses, conv1d=selects(conv1d, module))
+        tensors[leaf_key(module, kind(path), wrapped=module in targets)] = layout.export(leaves[path])
+    if dtype is not None:
+        tensors = {name: array.astype(jnp.dtype(dtype)) for name, array in tensors.items()}
+    _require_finite(tensors)
+
+    description = {
+        **kept,
+        **_patterns(factored, method),
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": kept.get("base_model_name_or_path") if base_name is None else base_name,
+        "inference_mode": True,
+        "lora_dropout": dropouts.pop(),
+        "use_rslora": method.scaling == "rank_stabilized",
+        "use_dora": False,
+        "bias": whole.bias,
+        "modules_to_save": whole.entries or None,
+        "fan_in_fan_out": bool(kept.get("fan_in_fan_out")) or any(selects(conv1d, module) for module in targets),
+        "init_lora_weights": kept.get("init_lora_weights", True),
+        **_selection(kept, targets, table, whole),
+    }
+    folder = Path(folder)
+    with replacing(folder, (WEIGHTS, CONFIG)) as staging:
+        write_safetensors(staging / WEIGHTS, tensors, {"format": "pt"})
+        write_json(staging / CONFIG, dict(sorted(description.items())))
+    return folder
+
+
+def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | None, method: LoRA) -> _Factored:
+    if not isinstance(node, LoRAWeight):
+        raise AdapterError(
+            f"`{path}` is a {type(node).__name__}, and PEFT's format has a place for LoRA's factors only"
+        )
+    if is_traced(node):
+        raise AdapterError(f"`{path}` is abstract: export outside of `jax.jit`")
+    module = table.module(path)
+    require_no_stack(path, node.axes)
+    if node.ndim == 2 or path in (uses or {}):
+        labels = axis_labels(path, node, uses)
+        if labels != node.axes:
+            raise AdapterError(
+                f"the factors of `{path}` are labelled {node.axes!r}, and `uses` says {labels!r}: attach them with "
+                "`uses` as well, so that `a` stands at the side of the inputs"
+            )
+    stabilized = method.scaling == "rank_stabilized"
+    alpha = alpha_of(node.scale, node.rank, rank_stabilized=stabilized)
+    if math.isclose(alpha, method.alpha, rel_tol=1e-9):
+        alpha = _plain(method.alpha)
+    if not alpha > 0:
+        raise AdapterError(f"the scale of `{path}` is {node.scale!r}, and a positive one is expected")
+    return _Factored(module, node, is_embedding(path, uses), node.rank, alpha)
+
+
+def _lacks_arrays(node: AdaptedWeight) -> bool:
+    return any(getattr(node, name) is None for name in ("base", *node.saved))
+
+
+def _whole(
+    trained: Sequence[str], factored: Mapping[str, _Factored], table: NameTable, task_type: str | None
+) -> _Whole:
+    """Which modules PEFT must save in full, and which biases beside them, so that every trained leaf is written."""
+    targets = {target.module for target in factored.values()}
+    heads = {module for path in trained if kind(path) != BIAS and (module := table.module(path)) not in targets}
+
+    # Several modules of one head are named by it: so PEFT names them itself.
+    implied = _HEADS.get(task_type or "", ())
+    found = {entry for entry in implied if any(is_saved({entry}, module) for module in table.modules)}
+    if implied and not found:
+        raise AdapterError(
+            f"with `task_type={task_type!r}` PEFT looks for a head, {' or '.join(implied)}, and `names` has none: name "
+            "its leaves, or leave `task_type` out"
+        )
+    entries = {_entry(module) for module in heads} | found
+    saved = [module for module in table.modules if is_saved(entries, module)]
+    both = sorted(targets.intersection(saved))
+    if both:
+        raise AdapterError(
+            f"{', '.join(both)} would be trained in full by PEFT as well, since the name ends like an entry of "
+            f"`modules_to_save`, {', '.join(sorted(entries))}: train it by factors or in full"
+        )
+    rest = [path for path in trained if table.module(path) not in saved]
+    bias = "none" if not rest else "lora_only" if all(table.module(path) in targets for path in rest) else "all"
+    paths = [path for module in saved for path in table.leaves_of(module)]
+    if bias != "none":
+        paths += [
+            path
+            for path in table.biases()
+            if table.module(path) not in saved and (bias == "all" or table.module(path) in targets)
+        ]
+    along = sorted(set(paths) - set(trained))
+    if along:
+        more = f" and {len(along) - 5} more" if len(along) > 5 else ""
+        warnings.warn(
+            f"PEFT saves and trains modules as a whole (`modules_to_save`) and biases together (`bias`): these frozen "
+            f"leaves are written as they are, and would be trained there: {', '.join(along[:5])}{more}",
+            stacklevel=3,
+        )
+    return _Whole(sorted(entries), paths, bias)
+
+
+def _entry(module: str) -> str:
+    head = module.partition(".")[0]
+    return head if head in ("classifier", "score") else module
+
+
+def _patterns(factored: Mapping[str, _Factored], method: LoRA) -> dict[str, Any]:
+    """`r`, `lora_alpha` and the exceptions from them."""
+    alpha = _plain(method.alpha)
+    targets = list(factored.values())
+    ranks = {target.module: target.rank for target in targets if target.rank != method.rank}
+    alphas = {target.module: target.alpha for target in targets if target.alpha != alpha}
+    return {
+        "r": int(method.rank),
+        "lora_alpha": alpha,
+        "rank_pattern": _keys(ranks, [target.module for target in targets]),
+        "alpha_pattern": _keys(alphas, [target.module for target in targets]),
+    }
+
+
+def _plain(number: float) -> float:
+    """As JSON has it: PEFT expects a whole number where it is one."""
+    return int(number) if float(number).is_integer() else float(number)
+
+
+def _keys(values: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
+    """A pattern of PEFT's with these values; as names, or anchored where a name would mean another module as well."""
+    try:
+        patterns = Patterns(values)
+        plain = all(patterns.first(module) == (module if module in values else None) for module in modules)
+    except PatternError:
+        plain = False
+    return dict(values) if plain else {literal(module): value for module, value in values.items()}
+
+
+def _selection(kept: Mapping[str, Any], targets: Collection[str], table: NameTable, whole: _Whole) -> dict[str, Any]:
+    """`target_modules` and what else chooses targets: those of `kept` if they mean the same, else full names."""
+    chosen = {**kept, "modules_to_save": whole.entries}
+    if set(listed_targets(chosen, table.modules) or ()) == set(targets):
+        return {name: kept.get(name) for name in SELECTION}
+    listed: list[str] | str = sorted(targets)
+    if set(
+        listed_targets({**chosen, **dict.fromkeys(SELECTION), "target_modules": listed}, table.modules) or ()
+    ) != set(targets):
+        # One name is the end of another: an expression for whole names tells them apart.
+        listed = "|".join(map(re.escape, listed))
+    return {**dict.fromkeys(SELECTION), "target_modules": listed}
+
+
+def _require_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    broken = [name for name, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+    if broken:
+        raise AdapterError(
+            f"cannot export: NaN or infinity in {', '.join(broken[:5])}; go back to an earlier checkpoint, or leave "
+            "`dtype` out if it is too narrow"
+        )

@@ -1,0 +1,93 @@
+"""The names of tensors in a PEFT file, taken apart and put together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..adapters import AdapterError
+from .names import BIAS, WEIGHT
+
+PREFIX = "base_model.model."
+
+# A linear layer's factors are modules there, an embedding's are parameters.
+_FACTORS = {
+    ".lora_A.weight": ("a", False),
+    ".lora_B.weight": ("b", False),
+    ".lora_embedding_A": ("a", True),
+    ".lora_embedding_B": ("b", True),
+}
+# Wrapped modules keep what they had under these names.
+_HOLDERS = ("base_layer", "original_module", "modules_to_save")
+
+
+class FactorKey(NamedTuple):
+    """A factor's tensor: `role` is `"a"` or `"b"`."""
+
+    module: str
+    role: str
+    embedding: bool
+
+
+class LeafKey(NamedTuple):
+    """A whole parameter's tensor: `part` is `"weight"` or `"bias"`.
+
+    `holder` is `"base_layer"` in a module with factors; of a module that is saved in full, PEFT leaves the biases as
+    they were in `"original_module"`, and the trained ones again in `"modules_to_save"`, with `bias="all"`.
+    """
+
+    module: str
+    part: str
+    holder: str
+
+
+def parse_key(name: str, where: str) -> FactorKey | LeafKey:
+    """Takes the name of a tensor apart.
+
+    Args:
+        name: such as `base_model.model.bert.pooler.dense.lora_A.weight`.
+        where: the file, for messages.
+
+    Raises:
+        AdapterError: no name that PEFT gives to a part of a LoRA.
+
+    Example:
+        >>> parse_key("base_model.model.layer.0.query.lora_A.weight", "")
+        FactorKey(module='layer.0.query', role='a', embedding=False)
+        >>> parse_key("base_model.model.layer.0.query.base_layer.bias", "")
+        LeafKey(module='layer.0.query', part='bias', holder='base_layer')
+    """
+    body = name.removeprefix(PREFIX)
+    if body == name:
+        raise AdapterError(f"{where}: the tensor '{name:.200}' has no name of PEFT's, which begin with {PREFIX}")
+    for suffix, (role, embedding) in _FACTORS.items():
+        if body.endswith(suffix) and body != suffix:
+            return FactorKey(body.removesuffix(suffix), role, embedding)
+    if body.endswith("lora_B.bias"):
+        raise AdapterError(f"{where}: '{name:.200}' is a bias beside `lora_B` (`lora_bias`), which has no place here")
+    if ".lora_magnitude_vector" in body:
+        raise AdapterError(f"{where}: '{name:.200}' is DoRA's (`use_dora`), which this lora_jax doesn't have")
+    module, _, part = body.rpartition(".")
+    if ".lora_" in body:
+        raise AdapterError(
+            f"{where}: '{name:.200}' is no tensor of a plain LoRA. If it has an adapter's name in it, save the adapter "
+            "with `model.save_pretrained(folder)` in PEFT, which takes the name out"
+        )
+    holder = module.rpartition(".")[2]
+    if holder in _HOLDERS:
+        module = module.removesuffix(f".{holder}")
+    else:
+        holder = ""
+    if part not in (WEIGHT, BIAS) or not module:
+        raise AdapterError(f"{where}: the tensor '{name:.200}' is neither a factor nor a `weight` or `bias`")
+    return LeafKey(module, part, holder)
+
+
+def factor_key(module: str, role: str, *, embedding: bool) -> str:
+    """The name of a factor's tensor, the inverse of `parse_key`."""
+    suffix = next(suffix for suffix, found in _FACTORS.items() if found == (role, embedding))
+    return f"{PREFIX}{module}{suffix}"
+
+
+def leaf_key(module: str, part: str, *, wrapped: bool = False) -> str:
+    """The name of a whole parameter's tensor; `wrapped` in a module that has factors."""
+    return f"{PREFIX}{module}.{'base_layer.' if wrapped else ''}{part}"
