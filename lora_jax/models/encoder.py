@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .layers import ACTIVATIONS, Norm, attend, dropout, key_for, linear, table
+from .layers import ACTIVATIONS, Norm, Table, attend, dropout, key_for, linear
 
 # Names of `jax.checkpoint_policies`, by how much of a layer the backward pass computes again: all of it, what is no
 # matmul, what is no matmul of a weight.
@@ -56,7 +56,7 @@ class Embeddings(nnx.Module):
         self, config: EncoderConfig, *, token_types: int | None, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
     ) -> None:
         rows = functools.partial(
-            table, features=config.hidden_size, deviation=config.initializer_range, dtype=dtype, rngs=rngs
+            Table, features=config.hidden_size, deviation=config.initializer_range, dtype=dtype, rngs=rngs
         )
         self.dropout = config.hidden_dropout_prob
         self.word = rows(config.vocab_size)

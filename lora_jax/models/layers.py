@@ -43,10 +43,20 @@ def linear(inputs: int, outputs: int, *, deviation: float, dtype: jax.typing.DTy
     return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
-def table(rows: int, features: int, *, deviation: float, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.Embed:
+class Table(nnx.Embed):
     """A lookup of rows, which start normal with `deviation`; an index outside them gives NaN."""
-    init = nnx.initializers.normal(deviation)
-    return nnx.Embed(rows, features, embedding_init=init, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+    def __init__(
+        self, rows: int, features: int, *, deviation: float, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        init = nnx.initializers.normal(deviation)
+        super().__init__(rows, features, embedding_init=init, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        if self.num_embeddings > 1:
+            return super().__call__(inputs)
+        # Flax broadcasts the row of a table that has one, whatever the index; and that is no lookup, to `adapt` either.
+        return jnp.take(self.embedding[...].astype(self.dtype), inputs, axis=0)
 
 
 class Norm(nnx.LayerNorm):

@@ -28,9 +28,10 @@ class Model:
 
     Attributes:
         apply: `apply(params, input_ids, attention_mask=None, token_type_ids=None, *, dropout_key=None)`, pure. The
-            inputs are `(batch, time)`; `attention_mask` is 0 or false at padding. Returns hidden states `(batch, time,
-            d)` in the dtype of the computation, logits `(batch, num_labels)` or values `(batch,)` in float32 or wider.
-            There is dropout if and only if there is a `dropout_key`.
+            inputs are `(batch, time)`; `attention_mask` is 0 or false at padding. (RoBERTa counts positions from the
+            first token that isn't `config.pad_token_id`: padding on the left has to be that.) Returns hidden states
+            `(batch, time, d)` in the dtype of the computation, logits `(batch, num_labels)` or values `(batch,)` in
+            float32 or wider. There is dropout if and only if there is a `dropout_key`.
         params: a nested dict of arrays with string keys.
         config: sizes and settings.
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
