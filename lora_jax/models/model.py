@@ -33,7 +33,7 @@ class Model:
             `(batch, time, d)` in the dtype of the computation, logits `(batch, num_labels)` or values `(batch,)` in
             float32 or wider. There is dropout if and only if there is a `dropout_key`.
         params: a nested dict of arrays with string keys.
-        config: sizes and settings.
+        config: sizes and settings; a `BertConfig`, `RobertaConfig`, … by the kind of model.
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
             `bert.encoder.layer.0.attention.self.query`.
         task: `"classification"`, `"regression"`, or `None` for hidden states.
@@ -42,7 +42,7 @@ class Model:
 
     apply: Callable[..., jax.Array]
     params: dict[str, Any]
-    config: ModelConfig
+    config: Any  # a `ModelConfig`: which, and so which sizes it has, is known when a folder is read
     names: Mapping[str, str]
     task: Task
     pooling: Pooling
