@@ -43,6 +43,7 @@ from lora_jax.paths import flatten_with_paths, leaves_by_path
 from lora_jax.weights import is_adapted
 
 from .models_table import TABLE, case
+from .tiny_encoders import write_tiny
 
 # In full for LoRA and BitFit; the two that change nothing in the model, on two models.
 PAIRS = [(name, method) for name in TABLE for method in ("lora", "bitfit")]
@@ -497,12 +498,11 @@ def test_law_8_lora_s_count_is_its_formula() -> None:
 
 
 @pytest.mark.parametrize("task", [None, "classification", "regression"])
-def test_law_9_nothing_is_merged_in_the_bundled_models(task: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_law_9_nothing_is_merged_in_the_bundled_models(family: str, task: Any, tmp_path: Any) -> None:
     """`adapt(model.apply, on_materialize="error")` passes with factors at every weight, dropout and masks included."""
-    from .tiny_bert import write_tiny_bert
-
     outputs: Any = {"num_labels": 3} if task == "classification" else {}
-    model = lj.models.load(write_tiny_bert(tmp_path, hidden=8, heads=2), task=task, **outputs)
+    model = lj.models.load(write_tiny(tmp_path, family, hidden=8, heads=2), task=task, **outputs)
     weights = [path for path, leaf in leaves_by_path(model.params).items() if leaf.ndim >= 2]
     method = lj.LoRA(rank=1, alpha=1, targets=[f"/{path}" for path in weights], dropout=0.1)
 

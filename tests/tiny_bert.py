@@ -52,11 +52,9 @@ def write_tiny_bert(
         dtype: of the tensors.
         **config: more entries of `config.json`, or others' replacements.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _vocabulary(vocab_words)
+    words = vocabulary(vocab_words)
     sizes = {
-        "vocab_size": len(vocabulary),
+        "vocab_size": len(words),
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -75,15 +73,30 @@ def write_tiny_bert(
         "pad_token_id": 0,
         "position_embedding_type": "absolute",
     }
-    (folder / "config.json").write_text(json.dumps({**sizes, **settings, **config}, indent=2))
     tensors = random_tensors(sizes, seed=seed, pooler=pooler)
-    write_safetensors(
-        folder / "model.safetensors",
-        {prefix + name: tensor.astype(dtype) for name, tensor in tensors.items()},
-        {"format": "pt"},
+    return write_folder(
+        folder,
+        config={**sizes, **settings, **config},
+        tensors={prefix + name: tensor.astype(dtype) for name, tensor in tensors.items()},
+        tokenizer=word_piece(words),
+        tokenizer_config={"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": positions},
     )
-    _tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
-    tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": positions}
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    *,
+    config: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    tokenizer: tokenizers.Tokenizer,
+    tokenizer_config: dict[str, Any],
+) -> Path:
+    """Writes the four files; makes the folder if it doesn't exist."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     return folder
 
@@ -123,13 +136,15 @@ def random_tensors(config: dict[str, Any], *, seed: int = 0, pooler: bool = True
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-def _vocabulary(words: Iterable[str]) -> dict[str, int]:
+def vocabulary(words: Iterable[str]) -> dict[str, int]:
+    """Ids of the special tokens, single characters and `words`."""
     characters = string.ascii_lowercase + string.digits + ".,!?'-"
     tokens = [*SPECIAL, *characters, *(f"##{character}" for character in characters), *words]
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 
-def _tokenizer(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+def word_piece(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    """BERT's tokenizer, and DistilBERT's."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

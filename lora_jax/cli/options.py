@@ -44,7 +44,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("base and method")
     add_base_argument(method)
-    _add(method, "--pooling", choices=("first", "mean"), help="vector of a text (default: first, through the pooler)")
+    _add(
+        method, "--pooling", choices=("first", "mean"), help="what the head sees: the first token (default) or the mean"
+    )
     _add(method, "--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: float32)")
     _add(
         method,

@@ -66,6 +66,8 @@ _FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
 ]
 
 

@@ -14,22 +14,14 @@ import numpy as np
 
 from ..files import FileError
 from ..paths import leaves_by_path, path_key
-from .bert import BertConfig, Pooling, Remat
-from .checkpoint import Located, locate_tensors, read_config, read_tensors
+from .checkpoint import Located, locate_tensors, read_tensors
+from .config import ModelConfig
+from .encoder import Remat
+from .families import family_of, read_model_config
+from .family import Family, Task
+from .heads import Pooling
 from .hub import find_base
-from .model import Model, Task, difference, skeleton
-from .names import PREFIX, is_transposed, layer_count, modern_names, module_names, tensor_name
-
-# Leaves that a base may lack, to be drawn anew, or have without use.
-_HEADS = ("pooler", "classifier")
-
-# The sizes of the configuration that shapes in the checkpoint repeat.
-_SIZES = {
-    "embeddings.word_embeddings.weight": ("vocab_size", "hidden_size"),
-    "embeddings.position_embeddings.weight": ("max_position_embeddings", "hidden_size"),
-    "embeddings.token_type_embeddings.weight": ("type_vocab_size", "hidden_size"),
-    "encoder.layer.0.intermediate.dense.weight": ("intermediate_size", "hidden_size"),
-}
+from .model import Model, difference, skeleton
 
 
 def load(
@@ -42,7 +34,7 @@ def load(
     pooling: Pooling = "first",
     remat: Remat | None = None,
 ) -> Model:
-    """Loads a BERT with its pretrained weights.
+    """Loads a BERT, RoBERTa, XLM-RoBERTa or DistilBERT with its pretrained weights.
 
     Args:
         source: a Hugging Face folder, a hub name (`"owner/name"`, `"owner/name@revision"`) or an alias; see
@@ -55,47 +47,45 @@ def load(
             be made float32.
         seed: of a head that the checkpoint lacks: normal with deviation `initializer_range`, biases zero, drawn from
             the leaf's path.
-        pooling: what the head sees: `"first"`, the pooler on the first token (transformers'
-            `BertForSequenceClassification`), or `"mean"`, the mean over the tokens that aren't padding.
+        pooling: what the head sees: `"first"`, the first token, in BERT through the pooler (as in transformers'
+            `...ForSequenceClassification`); or `"mean"`, the mean over the tokens that aren't padding.
         remat: rematerialization, for less memory in training: what of a layer is kept for the backward pass, by its
             name in `jax.checkpoint_policies`. `"nothing_saveable"` keeps its input alone and computes the layer twice,
             `"dots_saveable"` keeps what matmuls gave, `"dots_with_no_batch_dims_saveable"` that of weights' matmuls.
             `None` keeps all.
 
     Returns:
-        A `Model`. Its `params` hold no leaf without use: the pooler is there for a head with `pooling="first"` only.
+        A `Model`. Its `params` hold no leaf without use: BERT's pooler is there for a head with `pooling="first"`
+        only. The head is below `classifier`, be it of one layer or (RoBERTa, DistilBERT) of two.
 
     Raises:
         FileError: no such model, or files that are malformed or contradict each other: a pickle, missing, unexpected
             or misshapen tensors (each named), sizes that the checkpoint doesn't have. No memory is taken before.
         ValueError: an argument outside its choices, or a classification without `num_labels`.
 
-    A base without a pooler gets a new one, with a warning: it starts random, so it must be trained
+    A BERT without a pooler gets a new one, with a warning: it starts random, so it must be trained
     (`also_train=("pooler", "classifier")`), or replaced by `pooling="mean"`.
     """
     _check_arguments(task, num_labels, pooling, remat)
     dtype = _float_dtype(dtype)
     folder = find_base(source)
-    try:
-        config = BertConfig.from_dict(read_config(folder))
-    except FileError:
-        raise
-    except ValueError as error:
-        raise FileError(f"{folder / 'config.json'}: {error}") from error
+    config = read_model_config(folder)
+    family = family_of(config)
     tensors = locate_tensors(folder)
-    names = modern_names(tensors)
+    names = family.names.modern(tensors)
     _check_sizes(config, {name: tensors[held].info.shape for name, held in names.items()}, folder)
-    outputs = _count_outputs(task, num_labels, tensors, names, folder)
+    outputs = _count_outputs(family, task, num_labels, tensors, names, folder)
     apply, shapes = skeleton(config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype, remat=remat)
     expected = leaves_by_path(shapes)
-    held = _match(expected, tensors, names, folder)
+    held = _match(family, expected, tensors, names, folder)
 
     values: dict[str, jax.Array] = {}
     paths = {held_name: path for path, held_name in held.items()}
     for name, array in read_tensors(tensors, held.values()):
         path = paths[name]
+        array = array.T if family.names.is_transposed(path) else array
         # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
-        values[path] = jnp.array((array.T if is_transposed(path) else array).astype(dtype, copy=False), copy=True)
+        values[path] = jnp.array(array.astype(dtype, copy=False), copy=True)
     for path in expected.keys() - held.keys():
         values[path] = _draw(path, expected[path], config, seed)
     if "pooler/kernel" in expected and "pooler/kernel" not in held:
@@ -109,7 +99,7 @@ def load(
         apply=apply,
         params=params,
         config=config,
-        names=module_names(expected, prefix=PREFIX if task else ""),
+        names=family.names.module_names(expected, prefix=family.names.prefix if task else ""),
         task=task,
         pooling=pooling,
     )
@@ -139,9 +129,10 @@ def _float_dtype(dtype: jax.typing.DTypeLike | None) -> np.dtype:
     return result
 
 
-def _check_sizes(config: BertConfig, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Before anything is built from them: a configuration may claim sizes that no memory has."""
-    for tensor, sizes in _SIZES.items():
+    family = family_of(config)
+    for tensor, sizes in family.sizes.items():
         wanted = tuple(getattr(config, size) for size in sizes)
         if tensor in shapes and shapes[tensor] != wanted:
             said = " and ".join(f"`{size}` {number:,}" for size, number in zip(sizes, wanted, strict=True))
@@ -149,20 +140,25 @@ def _check_sizes(config: BertConfig, shapes: Mapping[str, tuple[int, ...]], fold
                 f"{folder}: config.json says {said}, and the tensor '{tensor}' has shape {shapes[tensor]}. They belong "
                 "to different models."
             )
-    layers = layer_count(shapes)
-    if layers != config.num_hidden_layers:
+    layers, said = family.names.layer_count(shapes), getattr(config, family.layers)
+    if layers != said:
         raise FileError(
-            f"{folder}: config.json says `num_hidden_layers` {config.num_hidden_layers:,}, and the checkpoint has "
-            f"{layers:,} layers: tensors are missing, or they belong to different models."
+            f"{folder}: config.json says `{family.layers}` {said:,}, and the checkpoint has {layers:,} layers: tensors "
+            "are missing, or they belong to different models."
         )
 
 
 def _count_outputs(
-    task: Task, num_labels: int | None, tensors: Mapping[str, Located], names: Mapping[str, str], folder: Path
+    family: Family,
+    task: Task,
+    num_labels: int | None,
+    tensors: Mapping[str, Located],
+    names: Mapping[str, str],
+    folder: Path,
 ) -> int:
     if task is None:
         return 1
-    held = names.get("classifier.weight")
+    held = names.get(family.names.tensor(f"{family.logits}/kernel"))
     outputs = tensors[held].info.shape[0] if held is not None and tensors[held].info.shape else None
     wanted = 1 if task == "regression" else num_labels
     if wanted is None and outputs is None:
@@ -176,18 +172,24 @@ def _count_outputs(
 
 
 def _match(
-    expected: Mapping[str, Any], tensors: Mapping[str, Located], names: Mapping[str, str], folder: Path
+    family: Family,
+    expected: Mapping[str, Any],
+    tensors: Mapping[str, Located],
+    names: Mapping[str, str],
+    folder: Path,
 ) -> dict[str, str]:
     """`{leaf path: tensor in the checkpoint}`, having compared every name, dtype and shape."""
-    paths = {tensor_name(path): path for path in expected}
-    absent = {head for head in _HEADS if not any(name.startswith(f"{head}.") for name in names)}
+    paths = {family.names.tensor(path): path for path in expected}
+    heads = {head: family.names.tops(head) for head in family.heads}
+    in_heads = {name for name in names if any(name.split(".")[0] in tops for tops in heads.values())}
+    absent = {head for head, tops in heads.items() if not any(name.split(".")[0] in tops for name in in_heads)}
     wanted = {name for name, path in paths.items() if path.split("/")[0] not in absent}
-    found = {name for name in names if name in paths or name.split(".")[0] not in _HEADS}
+    found = {name for name in names if name in paths or name not in in_heads}
     if found != wanted:
         raise FileError(f"{folder}: the checkpoint doesn't fit its config.json: {difference(found, wanted)}.")
     for name in sorted(wanted):
         info, shape = tensors[names[name]].info, expected[paths[name]].shape
-        shape = shape[::-1] if is_transposed(paths[name]) else shape
+        shape = shape[::-1] if family.names.is_transposed(paths[name]) else shape
         if info.shape != shape:
             raise FileError(f"{folder}: the tensor '{names[name]}' has shape {info.shape}, and {shape} is expected.")
         if not jnp.issubdtype(info.dtype, jnp.floating):
@@ -195,7 +197,7 @@ def _match(
     return {paths[name]: names[name] for name in wanted}
 
 
-def _draw(path: str, leaf: jax.ShapeDtypeStruct, config: BertConfig, seed: int) -> jax.Array:
+def _draw(path: str, leaf: jax.ShapeDtypeStruct, config: ModelConfig, seed: int) -> jax.Array:
     if path.endswith("/bias"):
         return jnp.zeros(leaf.shape, leaf.dtype)
     draw = jax.random.normal(path_key(jax.random.key(seed), path), leaf.shape)

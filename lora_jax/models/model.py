@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,12 @@ from flax import nnx
 
 from ..paths import leaf_paths, leaves_by_path
 from ..weights import is_adapted
-from .bert import Bert, BertConfig, Pooling, Remat, wide
-
-Task = Literal["classification", "regression"] | None
+from .config import ModelConfig
+from .encoder import Remat
+from .families import family_of
+from .family import Task
+from .heads import Pooling
+from .layers import wide
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,20 +28,21 @@ class Model:
 
     Attributes:
         apply: `apply(params, input_ids, attention_mask=None, token_type_ids=None, *, dropout_key=None)`, pure. The
-            inputs are `(batch, time)`; `attention_mask` is 0 or false at padding. Returns hidden states `(batch, time,
-            d)` in the dtype of the computation, logits `(batch, num_labels)` or values `(batch,)` in float32 or wider.
-            There is dropout if and only if there is a `dropout_key`.
+            inputs are `(batch, time)`; `attention_mask` is 0 or false at padding. (RoBERTa counts positions from the
+            first token that isn't `config.pad_token_id`: padding on the left has to be that.) Returns hidden states
+            `(batch, time, d)` in the dtype of the computation, logits `(batch, num_labels)` or values `(batch,)` in
+            float32 or wider. There is dropout if and only if there is a `dropout_key`.
         params: a nested dict of arrays with string keys.
-        config: sizes and settings.
+        config: sizes and settings; a `BertConfig`, `RobertaConfig`, … by the kind of model.
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
             `bert.encoder.layer.0.attention.self.query`.
         task: `"classification"`, `"regression"`, or `None` for hidden states.
-        pooling: `"first"` or `"mean"`.
+        pooling: what the head sees, `"first"` or `"mean"`.
     """
 
     apply: Callable[..., jax.Array]
     params: dict[str, Any]
-    config: BertConfig
+    config: Any  # a `ModelConfig`: which, and so which sizes it has, is known when a folder is read
     names: Mapping[str, str]
     task: Task
     pooling: Pooling
@@ -53,7 +57,7 @@ class Skeleton(NamedTuple):
 
 @functools.cache
 def skeleton(
-    config: BertConfig,
+    config: ModelConfig,
     *,
     task: Task = None,
     num_labels: int = 1,
@@ -68,13 +72,15 @@ def skeleton(
     Example:
         >>> import math
         >>> sizes = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
-        >>> base = BertConfig(vocab_size=30522, max_position_embeddings=512, type_vocab_size=2, **sizes)
+        >>> base = lj.models.BertConfig(vocab_size=30522, max_position_embeddings=512, type_vocab_size=2, **sizes)
         >>> shapes = skeleton(base, task="classification", num_labels=2).params
         >>> sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
         109483778
     """
     outputs = {None: None, "classification": num_labels, "regression": 1}[task]
-    build = functools.partial(Bert, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat)
+    build = functools.partial(
+        family_of(config).module, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat
+    )
     graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     shapes = _with_string_keys(nnx.to_pure_dict(state))
     paths = frozenset(leaf_paths(shapes))
@@ -112,17 +118,17 @@ def _check_params(params: Mapping[str, Any], expected: frozenset[str]) -> None:
 
 
 def _check_inputs(
-    config: BertConfig, input_ids: Any, attention_mask: Any, token_type_ids: Any
+    config: ModelConfig, input_ids: Any, attention_mask: Any, token_type_ids: Any
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(
             f"`input_ids` must be (batch, time) integers, not {input_ids.dtype} of shape {input_ids.shape}."
         )
-    if input_ids.shape[1] > config.max_position_embeddings:
+    if input_ids.shape[1] > config.max_length:
         raise ValueError(
             f"`input_ids` has {input_ids.shape[1]} tokens in a row, and the model has positions for "
-            f"{config.max_position_embeddings}: cut the texts."
+            f"{config.max_length}: cut the texts."
         )
     for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
         if value is not None and jnp.shape(value) != input_ids.shape:
@@ -149,7 +155,7 @@ def _with_string_keys(tree: Any) -> Any:
     return {str(key): _with_string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _with_layer_numbers(params: Mapping[str, Any]) -> dict[str, Any]:
-    encoder = params["encoder"]
-    layers = {int(index): layer for index, layer in encoder["layers"].items()}
-    return {**params, "encoder": {**encoder, "layers": layers}}
+def _with_layer_numbers(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+        return tree
+    return {int(key) if key.isdecimal() else key: _with_layer_numbers(value) for key, value in tree.items()}

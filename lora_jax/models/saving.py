@@ -14,9 +14,9 @@ from ..files import write_json, write_safetensors, write_text
 from ..paths import leaves_by_path
 from ..weights import is_adapted
 from .checkpoint import WEIGHTS, locate_tensors, read_config, read_tensors
+from .families import family_of
 from .hub import find_base
 from .model import Model, difference
-from .names import PREFIX, is_transposed, modern_names, tensor_name
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,6 +24,8 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
 )
 
 
@@ -37,33 +39,40 @@ def save_pretrained(
 ) -> Path:
     """Writes `config.json`, `model.safetensors` and the tokenizer's files, under Hugging Face's names.
 
-    With `pooling="first"` the folder is a `BertForSequenceClassification` and `AutoModelForSequenceClassification`
-    gives equal logits. Without a task it is a `BertModel` with equal hidden states. transformers has no class with
-    `pooling="mean"`: then the folder is a `BertModel` with the head's tensors beside it, which `lora_jax.models.load`
-    reads back.
+    With `pooling="first"` the folder is a `BertForSequenceClassification` (or another family's) and
+    `AutoModelForSequenceClassification` gives equal logits. Without a task it is a `BertModel` with equal hidden
+    states. transformers has no class with `pooling="mean"`: then the folder is a `BertModel` with the head's tensors
+    beside it, which `lora_jax.models.load` reads back.
 
     Args:
         folder: where to; made if it doesn't exist. Not the base's own.
         model: as from `load`.
         params: the model's tree with plain arrays; merge adapted weights first (`lora_jax.merge_params`).
-        source: the base: its configuration's other entries and its tokenizer are kept, and so is its pooler where the
-            model doesn't use it.
+        source: the base, of the same family: its configuration's other entries and its tokenizer are kept, and so is
+            its pooler where the class of transformers has one and the model doesn't use it.
         labels: the classes' names, in the order of the logits; the source's own, or `LABEL_0` …, if `None`.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: adapted weights, another model's tree, a wrong number of labels, the base's own folder.
+        ValueError: adapted weights, another model's tree, a wrong number of labels, the base's own folder, a base of
+            another family.
         FileError: the base isn't found, or the disk is full; `config.json` is written last, so that a folder that was
             not finished doesn't load.
     """
     base, folder = find_base(source), Path(folder)
     if folder.exists() and folder.resolve() == base.resolve():
         raise ValueError(f"`folder` is the base's own, {base}: save to another, so that the base stays as it is.")
+    source_config = read_config(base)
+    if source_config.get("model_type") != model.config.model_type:
+        raise ValueError(
+            f"`source` {base} is a {source_config.get('model_type')!r:.50}, and the model a "
+            f"{model.config.model_type!r}: pass the base that it was loaded from."
+        )
     leaves = _check_params(model, params)
     tensors = _tensors(model, leaves) | _unused_pooler(model, base)
-    config = _config(model, read_config(base), leaves, labels)
+    config = _config(model, source_config, leaves, labels)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
@@ -89,24 +98,30 @@ def _check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(model: Model, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    prefix = _prefix(model)
+    names, prefix = family_of(model.config).names, _prefix(model)
     return {
-        tensor_name(path, prefix=prefix): np.asarray(leaf).T if is_transposed(path) else leaf
+        names.tensor(path, prefix=prefix): np.asarray(leaf).T if names.is_transposed(path) else leaf
         for path, leaf in leaves.items()
     }
 
 
 def _unused_pooler(model: Model, base: Path) -> dict[str, np.ndarray]:
     """Kept as it was: without it transformers would draw a new one."""
-    if model.task is not None and model.pooling == "first":
+    if _is_task_class(model):  # it has no pooler (RoBERTa), or the model uses it (BERT)
         return {}
     tensors = locate_tensors(base)
-    held = {held: name for name, held in modern_names(tensors).items() if name.startswith("pooler.")}
-    return {_prefix(model) + held[name]: array for name, array in read_tensors(tensors, held)}
+    names = family_of(model.config).names.modern(tensors)
+    held = {held: name for name, held in names.items() if name.startswith("pooler.")}
+    return {held[name]: array for name, array in read_tensors(tensors, held)}
+
+
+def _is_task_class(model: Model) -> bool:
+    """Whether the folder is of the class of transformers that has the head, or of the one without."""
+    return model.task is not None and model.pooling == "first"
 
 
 def _prefix(model: Model) -> str:
-    return PREFIX if model.task is not None and model.pooling == "first" else ""
+    return family_of(model.config).names.prefix if _is_task_class(model) else ""
 
 
 def _config(
@@ -115,10 +130,11 @@ def _config(
     # `torch_dtype` is the old name of `dtype`; the source's would make transformers cast the weights.
     config = {name: value for name, value in source.items() if name not in ("torch_dtype", "num_labels")}
     config["dtype"] = jnp.result_type(*leaves.values()).name
-    config["architectures"] = ["BertForSequenceClassification" if _prefix(model) else "BertModel"]
+    family = family_of(model.config)
+    config["architectures"] = [family.architectures[model.task if _is_task_class(model) else None]]
     if model.task is None:
         return config
-    outputs = leaves["classifier/bias"].shape[0]
+    outputs = leaves[f"{family.logits}/kernel"].shape[1]
     if labels is None:
         own = source.get("id2label")
         labels = list(own.values()) if isinstance(own, dict) and len(own) == outputs else None

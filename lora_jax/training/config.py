@@ -41,7 +41,7 @@ class TrainConfig:
         text, text_pair, label: column names.
         task: `"classification"` or `"regression"`.
         base: a known name, a hub name or a folder.
-        pooling: the sentence vector is the first token's or the mean.
+        pooling: what the head sees: the `"first"` token (in BERT through the pooler) or the `"mean"` of all.
         method: one of `lj.Frozen`, `lj.BitFit`, `lj.LoRA`, `lj.FullFineTune`; or its options as a mapping
             (`{"name": "lora", "rank": 4}`).
         max_length: tokens of a text, at most the model's positions; longer ones are cut, counted and reported.

@@ -13,7 +13,7 @@ import numpy as np
 import lora_jax as lj
 from lora_jax import files
 from lora_jax.adapters import TENSORS, read_description
-from lora_jax.models import BertConfig, find_base, skeleton
+from lora_jax.models import find_base, read_model_config, skeleton
 
 from .config import TrainConfig
 from .optimizer import make_optimizer
@@ -71,7 +71,7 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
         config: base, method, task, pooling and dtype count; its data isn't read.
         num_labels: of a classification.
     """
-    base = BertConfig.from_dict(files.read_json(find_base(config.base) / "config.json"))
+    base = read_model_config(find_base(config.base))
     regression = config.task == "regression"
     shapes = skeleton(
         base,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -89,7 +88,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         remat=config.remat,
     )
     tokenizer = lj.models.load_tokenizer(config.base)
-    max_length = min(config.max_length, model.config.max_position_embeddings)
+    max_length = min(config.max_length, model.config.max_length)
     splits = {
         split: Labelled(encode_cached(rows, tokenizer, max_length), targets[split]) for split, rows in examples.items()
     }
@@ -163,9 +162,8 @@ def _with_dropout_rate(config: TrainConfig, model: Model, num_labels: int | None
     """The model's function with `config.dropout` in place of the base's own rates."""
     if config.dropout is None:
         return model.apply
-    rates = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
     return skeleton(
-        dataclasses.replace(model.config, classifier_dropout=None, **rates),
+        model.config.with_dropout(config.dropout),
         task=model.task,
         num_labels=num_labels or 1,
         pooling=model.pooling,

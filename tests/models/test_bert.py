@@ -15,7 +15,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.models import bert
+from lora_jax.models import bert, encoder, layers
 from lora_jax.models.model import skeleton
 from lora_jax.paths import leaf_paths, leaves_by_path
 
@@ -156,7 +156,7 @@ def test_a_row_of_nothing_but_padding_is_finite_and_so_is_its_gradient(pooling: 
 
 def test_attention_is_jax_nn_dot_product_attention():
     q, k, v = (jax.random.normal(key, (3, 4, 6, 8)) for key in jax.random.split(jax.random.key(0), 3))
-    ours = bert.attend(q, k, v, jnp.asarray(MASK, bool), 0.1, None)
+    ours = layers.attend(q, k, v, jnp.asarray(MASK, bool), 0.1, None)
     by_time = [array.transpose(0, 2, 1, 3) for array in (q, k, v)]
     theirs = jax.nn.dot_product_attention(*by_time, mask=jnp.asarray(MASK, bool)[:, None, None, :])  # pyright: ignore[reportArgumentType]
     np.testing.assert_allclose(ours, theirs.transpose(0, 2, 1, 3), atol=1e-6)
@@ -192,7 +192,8 @@ def test_dropout_draws_anew_at_every_layer_and_use(monkeypatch: pytest.MonkeyPat
         seen.append((tuple(np.asarray(jax.random.key_data(key))), rate))
         return x
 
-    monkeypatch.setattr(bert, "dropout", record)
+    for module in (layers, encoder, bert):
+        monkeypatch.setattr(module, "dropout", record)
     config = models.BertConfig(
         **SIZES, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3, classifier_dropout=0.4
     )
@@ -214,7 +215,7 @@ def test_no_rate_no_dropout():
 @pytest.mark.parametrize("shape", [(400, 251), (1,)])
 def test_dropout_keeps_the_mean_and_drops_the_rate(rate: float, shape: tuple[int, ...]):
     x = jnp.ones(shape)
-    result = bert.dropout(x, rate, jax.random.key(0))
+    result = layers.dropout(x, rate, jax.random.key(0))
     assert result.shape == shape
     values = np.unique(np.asarray(result))
     assert len(values) <= 2

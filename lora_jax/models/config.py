@@ -1,0 +1,107 @@
+"""What the configurations of all families share: reading a `config.json`, and checking its values."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(abc.ABC):
+    """The sizes and settings of a model, under their names in Hugging Face's `config.json`.
+
+    A field without a default is a size: `config.json` must have it, as a positive integer.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    model_type: ClassVar[str]
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in _sizes(type(self)):
+            size = getattr(self, name)
+            if type(size) is not int or not 0 < size < 2**31:
+                raise ValueError(f"`{name}` must be a positive integer, not {size!r:.50}.")
+        self._check_positive("initializer_range")
+
+    @property
+    @abc.abstractmethod
+    def max_length(self) -> int:
+        """The most tokens of a row."""
+
+    @abc.abstractmethod
+    def with_dropout(self, rate: float) -> Self:
+        """The same with one rate for all dropout."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Takes the content of a `config.json`; entries that change nothing computed here are left aside.
+
+        Raises:
+            ValueError: another kind of model, a missing size, or a variant that isn't implemented.
+        """
+        model_type = model_type_of(config)
+        if model_type != cls.model_type:
+            raise unknown_model_type(model_type, [cls.model_type])
+        cls._check_variant(config)
+        if missing := [name for name in _sizes(cls) if name not in config]:
+            raise ValueError(f"the configuration lacks {', '.join(f'`{name}`' for name in missing)}.")
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    @classmethod
+    def _check_variant(cls, config: Mapping[str, Any]) -> None:
+        """Refuses what would change the computation and isn't implemented; a family overrides it."""
+        del config
+
+    def _check_heads(self, width: str, heads: str) -> None:
+        if getattr(self, width) % getattr(self, heads):
+            raise ValueError(
+                f"`{width}` ({getattr(self, width)}) must be a multiple of `{heads}` ({getattr(self, heads)})."
+            )
+
+    def _check_choice(self, name: str, choices: Iterable[str]) -> None:
+        value = getattr(self, name)
+        if value not in (known := list(choices)):
+            raise ValueError(f"`{name}` {value!r:.50} is unknown; known are {', '.join(known)}.")
+
+    def _check_rate(self, name: str) -> None:
+        rate = getattr(self, name)
+        if not (_is_number(rate) and 0 <= rate < 1):
+            raise ValueError(f"`{name}` must be a number from 0 to below 1, not {rate!r:.50}.")
+
+    def _check_positive(self, name: str) -> None:
+        number = getattr(self, name)
+        if not _is_number(number) or number <= 0:
+            raise ValueError(f"`{name}` must be a positive number, not {number!r:.50}.")
+
+
+def model_type_of(config: Mapping[str, Any]) -> object:
+    """The `model_type` that the content of a `config.json` names.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a model's configuration must be a JSON object, not {type(config).__name__}.")
+    return config.get("model_type")
+
+
+def unknown_model_type(model_type: object, known: Iterable[str]) -> ValueError:
+    """The error to raise for a `model_type` that isn't among the `known`."""
+    return ValueError(
+        f"`model_type` is {model_type!r:.50}, and only {', '.join(map(repr, known))} can be loaded. Another model's "
+        "own JAX function works with `lora_jax.attach` and `lora_jax.adapt` as it is."
+    )
+
+
+def _sizes(cls: type[ModelConfig]) -> list[str]:
+    return [field.name for field in fields(cls) if field.default is MISSING]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
