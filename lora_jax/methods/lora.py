@@ -265,9 +265,10 @@ class LoRA(Method):
     Args:
         rank: `r`, at least 1 and at most `min(in, out)`.
         alpha: `α`; with `alpha == rank` the scale is 1.
-        targets: which weights, see `paths.select`; or a preset. `"attention"` (query, key, value, in GPT-2 the
-            three as one, output), `"mlp"` (up, gate, down) and `"all-linear"` (both) know the bundled models' names. On a model of your own,
-            `"all-linear"` reads `uses`: every weight of a matmul or convolution, without embeddings and output heads.
+        targets: which weights, see `paths.select`; or a preset. `"attention"` (query, key, value, or in GPT-2 the
+            one weight of all three, and output), `"mlp"` (up, gate, down) and `"all-linear"` (both) know the bundled
+            models' names. On a model of your own, `"all-linear"` reads `uses`: every weight of a matmul or convolution,
+            without embeddings and output heads.
         also_train: the head, see `Method`.
         dropout: probability of dropping each element of the low-rank path's input, in `[0, 1)`; acts after
             `with_dropout`. Lookups are not dropped.

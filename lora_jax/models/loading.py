@@ -41,8 +41,8 @@ def load(
     Args:
         source: a Hugging Face folder, a hub name (`"owner/name"`, `"owner/name@revision"`) or an alias; see
             `find_base`.
-        task: `"classification"` or `"regression"` for a head on an encoder, `"causal-lm"` for a decoder's logits, `None`
-            for the last hidden states.
+        task: `"classification"` or `"regression"` for a head on an encoder, `"causal-lm"` for a decoder's logits,
+            `None` for the last hidden states.
         num_labels: logits of a classification; those of the checkpoint's own head if `None`.
         dtype: of the parameters and of the computation; float32 if `None`, whatever the checkpoint holds. With
             bfloat16 half the memory is taken, norms and softmax stay in float32, and parameters are cast to bfloat16
@@ -93,9 +93,8 @@ def load(
     )
     expected = leaves_by_path(shapes)
     parts = {path: _parts(path, leaf) for path, leaf in expected.items()}
-    held = _match(
-        family, {name: leaf for part in parts.values() for name, leaf in part.items()}, tensors, names, folder
-    )
+    single = {name: leaf for part in parts.values() for name, leaf in part.items()}
+    held = _match(family, single, tensors, names, folder)
     if task == "causal-lm" and "lm_head/kernel" not in expected:
         _check_tied(family, tensors, names, folder)
 
@@ -122,9 +121,7 @@ def load(
         apply=apply,
         params=params,
         config=config,
-        names=family.names.module_names(
-            [name for part in parts.values() for name in part], prefix=family.names.prefix if task else ""
-        ),
+        names=family.names.module_names(single, prefix=family.names.prefix if task else ""),
         task=task,
         pooling=pooling,
     )
@@ -252,8 +249,8 @@ def _check_tied(family: Family, tensors: dict[str, Located], names: Mapping[str,
     arrays = dict(read_tensors(tensors, [word, head]))
     if not np.array_equal(arrays[word], arrays[head]):
         raise FileError(
-            f"{folder}: config.json ties the head to the embeddings, and '{head}' differs from '{word}'. If the head is "
-            "meant, set `tie_word_embeddings` to false."
+            f"{folder}: config.json ties the head to the embeddings, and '{head}' differs from '{word}'. To use it, "
+            "set `tie_word_embeddings` to false."
         )
 
 

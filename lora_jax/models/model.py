@@ -113,9 +113,7 @@ def check_options(family: Family, *, task: object, pooling: Pooling, scan_layers
     if task not in family.architectures:
         tasks = [f'"{name}"' for name in family.architectures if name is not None]
         other = "an encoder" if family.is_decoder else "a decoder (GPT-2, Llama, …)"
-        raise ValueError(
-            f"`task` of a {kind} must be {', '.join(tasks)} or None, not {task!r}, which {other} may have."
-        )
+        raise ValueError(f"`task` of a {kind} must be {', '.join(tasks)} or None, not {task!r}: that is for {other}.")
     if family.is_decoder and pooling != "first":
         raise ValueError(f"`pooling` is for the heads of encoders, and a {kind} has none of them: leave it out.")
     if scan_layers and not family.is_decoder:
@@ -239,7 +237,10 @@ def _check_cache(
         if isinstance(cache, bool) or cache < time:
             raise ValueError(f"`cache` must have a slot for each of the {time} tokens at least, not {cache!r}.")
         if config.bounded_positions and cache > config.max_length:
-            raise ValueError(f"`cache` of {cache} slots is more than the model's {config.max_length} positions.")
+            raise ValueError(
+                f"`cache` of {cache} slots, for the prompt and what is to come, is more than the model's "
+                f"{config.max_length} positions."
+            )
         return empty_cache(config.cache_sizes, batch=batch, slots=cache, dtype=dtype)
     if not isinstance(cache, Cache):
         raise ValueError(f"`cache` must be a number of slots or what apply gave before, not {type(cache).__name__}.")
@@ -249,8 +250,8 @@ def _check_cache(
         raise ValueError(f"`cache` has keys of shape {cache.keys.shape}, and {wanted} is expected: another model's.")
     if not is_traced(cache.used) and int(cache.used) + time > cache.slots:
         raise ValueError(
-            f"`cache` has {cache.slots} slots, {int(cache.used)} of them taken, and {time} more tokens come: begin with "
-            "more slots."
+            f"`cache` has {cache.slots} slots, {int(cache.used)} of them taken, and {time} more tokens come: begin "
+            "with more slots."
         )
     return cache
 

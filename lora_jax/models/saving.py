@@ -19,9 +19,11 @@ from .hub import find_base
 from .model import Model, difference
 from .stacking import is_stacked, layer_path
 
-_TOKENIZER_FILES = (
+_COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
@@ -42,9 +44,9 @@ def save_pretrained(
 
     With `pooling="first"` the folder is a `BertForSequenceClassification` (or another family's) and
     `AutoModelForSequenceClassification` gives equal logits. Without a task it is a `BertModel` with equal hidden
-    states. A decoder is a `GPT2LMHeadModel`, a `LlamaForCausalLM` or another family's, its layers stacked or not, and a
-    tied head has no tensor of its own. transformers has no class with `pooling="mean"`: then the folder is a `BertModel` with the head's tensors
-    beside it, which `lora_jax.models.load` reads back.
+    states. A decoder with logits is a `LlamaForCausalLM` (or another family's), whether its layers are stacked or not;
+    a tied head has no tensor of its own. transformers has no class with `pooling="mean"`: then the folder is a
+    `BertModel` with the head's tensors beside it, which `lora_jax.models.load` reads back.
 
     Args:
         folder: where to; made if it doesn't exist. Not the base's own.
@@ -77,7 +79,7 @@ def save_pretrained(
     config = _config(model, source_config, leaves, labels)
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
+    for name in _COMPANIONS:
         if (base / name).is_file():
             write_text(folder / name, (base / name).read_bytes().decode())
     (folder / "config.json").unlink(missing_ok=True)
@@ -105,7 +107,7 @@ def _tensors(model: Model, leaves: Mapping[str, Any]) -> dict[str, Any]:
     for path, leaf in leaves.items():
         parts = (
             {layer_path(path, layer): part for layer, part in enumerate(np.asarray(leaf))}
-            if family_of(model.config).is_decoder and is_stacked(path)
+            if is_stacked(path)
             else {path: leaf}
         )
         for name, part in parts.items():

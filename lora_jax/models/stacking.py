@@ -116,7 +116,7 @@ def _member(node: Any, layer: int) -> Any:
         return node[layer]
     if not str(node.axes).startswith(STACK):
         raise ValueError(
-            f"`params` has an adapted weight labelled {node.axes!r} among the stacked layers: no stack axis."
+            f"`params` has an adapted weight labelled {node.axes!r} among its stacked layers: no `s` first."
         )
     arrays, member = node.stacked()
     return member([array[layer] for array in arrays])
