@@ -58,7 +58,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def settings(family: str, **config: Any) -> dict[str, Any]:
     """The content of a `config.json`."""
     own = {"model_type": family, "architectures": [CLASSES[family]], "tie_word_embeddings": family == "gpt2"}
-    return {**own, **SETTINGS[family], **config}
+    content = {**own, **SETTINGS[family], **config}
+    # Left out rather than `null`, which transformers' Qwen2 doesn't take.
+    return {name: value for name, value in content.items() if (name, value) != ("head_dim", None)}
 
 
 def write_tiny_decoder(

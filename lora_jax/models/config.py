@@ -107,7 +107,7 @@ def unknown_model_type(model_type: object, known: Iterable[str]) -> ValueError:
 
 
 def _sizes(cls: type[ModelConfig]) -> list[str]:
-    return [field.name for field in fields(cls) if field.default is MISSING]
+    return [field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
 
 
 def _is_number(value: object) -> bool:
