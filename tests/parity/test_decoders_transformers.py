@@ -42,10 +42,7 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"attention_bias": True, "head_dim": 8, "tie_word_embeddings": True}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
 ]
-every_config = pytest.mark.parametrize(("family", "config"), CONFIGS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
-sides = pytest.mark.parametrize("side", ["right", "left"])
-both_forms = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +63,10 @@ def write(folder: Path, family: str, config: dict[str, Any] | None = None, **opt
 
 
 def random_batch(side: str = "right", time: int = 17) -> dict[str, np.ndarray]:
-    """Every row of another length."""
+    """Every row of another length; with padding on both sides, one half of the rows has each."""
+    if side == "both":
+        halves = [random_batch(half, time) for half in ("right", "left")]
+        return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
     rng = np.random.default_rng(0)
     lengths = np.array([[time], [4], [9], [1]])
     places = np.arange(time)[None, :] if side == "right" else np.arange(time - 1, -1, -1)[None, :]
@@ -95,17 +95,17 @@ def assert_close(ours: Any, theirs: Any, mask: np.ndarray | None = None) -> None
     assert np.abs(theirs).max() > 100 * TOLERANCE  # the comparison says something
 
 
-@sides
-@every_config
-def test_logits_of_random_weights(tmp_path: Path, family: str, config: dict[str, Any], side: str):
-    """Rows of 17 tokens, past every sliding window; scanned on the one side, unrolled on the other."""
-    folder, batch = write(tmp_path, family, config), random_batch(side)
-    model = models.load(folder, task="causal-lm", scan_layers=side == "left")
+@pytest.mark.parametrize("number", range(len(CONFIGS)), ids=[f"{family}-{config}" for family, config in CONFIGS])
+def test_logits_of_random_weights(tmp_path: Path, number: int):
+    """Rows of 17 tokens, past every sliding window, padded on either side; every second configuration scanned."""
+    family, config = CONFIGS[number]
+    folder, batch = write(tmp_path, family, config), random_batch("both")
+    model = models.load(folder, task="causal-lm", scan_layers=number % 2 == 1)
     expected = theirs(reference(folder), batch).logits
     assert_close(jax.jit(model.apply)(model.params, **batch), expected, batch["attention_mask"])
 
 
-@every_family
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_hidden_states_and_no_mask(tmp_path: Path, family: str):
     folder = write(tmp_path, family, bare=True)
     ids = {"input_ids": random_batch()["input_ids"]}
@@ -131,7 +131,7 @@ def test_long_positions(tmp_path: Path, family: str, config: dict[str, Any], tim
     assert_close(jax.jit(model.apply)(model.params, **batch), expected, batch["attention_mask"])
 
 
-@every_family
+@pytest.mark.parametrize("family", ["gpt2", "mistral"])
 def test_positions_that_are_passed(tmp_path: Path, family: str):
     folder, batch = write(tmp_path, family), random_batch("left")
     batch["position_ids"] = np.maximum(np.cumsum(batch["attention_mask"], axis=1) - 1, 0)
@@ -140,23 +140,24 @@ def test_positions_that_are_passed(tmp_path: Path, family: str):
     assert_close(jax.jit(model.apply)(model.params, **batch), expected, batch["attention_mask"])
 
 
-@every_family
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_bfloat16_stays_near_theirs(tmp_path: Path, family: str):
-    """Rounded at other places: 3 % of the largest logit apart at most."""
+    """They round at other places. Ours are 1 % of the largest logit apart in the mean, and as near to float32."""
     folder, batch = write(tmp_path, family), random_batch()
     model = models.load(folder, task="causal-lm", dtype="bfloat16")
     half = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    expected = theirs(half, batch).logits.float().numpy()
-    found = np.asarray(jax.jit(model.apply)(model.params, **batch))
     mask = batch["attention_mask"] > 0
-    assert np.abs(found - expected)[mask].max() < 3e-2 * np.abs(expected).max()
+    exact = theirs(reference(folder), batch).logits.numpy()[mask]
+    expected = theirs(half, batch).logits.float().numpy()[mask]
+    found = np.asarray(jax.jit(model.apply)(model.params, **batch))[mask]
+    assert np.abs(found - expected).mean() < 1e-2 * np.abs(exact).max()
+    assert np.abs(found - exact).mean() < 1.2 * np.abs(expected - exact).mean()
 
 
 @every_family
-@both_forms
-def test_a_saved_model_gives_equal_logits_in_transformers(tmp_path: Path, family: str, scan: bool):
+def test_a_saved_model_gives_equal_logits_in_transformers(tmp_path: Path, family: str):
     base = write(tmp_path / "base", family)
-    model = models.load(base, task="causal-lm", scan_layers=scan)
+    model = models.load(base, task="causal-lm", scan_layers=family in ("gpt2", "qwen3"))
     params = jax.tree.map(lambda leaf: leaf * 1.1, model.params)
     folder = models.save_pretrained(tmp_path / "out", model, params, source=base)
     batch = random_batch("left")
@@ -165,8 +166,7 @@ def test_a_saved_model_gives_equal_logits_in_transformers(tmp_path: Path, family
     assert_close(jax.jit(model.apply)(params, **batch), theirs(loaded, batch).logits, batch["attention_mask"])
 
 
-@every_family
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "tied"), zip(FAMILIES, (True, False, True, False, True), strict=True))
 def test_a_model_saved_by_transformers_gives_equal_logits_here(tmp_path: Path, family: str, tied: bool):
     """Its configuration too is written anew, with version 5's entries; in several files, and in bfloat16."""
     base = write(tmp_path / "base", family, {"tie_word_embeddings": tied})
@@ -217,35 +217,41 @@ def assert_equal_tokens(ours: models.Generated, theirs: np.ndarray, padding: int
 
 
 @every_family
-@both_forms
-@pytest.mark.parametrize("ends", [None, 7, (7, 21, 60, 61, 62, 63, 64, 65, 66)])
-def test_greedy_generation_token_by_token(tmp_path: Path, family: str, scan: bool, ends: Any):
+def test_greedy_generation_token_by_token(tmp_path: Path, family: str):
     folder, batch = write(tmp_path, family), random_batch("left", time=11)
-    model, other = models.load(folder, task="causal-lm", scan_layers=scan), reference(folder)
+    model = models.load(folder, task="causal-lm", scan_layers=family in ("llama", "qwen2"))
+    other = reference(folder)
     other.generation_config.eos_token_id = None
-    options = {} if ends is None else {"eos_token_id": list(ends) if isinstance(ends, tuple) else ends}
-    expected = generated(other, batch, max_new_tokens=20, pad_token_id=3, **options)
-    found = models.generate(model, model.params, **batch, max_new_tokens=20, pad_token_id=3, **options)
+    options: dict[str, Any] = {"max_new_tokens": 16, "pad_token_id": 3}
+    expected = generated(other, batch, **options)
+    found = models.generate(model, model.params, **batch, **options)
     assert_equal_tokens(found, expected, 3)
-    if isinstance(ends, tuple):
-        assert int(found.lengths.min()) < 20  # a row has ended
+    # Two tokens end a text: the third of the first row and the fifth of the second.
+    options["eos_token_id"] = [int(expected[0, 2]), int(expected[1, 4])]
+    found = models.generate(model, model.params, **batch, **options)
+    assert_equal_tokens(found, generated(other, batch, **options), 3)
+    assert int(found.lengths.min()) <= 3
 
 
-@every_family
-@pytest.mark.parametrize(("beams", "penalty"), [(2, 1.0), (4, 0.0), (3, 2.0), (4, -1.0)])
+@pytest.mark.parametrize(
+    ("family", "beams", "penalty"),
+    [("gpt2", 2, 1.0), ("llama", 4, 0.0), ("mistral", 3, 2.0), ("qwen2", 4, -1.0), ("qwen3", 3, 0.5)],
+)
 def test_beam_search_token_by_token(tmp_path: Path, family: str, beams: int, penalty: float):
     folder, batch = write(tmp_path, family), random_batch("left", time=11)
-    model, other = models.load(folder, task="causal-lm"), reference(folder)
+    model, other = models.load(folder, task="causal-lm", scan_layers=True), reference(folder)
     other.generation_config.eos_token_id = None
-    different = False
-    for ends in (None, 7, [5, 21, 40, 41, 42, 43, 60, 61, 62, 63, 64, 65, 66, 70, 71, 72]):
-        options: dict[str, Any] = {"num_beams": beams, "length_penalty": penalty, "max_new_tokens": 12}
-        options |= {"pad_token_id": 3} if ends is None else {"pad_token_id": 3, "eos_token_id": ends}
-        expected = generated(other, batch, **options)
-        found = models.generate(model, model.params, **batch, **options)
-        assert_equal_tokens(found, expected, 3)
-        different |= isinstance(ends, list) and int(found.lengths.min()) < 12
-    assert different  # a row has ended
+    options: dict[str, Any] = {"num_beams": beams, "length_penalty": penalty, "max_new_tokens": 10, "pad_token_id": 3}
+    expected = generated(other, batch, **options)
+    found = models.generate(model, model.params, **batch, **options)
+    assert_equal_tokens(found, expected, 3)
+    greedy = models.generate(model, model.params, **batch, max_new_tokens=10)
+    assert (greedy.tokens != found.tokens).any()
+    # Ends that the beams meet, in the middle of a row and at once.
+    options["eos_token_id"] = [int(expected[0, 5]), int(greedy.tokens[1, 0]), int(greedy.tokens[2, 3])]
+    found = models.generate(model, model.params, **batch, **options)
+    assert_equal_tokens(found, generated(other, batch, **options), 3)
+    assert penalty > 1 or int(found.lengths.min()) < 10  # a row has ended
 
 
 def test_an_adapted_model_generates_what_its_merged_folder_does_there(tmp_path: Path):
