@@ -166,7 +166,7 @@ def test_a_saved_model_gives_equal_logits_in_transformers(tmp_path: Path, family
     assert_close(jax.jit(model.apply)(params, **batch), theirs(loaded, batch).logits, batch["attention_mask"])
 
 
-@pytest.mark.parametrize(("family", "tied"), zip(FAMILIES, (True, False, True, False, True), strict=True))
+@pytest.mark.parametrize(("family", "tied"), [*zip(FAMILIES, (True, False, True, False, True), strict=True)])
 def test_a_model_saved_by_transformers_gives_equal_logits_here(tmp_path: Path, family: str, tied: bool):
     """Its configuration too is written anew, with version 5's entries; in several files, and in bfloat16."""
     base = write(tmp_path / "base", family, {"tie_word_embeddings": tied})
