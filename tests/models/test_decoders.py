@@ -49,6 +49,11 @@ QWEN3_06B = models.Qwen3Config(
 )
 every_family = pytest.mark.parametrize("family", FAMILIES)
 both_forms = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+# Each family in one form or both, since both are compared beside.
+some_forms = pytest.mark.parametrize(
+    ("family", "scan"),
+    [("gpt2", False), ("llama", True), ("mistral", False), ("qwen2", False), ("qwen2", True), ("qwen3", True)],
+)
 
 IDS = np.random.default_rng(3).integers(0, VOCABULARY, (2, 9))
 RIGHT = np.array([[1] * 9, [1] * 5 + [0] * 4])
@@ -158,8 +163,7 @@ def test_bitfit_on_gpt2_trains_every_bias():
 # --------------------------------------------------------------------------------------------------------- what it sees
 
 
-@every_family
-@both_forms
+@some_forms
 def test_a_token_changes_nothing_before_it(family: str, scan: bool):
     apply, params = tiny(family, scan=scan)
     other = IDS.copy()
@@ -220,7 +224,7 @@ def test_qwens_layers_have_their_windows(entries: dict[str, Any], windows: tuple
 def test_a_row_of_nothing_but_padding_is_finite_and_so_is_its_gradient():
     apply, params = tiny("llama")
     mask = np.zeros_like(IDS)
-    value, grads = jax.value_and_grad(lambda p: apply(p, IDS, mask).sum())(params)
+    value, grads = jax.jit(jax.value_and_grad(lambda p: apply(p, IDS, mask).sum()))(params)
     assert jnp.isfinite(value)
     assert all(jnp.isfinite(grad).all() for grad in jax.tree.leaves(grads))
 
@@ -310,8 +314,8 @@ def test_an_adapter_goes_both_ways():
     adapted = shaken(lj.attach(stacked, method, key=jax.random.key(0), uses=uses), method)
     apart = models.unstack_layers(adapted)
     assert apart["layers"]["2"]["mlp"]["gate"]["kernel"].axes == "io"
-    found = lj.adapt(apply, on_materialize="error")(apart, IDS)
-    np.testing.assert_allclose(found, lj.adapt(scanned, on_materialize="error")(adapted, IDS), atol=2e-5)
+    one, other = (jax.jit(lj.adapt(function, on_materialize="error")) for function in (apply, scanned))
+    np.testing.assert_allclose(one(apart, IDS), other(adapted, IDS), atol=2e-5)
     again = models.stack_layers(apart)
     assert jax.tree.structure(again) == jax.tree.structure(adapted)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(adapted), strict=True))
@@ -356,8 +360,7 @@ def shaken(params: Any, method: Any) -> Any:
     return jax.tree.map(lambda x, own: x + rng.normal(0, 0.3, x.shape).astype(np.float32) if own else x, params, mask)
 
 
-@every_family
-@both_forms
+@some_forms
 def test_adapted_is_merged_and_nothing_is_materialized(family: str, scan: bool):
     """Factors at every weight, the tables and the head (tied in GPT-2) too."""
     apply, params = tiny(family, scan=scan)
@@ -374,8 +377,7 @@ def test_adapted_is_merged_and_nothing_is_materialized(family: str, scan: bool):
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-@every_family
-@both_forms
+@some_forms
 def test_decoding_with_a_cache_is_the_full_forward(family: str, scan: bool):
     """In pieces of 4, 1, 3 and 1 tokens, with padding on the left, past the windows of Mistral (5) and Qwen2 (4)."""
     apply, params = tiny(family, scan=scan)
@@ -400,7 +402,7 @@ def skeleton_apply(family: str, scan: bool = False) -> Any:
 
 def test_positions_follow_the_cache():
     apply, params = tiny("gpt2")
-    _, cache = skeleton_apply("gpt2")(params, IDS[:, :4], cache=9)
+    _, cache = jax.jit(lambda p, ids: skeleton_apply("gpt2")(p, ids, cache=9))(params, IDS[:, :4])
     logits, _ = apply(params, IDS[:, 4:], cache=cache)
     np.testing.assert_allclose(logits, apply(params, IDS)[:, 4:], atol=2e-5)
 
@@ -468,6 +470,7 @@ def test_bfloat16_stays_near_float32():
     """The stated bound: 5 % of the largest logit, with weights larger than a trained model's; 1 % in the mean."""
     apply, params = tiny("llama")
     half = skeleton(config_from_dict(settings("llama")), task="causal-lm", dtype=jnp.dtype(jnp.bfloat16)).apply
+    half = jax.jit(half)
     exact, found = apply(params, IDS), half(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), IDS)
     assert np.abs(found - exact).max() < 5e-2 * np.abs(exact).max()
     assert np.abs(found - exact).mean() < 1e-2 * np.abs(exact).max()
@@ -489,7 +492,7 @@ def test_dropout_is_a_function_of_the_key(family: str):
     apply, shapes = skeleton(config, task="causal-lm")
     params = random_params(shapes)
     run = jax.jit(lambda seed: apply(params, IDS, dropout_key=jax.random.key(seed)))
-    plain, first, again, second = apply(params, IDS), run(0), run(0), run(1)
+    plain, first, again, second = jax.jit(apply)(params, IDS), run(0), run(0), run(1)
     np.testing.assert_array_equal(first, again)
     assert jnp.abs(first - second).max() > 1e-3
     assert jnp.abs(first - plain).max() > 1e-3

@@ -133,8 +133,7 @@ def test_it_is_compiled_once():
 # -------------------------------------------------------------------------------------------------------------- adapted
 
 
-@both_forms
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("scan", "beams"), [(False, 1), (True, 3)])
 def test_adapted_base_and_merged_weights_go_through_one_function(scan: bool, beams: int):
     apply, base = apply_of("llama", scan=scan)
     method = lj.LoRA(rank=2, alpha=4, targets="all-linear")
@@ -143,7 +142,7 @@ def test_adapted_base_and_merged_weights_go_through_one_function(scan: bool, bea
     adapted = lj.adapt(apply, on_materialize="error")
 
     def run(apply: Any, params: Any) -> list[list[int]]:
-        options = {"max_new_tokens": 6, "num_beams": beams}
+        options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": beams}
         return models.generate(apply, params, PROMPTS, LEFT, **options).tokens.tolist()
 
     expected = run(apply, lj.merge_params(params))
@@ -179,7 +178,7 @@ def test_tokens_are_drawn_with_their_probabilities():
     """500 rows of one prompt; every step draws anew."""
     apply, params = apply_of("llama")
     rows = np.repeat(PROMPTS[:1], 500, axis=0)
-    options = {"temperature": 1.5, "top_k": 4, "key": jax.random.key(3)}
+    options: dict[str, Any] = {"temperature": 1.5, "top_k": 4, "key": jax.random.key(3)}
     tokens = np.asarray(models.generate(apply, params, rows, max_new_tokens=2, **options).tokens)
     logits = np.asarray(apply(params, PROMPTS[:1]))[0, -1] / 1.5
     best = np.argsort(logits)[-4:]
@@ -235,7 +234,12 @@ def test_enough_beams_find_the_best_row(length_penalty: float):
                 if end not in row[:-1] and (row[-1] == end or length == most):
                     scores[row] = total / length**length_penalty
         best = max(scores, key=lambda row: scores[row])
-        options = {"num_beams": 40, "length_penalty": length_penalty, "eos_token_id": end, "pad_token_id": 0}
+        options: dict[str, Any] = {
+            "num_beams": 40,
+            "length_penalty": length_penalty,
+            "eos_token_id": end,
+            "pad_token_id": 0,
+        }
         found = models.generate(apply, params, prompt[None], max_new_tokens=most, **options)
         assert tuple(found.tokens[0, : int(found.lengths[0])].tolist()) == best
         assert set(found.tokens[0, int(found.lengths[0]) :].tolist()) <= {0}
@@ -244,11 +248,11 @@ def test_enough_beams_find_the_best_row(length_penalty: float):
 
 
 def test_beams_of_padded_rows_are_those_of_the_rows_alone():
-    apply, params = apply_of("qwen3")
+    apply, params = apply_of("qwen3", scan=True)
     options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3, "eos_token_id": 11}
     together = models.generate(apply, params, PROMPTS, LEFT, **options)
-    for number, (row, mask) in enumerate(zip(PROMPTS, LEFT, strict=True)):
-        alone = models.generate(apply, params, row[None, mask > 0], **options)
+    for number in (1, 2):
+        alone = models.generate(apply, params, PROMPTS[number : number + 1, LEFT[number] > 0], **options)
         assert together.tokens[number].tolist() == alone.tokens[0].tolist()
         assert int(together.lengths[number]) == int(alone.lengths[0])
     plain = models.generate(apply, params, PROMPTS, LEFT, max_new_tokens=6, eos_token_id=11)

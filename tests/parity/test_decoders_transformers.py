@@ -62,7 +62,7 @@ def write(folder: Path, family: str, config: dict[str, Any] | None = None, **opt
     return write_tiny_decoder(folder, family, seed=4, **config, **options)
 
 
-def random_batch(side: str = "right", time: int = 17) -> dict[str, np.ndarray]:
+def random_batch(side: str = "right", time: int = 17) -> dict[str, Any]:
     """Every row of another length; with padding on both sides, one half of the rows has each."""
     if side == "both":
         halves = [random_batch(half, time) for half in ("right", "left")]
@@ -265,7 +265,8 @@ def test_an_adapted_model_generates_what_its_merged_folder_does_there(tmp_path: 
     params = jax.tree.map(lambda x, own: x + rng.normal(0, 0.3, x.shape).astype(np.float32) if own else x, params, mask)
     folder = models.save_pretrained(tmp_path / "out", model, lj.merge_params(params), source=base)
     apply, other = lj.adapt(model.apply, on_materialize="error"), reference(folder)
-    for options in ({}, {"num_beams": 3}):
+    searches: tuple[dict[str, Any], ...] = ({}, {"num_beams": 3})
+    for options in searches:
         found = models.generate(apply, params, **batch, max_new_tokens=10, eos_token_id=2, **options)
         expected = generated(other, batch, max_new_tokens=10, eos_token_id=2, pad_token_id=2, **options)
         assert_equal_tokens(found, expected, 2)
