@@ -108,7 +108,7 @@ def test_buffers_of_old_versions_are_left_aside(family: str, bases: dict[str, Pa
 
 
 @both_forms
-def test_parts_are_read_as_one_and_never_two_leaves_at_once(
+def test_parts_are_read_as_one_each_tensor_once(
     folder: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, scan: bool
 ):
     split_into_parts(folder)

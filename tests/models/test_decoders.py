@@ -480,6 +480,7 @@ def test_rms_norm():
     from flax import nnx
 
     norm = RMSNorm(3, epsilon=0.5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert norm.scale is not None
     norm.scale[...] = jnp.array([1.0, 2.0, 3.0])
     x = jnp.array([[1.0, -2.0, 4.0]])
     expected = x / jnp.sqrt((x**2).mean() + jnp.float32(0.5)) * jnp.array([1.0, 2.0, 3.0])
@@ -604,7 +605,7 @@ def test_options_of_encoders_are_refused(family: str, options: dict[str, Any], m
 
 
 def test_options_of_decoders_are_refused_for_encoders():
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     bert = models.BertConfig(vocab_size=9, max_position_embeddings=4, type_vocab_size=2, **sizes)
     with pytest.raises(ValueError, match=r'`task` of a bert must be "classification", "regression" or None, not \'cau'):
         skeleton(bert, task="causal-lm")
