@@ -42,7 +42,7 @@ class Model:
             the left needs `position_ids`. With a `cache` (a number of slots at first, see `Cache`) the tokens follow
             those that it holds, `attention_mask` is that of the new tokens, and the cache is returned beside.
         params: a nested dict of arrays with string keys. With `scan_layers` each leaf below `layers` holds all layers.
-        config: sizes and settings.
+        config: sizes and settings; a `BertConfig`, `LlamaConfig`, … by the kind of model.
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
             `bert.encoder.layer.0.attention.self.query`. With `scan_layers` they are the names of
             `unstack_layers(params)`.
@@ -52,7 +52,7 @@ class Model:
 
     apply: Callable[..., Any]
     params: dict[str, Any]
-    config: ModelConfig
+    config: Any  # a `ModelConfig`: which, and so which sizes it has, is known when a folder is read
     names: Mapping[str, str]
     task: Task
     pooling: Pooling

@@ -13,6 +13,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
+from lora_jax.models import causal, gpt2
 from lora_jax.models.families import config_from_dict
 from lora_jax.models.layers import RMSNorm
 from lora_jax.models.model import skeleton
@@ -485,6 +486,28 @@ def test_rms_norm():
     x = jnp.array([[1.0, -2.0, 4.0]])
     expected = x / jnp.sqrt((x**2).mean() + jnp.float32(0.5)) * jnp.array([1.0, 2.0, 3.0])
     np.testing.assert_allclose(norm(x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "rates"), [("gpt2", [0.1] + 3 * [0.3, 0.2, 0.2]), ("llama", 3 * [0.4])], ids=["gpt2", "llama"]
+)
+def test_dropout_draws_anew_at_every_layer_and_use(family: str, rates: list[float], monkeypatch: pytest.MonkeyPatch):
+    """GPT-2's on the embeddings, then of each layer on the probabilities, the output of attention and of the MLP."""
+    seen: list[tuple[Any, float]] = []
+
+    def record(x: jax.Array, rate: float, key: Any) -> jax.Array:
+        seen.append((tuple(np.asarray(jax.random.key_data(key))), rate))
+        return x
+
+    for module in (gpt2, causal):
+        monkeypatch.setattr(module, "dropout", record)
+    given = (
+        {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.3} if family == "gpt2" else {"attention_dropout": 0.4}
+    )
+    apply, shapes = skeleton(config_from_dict(settings(family, **given)), task="causal-lm")
+    apply(random_params(shapes), IDS, dropout_key=jax.random.key(0))
+    assert [rate for _, rate in seen] == rates
+    assert len({key for key, _ in seen}) == len(seen)
 
 
 @every_family

@@ -104,7 +104,7 @@ def test_what_checkpoints_hold_beside_the_model_is_left_aside(family: str, write
     """The prefix, a buffer of old versions, the head of pretraining; and RoBERTa's pooler, there or not."""
     plain = models.load(write(family), task="regression")
     folder = write(family, "other", prefix=PREFIXES[family], **({} if family == "distilbert" else {"pooler": False}))
-    extra = {name: np.zeros(3, np.float32) for name in BESIDE[family]}
+    extra: dict[str, Any] = {name: np.zeros(3, np.float32) for name in BESIDE[family]}
     extra[f"{PREFIXES[family]}embeddings.position_ids"] = np.arange(16)[None]
     edit_tensors(folder, lambda tensors: tensors.update(extra))
     assert_equal_leaves(models.load(folder, task="regression"), plain)
