@@ -29,7 +29,7 @@ from ..weights import (
 )
 from .base import Method, is_number, is_weight, require, require_selector, rooted
 
-_ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "output"))
+_ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "query_key_value", "output"))
 _MLP = tuple(f"mlp/{name}" for name in ("up", "gate", "down"))
 _PRESETS = {"attention": _ATTENTION, "mlp": _MLP, "all-linear": _ATTENTION + _MLP}
 # Modules that map to the output's vocabulary or classes; `"all-linear"` leaves them alone, as PEFT does.
@@ -265,9 +265,10 @@ class LoRA(Method):
     Args:
         rank: `r`, at least 1 and at most `min(in, out)`.
         alpha: `α`; with `alpha == rank` the scale is 1.
-        targets: which weights, see `paths.select`; or a preset. `"attention"` (query, key, value, output), `"mlp"`
-            (up, gate, down) and `"all-linear"` (both) know the bundled models' names. On a model of your own,
-            `"all-linear"` reads `uses`: every weight of a matmul or convolution, without embeddings and output heads.
+        targets: which weights, see `paths.select`; or a preset. `"attention"` (query, key, value, or in GPT-2 the
+            one weight of all three, and output), `"mlp"` (up, gate, down) and `"all-linear"` (both) know the bundled
+            models' names. On a model of your own, `"all-linear"` reads `uses`: every weight of a matmul or convolution,
+            without embeddings and output heads.
         also_train: the head, see `Method`.
         dropout: probability of dropping each element of the low-rank path's input, in `[0, 1)`; acts after
             `with_dropout`. Lookups are not dropped.

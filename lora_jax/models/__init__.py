@@ -5,18 +5,29 @@ logits = model.apply(model.params, input_ids, attention_mask)
 """
 
 from .bert import BertConfig as BertConfig
+from .cache import Cache as Cache
 from .config import ModelConfig as ModelConfig
 from .distilbert import DistilBertConfig as DistilBertConfig
 from .families import read_model_config as read_model_config
 from .family import Task as Task
+from .generate import Generated as Generated
+from .generate import generate as generate
+from .gpt2 import Gpt2Config as Gpt2Config
 from .heads import Pooling as Pooling
 from .hub import DEFAULT_BASE as DEFAULT_BASE
 from .hub import find_base as find_base
+from .llama import LlamaConfig as LlamaConfig
+from .llama import MistralConfig as MistralConfig
+from .llama import Qwen2Config as Qwen2Config
+from .llama import Qwen3Config as Qwen3Config
 from .loading import load as load
 from .model import Model as Model
 from .model import Skeleton as Skeleton
 from .model import skeleton as skeleton
 from .roberta import RobertaConfig as RobertaConfig
 from .roberta import XlmRobertaConfig as XlmRobertaConfig
+from .rope import Rope as Rope
 from .saving import save_pretrained as save_pretrained
+from .stacking import stack_layers as stack_layers
+from .stacking import unstack_layers as unstack_layers
 from .tokenizer import load_tokenizer as load_tokenizer

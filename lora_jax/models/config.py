@@ -24,9 +24,7 @@ class ModelConfig(abc.ABC):
 
     def __post_init__(self) -> None:
         for name in _sizes(type(self)):
-            size = getattr(self, name)
-            if type(size) is not int or not 0 < size < 2**31:
-                raise ValueError(f"`{name}` must be a positive integer, not {size!r:.50}.")
+            self._check_size(name)
         self._check_positive("initializer_range")
 
     @property
@@ -58,6 +56,11 @@ class ModelConfig(abc.ABC):
         """Refuses what would change the computation and isn't implemented; a family overrides it."""
         del config
 
+    def _check_size(self, name: str) -> None:
+        size = getattr(self, name)
+        if type(size) is not int or not 0 < size < 2**31:
+            raise ValueError(f"`{name}` must be a positive integer, not {size!r:.50}.")
+
     def _check_heads(self, width: str, heads: str) -> None:
         if getattr(self, width) % getattr(self, heads):
             raise ValueError(
@@ -73,6 +76,10 @@ class ModelConfig(abc.ABC):
         rate = getattr(self, name)
         if not (_is_number(rate) and 0 <= rate < 1):
             raise ValueError(f"`{name}` must be a number from 0 to below 1, not {rate!r:.50}.")
+
+    def _check_flag(self, name: str) -> None:
+        if not isinstance(value := getattr(self, name), bool):
+            raise ValueError(f"`{name}` must be true or false, not {value!r:.50}.")
 
     def _check_positive(self, name: str) -> None:
         number = getattr(self, name)
@@ -100,7 +107,7 @@ def unknown_model_type(model_type: object, known: Iterable[str]) -> ValueError:
 
 
 def _sizes(cls: type[ModelConfig]) -> list[str]:
-    return [field.name for field in fields(cls) if field.default is MISSING]
+    return [field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
 
 
 def _is_number(value: object) -> bool:

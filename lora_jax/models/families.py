@@ -12,9 +12,13 @@ from .checkpoint import read_config
 from .config import ModelConfig, model_type_of, unknown_model_type
 from .distilbert import DISTILBERT
 from .family import Family
+from .gpt2 import GPT2
+from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from .roberta import ROBERTA, XLM_ROBERTA
 
-FAMILIES: dict[str, Family] = {family.config.model_type: family for family in (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT)}
+ENCODERS = (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT)
+DECODERS = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES: dict[str, Family] = {family.config.model_type: family for family in ENCODERS + DECODERS}
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from .config import ModelConfig
 from .names import NameTable
 
-Task = Literal["classification", "regression"] | None
+Task = Literal["classification", "regression", "causal-lm"] | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,13 +19,15 @@ class Family:
     Attributes:
         config: the class of its configurations.
         module: `module(config, pooling=, outputs=, dtype=, remat=, rngs=)` makes the NNX module, which is called with
-            `(input_ids, mask, token_types, dropout_key)`.
+            `(input_ids, mask, token_types, dropout_key)`. That of a decoder is made with `head=` and `scan=` in place
+            of `pooling=` and `outputs=`, and called as `Decoder` says.
         names: its parameters' names in Hugging Face checkpoints.
         architectures: the classes of transformers, by task.
         sizes: `{tensor: entries of the configuration}`: the sizes that the shapes in a checkpoint repeat.
         layers: the entry of the configuration that counts the layers.
-        heads: top-level modules that a base may lack, to be drawn anew, or have without use.
+        heads: top-level modules that a base may have without use, or lack, to be drawn anew.
         logits: the module whose kernel's columns are the outputs.
+        draws_heads: whether a head that the base lacks is drawn anew; otherwise its tensors are missing.
     """
 
     config: type[ModelConfig]
@@ -36,6 +38,11 @@ class Family:
     layers: str
     heads: tuple[str, ...]
     logits: str
+    draws_heads: bool = True
+
+    @property
+    def is_decoder(self) -> bool:
+        return "causal-lm" in self.architectures
 
 
 def encoder_architectures(name: str) -> dict[Task, str]:
@@ -47,3 +54,13 @@ def encoder_architectures(name: str) -> dict[Task, str]:
     """
     head = f"{name}ForSequenceClassification"
     return {None: f"{name}Model", "classification": head, "regression": head}
+
+
+def decoder_architectures(name: str, *, head: str | None = None) -> dict[Task, str]:
+    """The classes of a decoder.
+
+    Example:
+        >>> decoder_architectures("Llama")
+        {None: 'LlamaModel', 'causal-lm': 'LlamaForCausalLM'}
+    """
+    return {None: f"{name}Model", "causal-lm": head or f"{name}ForCausalLM"}

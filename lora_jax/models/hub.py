@@ -64,6 +64,8 @@ _FILES = [
     "model-*.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "vocab.txt",
     "vocab.json",

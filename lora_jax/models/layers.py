@@ -37,10 +37,18 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def linear(inputs: int, outputs: int, *, deviation: float, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    """`x W + b`, `W` starting normal with `deviation`."""
+def linear(
+    inputs: int,
+    outputs: int,
+    *,
+    deviation: float,
+    dtype: jax.typing.DTypeLike,
+    bias: bool = True,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """`x W + b`, or `x W` without a `bias`; `W` starts normal with `deviation`."""
     init = nnx.initializers.normal(deviation)
-    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 class Table(nnx.Embed):
@@ -71,6 +79,17 @@ class Norm(nnx.LayerNorm):
             use_fast_variance=False,  # E[x²] - E[x]² cancels where a feature is far from zero, as in BERT's outliers
             rngs=rngs,
         )
+        self.out_dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x).astype(self.out_dtype)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """`x / √mean(x²) · scale`, computed in float32 at least, returned in `dtype`."""
+
+    def __init__(self, features: int, *, epsilon: float, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
+        super().__init__(features, epsilon=epsilon, dtype=wide(dtype), param_dtype=dtype, rngs=rngs)
         self.out_dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -21,7 +21,8 @@ from .families import family_of, read_model_config
 from .family import Family, Task
 from .heads import Pooling
 from .hub import find_base
-from .model import Model, difference, skeleton
+from .model import Model, check_options, difference, skeleton
+from .stacking import is_stacked, layer_path
 
 
 def load(
@@ -33,13 +34,15 @@ def load(
     seed: int = 0,
     pooling: Pooling = "first",
     remat: Remat | None = None,
+    scan_layers: bool = False,
 ) -> Model:
-    """Loads a BERT, RoBERTa, XLM-RoBERTa or DistilBERT with its pretrained weights.
+    """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, DistilBERT) or a decoder (GPT-2, Llama, Mistral, Qwen2, Qwen3).
 
     Args:
         source: a Hugging Face folder, a hub name (`"owner/name"`, `"owner/name@revision"`) or an alias; see
             `find_base`.
-        task: `"classification"` or `"regression"` for a head, `None` for the last hidden states.
+        task: `"classification"` or `"regression"` for a head on an encoder, `"causal-lm"` for a decoder's logits,
+            `None` for the last hidden states.
         num_labels: logits of a classification; those of the checkpoint's own head if `None`.
         dtype: of the parameters and of the computation; float32 if `None`, whatever the checkpoint holds. With
             bfloat16 half the memory is taken, norms and softmax stay in float32, and parameters are cast to bfloat16
@@ -53,15 +56,24 @@ def load(
             name in `jax.checkpoint_policies`. `"nothing_saveable"` keeps its input alone and computes the layer twice,
             `"dots_saveable"` keeps what matmuls gave, `"dots_with_no_batch_dims_saveable"` that of weights' matmuls.
             `None` keeps all.
+        scan_layers: stacks a decoder's layers into one tree, `layers/…` with a leading axis, and runs them in a
+            `lax.scan`: compiling takes as long for eighty layers as for one. `stack_layers` and `unstack_layers` turn
+            one form into the other. `lj.LoRA` then needs `uses=lj.trace_weights(model.apply, params, input_ids)`.
 
     Returns:
         A `Model`. Its `params` hold no leaf without use: BERT's pooler is there for a head with `pooling="first"`
-        only. The head is below `classifier`, be it of one layer or (RoBERTa, DistilBERT) of two.
+        only. The head is below `classifier`, be it of one layer or (RoBERTa, DistilBERT) of two. A decoder's is
+        `lm_head`, or, where it is tied to the embeddings, no leaf of its own.
 
     Raises:
         FileError: no such model, or files that are malformed or contradict each other: a pickle, missing, unexpected
-            or misshapen tensors (each named), sizes that the checkpoint doesn't have. No memory is taken before.
-        ValueError: an argument outside its choices, or a classification without `num_labels`.
+            or misshapen tensors (each named), sizes that the checkpoint doesn't have, a head that is said to be tied to
+            the embeddings and isn't. No memory is taken before.
+        ValueError: an argument outside its choices or that the kind of model doesn't have, or a classification without
+            `num_labels`.
+
+    Tensors are read one at a time, those of a stacked leaf one after the other: beside the parameters, memory is taken
+    for one leaf.
 
     A BERT without a pooler gets a new one, with a warning: it starts random, so it must be trained
     (`also_train=("pooler", "classifier")`), or replaced by `pooling="mean"`.
@@ -71,23 +83,33 @@ def load(
     folder = find_base(source)
     config = read_model_config(folder)
     family = family_of(config)
+    check_options(family, task=task, pooling=pooling, scan_layers=scan_layers)
     tensors = locate_tensors(folder)
     names = family.names.modern(tensors)
     _check_sizes(config, {name: tensors[held].info.shape for name, held in names.items()}, folder)
     outputs = _count_outputs(family, task, num_labels, tensors, names, folder)
-    apply, shapes = skeleton(config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype, remat=remat)
+    apply, shapes = skeleton(
+        config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype, remat=remat, scan_layers=scan_layers
+    )
     expected = leaves_by_path(shapes)
-    held = _match(family, expected, tensors, names, folder)
+    parts = {path: _parts(path, leaf) for path, leaf in expected.items()}
+    single = {name: leaf for part in parts.values() for name, leaf in part.items()}
+    held = _match(family, single, tensors, names, folder)
+    if task == "causal-lm" and "lm_head/kernel" not in expected:
+        _check_tied(family, tensors, names, folder)
 
     values: dict[str, jax.Array] = {}
-    paths = {held_name: path for path, held_name in held.items()}
-    for name, array in read_tensors(tensors, held.values()):
-        path = paths[name]
+    whole = {held[path]: path for path in expected.keys() & held.keys()}
+    for name, array in read_tensors(tensors, [name for name in held.values() if name in whole]):
+        path = whole[name]
         array = array.T if family.names.is_transposed(path) else array
         # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
         values[path] = jnp.array(array.astype(dtype, copy=False), copy=True)
-    for path in expected.keys() - held.keys():
-        values[path] = _draw(path, expected[path], config, seed)
+    for path in expected.keys() - values.keys():
+        if is_stacked(path):
+            values[path] = _read_stack(family, path, expected[path], [held[part] for part in parts[path]], tensors)
+        else:
+            values[path] = _draw(path, expected[path], config, seed)
     if "pooler/kernel" in expected and "pooler/kernel" not in held:
         warnings.warn(
             f"{folder} has no pooler, so a new one was drawn from `seed`: train it with the head "
@@ -99,15 +121,15 @@ def load(
         apply=apply,
         params=params,
         config=config,
-        names=family.names.module_names(expected, prefix=family.names.prefix if task else ""),
+        names=family.names.module_names(single, prefix=family.names.prefix if task else ""),
         task=task,
         pooling=pooling,
     )
 
 
 def _check_arguments(task: object, num_labels: object, pooling: object, remat: object) -> None:
-    if task not in (None, "classification", "regression"):
-        raise ValueError(f'`task` must be "classification", "regression" or None, not {task!r}.')
+    if task is not None and task not in ("classification", "regression", "causal-lm"):
+        raise ValueError(f'`task` must be "classification", "regression", "causal-lm" or None, not {task!r}.')
     if pooling not in get_args(Pooling):
         raise ValueError(f'`pooling` must be "first" or "mean", not {pooling!r}.')
     if remat is not None and remat not in get_args(Remat):
@@ -120,6 +142,8 @@ def _check_arguments(task: object, num_labels: object, pooling: object, remat: o
         raise ValueError(f"`num_labels` must be 1 (or left out) for a regression, not {num_labels!r}.")
     if task is None:
         raise ValueError('`num_labels` needs a `task`: pass `task="classification"`.')
+    if task == "causal-lm":
+        raise ValueError(f'`num_labels` is {num_labels!r}, and a "causal-lm" has its vocabulary: leave it out.')
 
 
 def _float_dtype(dtype: jax.typing.DTypeLike | None) -> np.dtype:
@@ -156,7 +180,7 @@ def _count_outputs(
     names: Mapping[str, str],
     folder: Path,
 ) -> int:
-    if task is None:
+    if task is None or task == "causal-lm":
         return 1
     held = names.get(family.names.tensor(f"{family.logits}/kernel"))
     outputs = tensors[held].info.shape[0] if held is not None and tensors[held].info.shape else None
@@ -183,6 +207,7 @@ def _match(
     heads = {head: family.names.tops(head) for head in family.heads}
     in_heads = {name for name in names if any(name.split(".")[0] in tops for tops in heads.values())}
     absent = {head for head, tops in heads.items() if not any(name.split(".")[0] in tops for name in in_heads)}
+    absent = absent if family.draws_heads else set()
     wanted = {name for name, path in paths.items() if path.split("/")[0] not in absent}
     found = {name for name in names if name in paths or name not in in_heads}
     if found != wanted:
@@ -195,6 +220,38 @@ def _match(
         if not jnp.issubdtype(info.dtype, jnp.floating):
             raise FileError(f"{folder}: the tensor '{names[name]}' has dtype {info.dtype}, and a float is expected.")
     return {paths[name]: names[name] for name in wanted}
+
+
+def _parts(path: str, leaf: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves that have tensors of their own: this one, or the layers of a stacked one."""
+    if not is_stacked(path):
+        return {path: leaf}
+    layers, *shape = leaf.shape
+    return {layer_path(path, layer): jax.ShapeDtypeStruct(tuple(shape), leaf.dtype) for layer in range(layers)}
+
+
+def _read_stack(
+    family: Family, path: str, leaf: jax.ShapeDtypeStruct, wanted: list[str], tensors: dict[str, Located]
+) -> jax.Array:
+    stack = np.empty(leaf.shape, leaf.dtype)
+    layers = {name: layer for layer, name in enumerate(wanted)}
+    for name, array in read_tensors(tensors, wanted):
+        stack[layers[name]] = array.T if family.names.is_transposed(path) else array
+    return jnp.array(stack, copy=True)
+
+
+def _check_tied(family: Family, tensors: dict[str, Located], names: Mapping[str, str], folder: Path) -> None:
+    """A checkpoint may hold the head that it ties to the embeddings; then it must be the same."""
+    head = names.get(family.names.tensor(f"{family.logits}/kernel"))
+    word = names[family.names.tensor("embeddings/word/embedding")]
+    if head is None or head == word:
+        return
+    arrays = dict(read_tensors(tensors, [word, head]))
+    if not np.array_equal(arrays[word], arrays[head]):
+        raise FileError(
+            f"{folder}: config.json ties the head to the embeddings, and '{head}' differs from '{word}'. To use it, "
+            "set `tie_word_embeddings` to false."
+        )
 
 
 def _draw(path: str, leaf: jax.ShapeDtypeStruct, config: ModelConfig, seed: int) -> jax.Array:

@@ -13,11 +13,13 @@ import numpy as np
 from flax import nnx
 
 from ..paths import leaf_paths, leaves_by_path
-from ..weights import is_adapted
+from ..weights import is_adapted, is_traced
+from .cache import Cache, empty_cache
 from .config import ModelConfig
+from .decoder import DecoderConfig
 from .encoder import Remat
 from .families import family_of
-from .family import Task
+from .family import Family, Task
 from .heads import Pooling
 from .layers import wide
 
@@ -32,15 +34,23 @@ class Model:
             first token that isn't `config.pad_token_id`: padding on the left has to be that.) Returns hidden states
             `(batch, time, d)` in the dtype of the computation, logits `(batch, num_labels)` or values `(batch,)` in
             float32 or wider. There is dropout if and only if there is a `dropout_key`.
-        params: a nested dict of arrays with string keys.
-        config: sizes and settings; a `BertConfig`, `RobertaConfig`, … by the kind of model.
+
+            Of a decoder: `apply(params, input_ids, attention_mask=None, *, position_ids=None, cache=None,
+            last_only=False, dropout_key=None)`. Returns hidden states, or logits `(batch, time, vocabulary)` in float32
+            or wider; with `last_only` those of the last token, `(batch, 1, …)`. Without `position_ids` the places are
+            counted, padding too, as transformers' models do: rotary positions don't mind, but for a GPT-2 padding on
+            the left needs `position_ids`. With a `cache` (a number of slots at first, see `Cache`) the tokens follow
+            those that it holds, `attention_mask` is that of the new tokens, and the cache is returned beside.
+        params: a nested dict of arrays with string keys. With `scan_layers` each leaf below `layers` holds all layers.
+        config: sizes and settings; a `BertConfig`, `LlamaConfig`, … by the kind of model.
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
-            `bert.encoder.layer.0.attention.self.query`.
-        task: `"classification"`, `"regression"`, or `None` for hidden states.
+            `bert.encoder.layer.0.attention.self.query`. With `scan_layers` they are the names of
+            `unstack_layers(params)`.
+        task: `"classification"`, `"regression"`, `"causal-lm"`, or `None` for hidden states.
         pooling: what the head sees, `"first"` or `"mean"`.
     """
 
-    apply: Callable[..., jax.Array]
+    apply: Callable[..., Any]
     params: dict[str, Any]
     config: Any  # a `ModelConfig`: which, and so which sizes it has, is known when a folder is read
     names: Mapping[str, str]
@@ -51,7 +61,7 @@ class Model:
 class Skeleton(NamedTuple):
     """A model without its parameters."""
 
-    apply: Callable[..., jax.Array]
+    apply: Callable[..., Any]
     params: dict[str, Any]  # of `jax.ShapeDtypeStruct`
 
 
@@ -64,10 +74,14 @@ def skeleton(
     pooling: Pooling = "first",
     dtype: jnp.dtype = np.dtype("float32"),  # noqa: B008, immutable
     remat: Remat | None = None,
+    scan_layers: bool = False,
 ) -> Skeleton:
     """A model's apply function and the shapes of its parameters; takes no memory for them.
 
     Equal arguments give the same function, so that two loads of one model share what `jax.jit` has compiled.
+
+    Raises:
+        ValueError: a task that this kind of model has no head for; `pooling` or `scan_layers` where they mean nothing.
 
     Example:
         >>> import math
@@ -77,13 +91,44 @@ def skeleton(
         >>> sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
         109483778
     """
+    family = family_of(config)
+    check_options(family, task=task, pooling=pooling, scan_layers=scan_layers)
+    if isinstance(config, DecoderConfig):
+        build = functools.partial(
+            family.module, config, head=task == "causal-lm", dtype=dtype, remat=remat, scan=scan_layers
+        )
+        return _decoder(config, task, dtype, build)
     outputs = {None: None, "classification": num_labels, "regression": 1}[task]
-    build = functools.partial(
-        family_of(config).module, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat
-    )
+    build = functools.partial(family.module, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat)
+    return _encoder(config, task, build)
+
+
+def check_options(family: Family, *, task: object, pooling: Pooling, scan_layers: bool) -> None:
+    """Refuses options that a family doesn't have.
+
+    Raises:
+        ValueError: see `skeleton`.
+    """
+    kind = family.config.model_type
+    if task not in family.architectures:
+        tasks = [f'"{name}"' for name in family.architectures if name is not None]
+        other = "an encoder" if family.is_decoder else "a decoder (GPT-2, Llama, …)"
+        raise ValueError(f"`task` of a {kind} must be {', '.join(tasks)} or None, not {task!r}: that is for {other}.")
+    if family.is_decoder and pooling != "first":
+        raise ValueError(f"`pooling` is for the heads of encoders, and a {kind} has none of them: leave it out.")
+    if scan_layers and not family.is_decoder:
+        raise ValueError(f"`scan_layers` is for decoders, and a {kind} is an encoder: leave it out.")
+
+
+def _split(build: Callable[..., Any]) -> tuple[Any, dict[str, Any], frozenset[str]]:
+    """The module's structure, the shapes of its parameters, and their paths."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     shapes = _with_string_keys(nnx.to_pure_dict(state))
-    paths = frozenset(leaf_paths(shapes))
+    return graph, shapes, frozenset(leaf_paths(shapes))
+
+
+def _encoder(config: ModelConfig, task: Task, build: Callable[..., Any]) -> Skeleton:
+    graph, shapes, paths = _split(build)
 
     def apply(
         params: Mapping[str, Any],
@@ -105,6 +150,30 @@ def skeleton(
     return Skeleton(apply, shapes)
 
 
+def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callable[..., Any]) -> Skeleton:
+    graph, shapes, paths = _split(build)
+
+    def apply(
+        params: Mapping[str, Any],
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        position_ids: jax.Array | None = None,
+        cache: Cache | int | None = None,
+        last_only: bool = False,
+        dropout_key: jax.Array | None = None,
+    ) -> Any:
+        _check_params(params, paths)
+        input_ids, mask, positions = _check_tokens(input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        cache = _check_cache(config, input_ids, cache, dtype)
+        model = nnx.merge(graph, _with_layer_numbers(params))
+        result, cache = model(input_ids, mask, positions, cache, dropout_key, last_only=last_only)
+        result = result if task is None else result.astype(wide(result.dtype))
+        return result if cache is None else (result, cache)
+
+    return Skeleton(apply, shapes)
+
+
 def _check_params(params: Mapping[str, Any], expected: frozenset[str]) -> None:
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
@@ -120,24 +189,71 @@ def _check_params(params: Mapping[str, Any], expected: frozenset[str]) -> None:
 def _check_inputs(
     config: ModelConfig, input_ids: Any, attention_mask: Any, token_type_ids: Any
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    input_ids, mask, token_types = _check_tokens(
+        input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+    )
+    _check_length(config, input_ids.shape[1])
+    return input_ids, mask, token_types
+
+
+def _check_tokens(
+    input_ids: Any, *, attention_mask: Any, **others: Any
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The tokens, the mask as booleans, and one more array of their shape."""
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(
             f"`input_ids` must be (batch, time) integers, not {input_ids.dtype} of shape {input_ids.shape}."
         )
-    if input_ids.shape[1] > config.max_length:
-        raise ValueError(
-            f"`input_ids` has {input_ids.shape[1]} tokens in a row, and the model has positions for "
-            f"{config.max_length}: cut the texts."
-        )
-    for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+    for name, value in (("attention_mask", attention_mask), *others.items()):
         if value is not None and jnp.shape(value) != input_ids.shape:
             raise ValueError(f"`{name}` has shape {jnp.shape(value)}, and `input_ids` has {input_ids.shape}.")
+    (other,) = others.values()
     return (
         input_ids,
         None if attention_mask is None else jnp.asarray(attention_mask).astype(bool),
-        None if token_type_ids is None else jnp.asarray(token_type_ids),
+        None if other is None else jnp.asarray(other),
     )
+
+
+def _check_length(config: ModelConfig, time: int) -> None:
+    if time > config.max_length:
+        raise ValueError(
+            f"`input_ids` has {time} tokens in a row, and the model has positions for {config.max_length}: cut the "
+            "texts."
+        )
+
+
+def _check_cache(
+    config: DecoderConfig, input_ids: jax.Array, cache: Cache | int | None, dtype: jnp.dtype
+) -> Cache | None:
+    """The cache to fill: an empty one for a number of slots."""
+    batch, time = input_ids.shape
+    if cache is None:
+        if config.bounded_positions:
+            _check_length(config, time)
+        return None
+    if isinstance(cache, int):
+        if isinstance(cache, bool) or cache < time:
+            raise ValueError(f"`cache` must have a slot for each of the {time} tokens at least, not {cache!r}.")
+        if config.bounded_positions and cache > config.max_length:
+            raise ValueError(
+                f"`cache` of {cache} slots, for the prompt and what is to come, is more than the model's "
+                f"{config.max_length} positions."
+            )
+        return empty_cache(config.cache_sizes, batch=batch, slots=cache, dtype=dtype)
+    if not isinstance(cache, Cache):
+        raise ValueError(f"`cache` must be a number of slots or what apply gave before, not {type(cache).__name__}.")
+    layers, heads, width = config.cache_sizes
+    wanted = (layers, batch, heads, cache.slots, width)
+    if cache.keys.shape != wanted or cache.values.shape != wanted or cache.mask.shape[0] != batch:
+        raise ValueError(f"`cache` has keys of shape {cache.keys.shape}, and {wanted} is expected: another model's.")
+    if not is_traced(cache.used) and int(cache.used) + time > cache.slots:
+        raise ValueError(
+            f"`cache` has {cache.slots} slots, {int(cache.used)} of them taken, and {time} more tokens come: begin "
+            "with more slots."
+        )
+    return cache
 
 
 def difference(found: Any, expected: Any, limit: int = 5) -> str:

@@ -17,10 +17,13 @@ from .checkpoint import WEIGHTS, locate_tensors, read_config, read_tensors
 from .families import family_of
 from .hub import find_base
 from .model import Model, difference
+from .stacking import is_stacked, layer_path
 
-_TOKENIZER_FILES = (
+_COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
@@ -41,8 +44,9 @@ def save_pretrained(
 
     With `pooling="first"` the folder is a `BertForSequenceClassification` (or another family's) and
     `AutoModelForSequenceClassification` gives equal logits. Without a task it is a `BertModel` with equal hidden
-    states. transformers has no class with `pooling="mean"`: then the folder is a `BertModel` with the head's tensors
-    beside it, which `lora_jax.models.load` reads back.
+    states. A decoder with logits is a `LlamaForCausalLM` (or another family's), whether its layers are stacked or not;
+    a tied head has no tensor of its own. transformers has no class with `pooling="mean"`: then the folder is a
+    `BertModel` with the head's tensors beside it, which `lora_jax.models.load` reads back.
 
     Args:
         folder: where to; made if it doesn't exist. Not the base's own.
@@ -75,7 +79,7 @@ def save_pretrained(
     config = _config(model, source_config, leaves, labels)
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
+    for name in _COMPANIONS:
         if (base / name).is_file():
             write_text(folder / name, (base / name).read_bytes().decode())
     (folder / "config.json").unlink(missing_ok=True)
@@ -99,10 +103,16 @@ def _check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensors(model: Model, leaves: Mapping[str, Any]) -> dict[str, Any]:
     names, prefix = family_of(model.config).names, _prefix(model)
-    return {
-        names.tensor(path, prefix=prefix): np.asarray(leaf).T if names.is_transposed(path) else leaf
-        for path, leaf in leaves.items()
-    }
+    tensors: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        parts = (
+            {layer_path(path, layer): part for layer, part in enumerate(np.asarray(leaf))}
+            if is_stacked(path)
+            else {path: leaf}
+        )
+        for name, part in parts.items():
+            tensors[names.tensor(name, prefix=prefix)] = np.asarray(part).T if names.is_transposed(path) else part
+    return tensors
 
 
 def _unused_pooler(model: Model, base: Path) -> dict[str, np.ndarray]:
@@ -132,7 +142,7 @@ def _config(
     config["dtype"] = jnp.result_type(*leaves.values()).name
     family = family_of(model.config)
     config["architectures"] = [family.architectures[model.task if _is_task_class(model) else None]]
-    if model.task is None:
+    if model.task is None or model.task == "causal-lm":
         return config
     outputs = leaves[f"{family.logits}/kernel"].shape[1]
     if labels is None:

@@ -205,7 +205,8 @@ def test_a_head_of_another_size_is_refused(folder: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "causal-lm"}, r'`task` must be "classification", "regression" or None, not \'causal-lm\''),
+        ({"task": "causal-lm"}, r'`task` of a bert must be "classification", "regression" or None, not \'causal-lm\''),
+        ({"task": "tagging"}, r'`task` must be "classification", "regression", "causal-lm" or None, not \'tagging\''),
         ({"pooling": "max"}, r'`pooling` must be "first" or "mean", not \'max\''),
         ({"task": "classification"}, r"`num_labels` is needed: .* has no head of its own"),
         ({"task": "classification", "num_labels": 1}, r"`num_labels` must be 2 or more, not 1; .* a regression"),
@@ -271,7 +272,7 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, change: Callable[..., A
         ({"vocab_size": 10**30}, r"config.json: `vocab_size` must be a positive integer"),
         ({"num_attention_heads": 5}, r"config.json: `hidden_size` \(32\) must be a multiple of `num_attention_heads`"),
         ({"hidden_act": "mish"}, r"config.json: `hidden_act` 'mish' is unknown"),
-        ({"model_type": "gpt2"}, r"config.json: `model_type` is 'gpt2', and only 'bert'"),
+        ({"model_type": "t5"}, r"config.json: `model_type` is 't5', and only 'bert'"),
         (
             {"position_embedding_type": "relative_key_query"},
             r"config.json: `position_embedding_type` is 'relative_key_q",
