@@ -368,6 +368,7 @@ def test_names_for_the_profiler_survive(params: Any, x: jax.Array) -> None:
     assert ("sin", "outer/attention") in scopes
     assert ("jit", "outer/attention/query") in scopes  # the adapted matmul, a function of its own
     compiled = jax.jit(jax.named_scope("outer")(lj.adapt(fn))).lower(params, x).compile().as_text()
+    assert compiled
     assert "step/tanh" in compiled
     assert "outer/attention/query/jit(dot_general)/dot_general" in compiled
 
