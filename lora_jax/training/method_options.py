@@ -16,7 +16,9 @@ METHODS: dict[str, type] = {"frozen": lj.Frozen, "bitfit": lj.BitFit, "lora": lj
 DEFAULTS: dict[str, dict[str, Any]] = {
     "frozen": {"also_train": ("classifier",)},
     "bitfit": {"targets": "all", "also_train": ("classifier",)},
-    "lora": {"rank": 8, "alpha": 16.0, "targets": "all-linear", "also_train": ("classifier",)},
+    # The rates of `default_learning_rate` are for this start, which is PEFT's own. LoRA's default, `"gaussian"`, starts
+    # `a` several times larger, so that the same rate moves the product further: 1e-3 on all linear layers diverged.
+    "lora": {"rank": 8, "alpha": 16.0, "targets": "all-linear", "init": "kaiming", "also_train": ("classifier",)},
     "full": {"also_train": ("classifier",)},
 }
 
