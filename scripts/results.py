@@ -32,8 +32,8 @@ Accuracy in percent after the last of 4 epochs, mean ± standard deviation over 
 tokens, AdamW (weight decay 0.01), linear schedule with 6 % warm-up, gradient norm clipped at 1, dropout 0.1; LoRA with
 r = 8, α = 16, factors started as PEFT starts them. *PEFT* is PyTorch with PEFT on the same base, data and
 hyperparameters: the scores of one seed that this project set out to reach, and *difference* is to them. *PEFT again*
-repeats that recipe over seeds where the difference asked for it (`scripts/peft_reference.py`), to tell a difference from
-a seed's luck.
+repeats that recipe over seeds where the difference asked for it (`scripts/peft_reference.py`), to tell a difference
+from a seed's luck.
 
 Step time is the median over a run's steps, compilation aside, and the least of the seeds', on two CPU cores that other
 work shared: it shows the order of magnitude. Ratios between methods are measured in one interleaved run, in
