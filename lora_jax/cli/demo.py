@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
             epochs=args.epochs,
             seed=args.seed,
             batch_size=16,
+            lr=1e-3 if method == "lora" else None,  # twice the default: there are few steps
             output=str(output / method),
         )
         with LiveProgress() as progress:

@@ -42,8 +42,9 @@ def test_yaml_numbers_without_a_point(tmp_path):
     [
         ("frozen", 5e-3),
         ("bitfit", 3e-3),
-        ({"name": "lora", "targets": ["query", "value"]}, 2e-3),
-        ("lora", 1e-3),
+        ({"name": "lora", "targets": ["query", "value"]}, 1e-3),
+        ("lora", 5e-4),
+        ({"name": "lora", "init": "kaiming"}, 1e-3),
         ("full", 1e-4),
     ],
 )
