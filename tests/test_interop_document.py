@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .. import markdown
+from . import markdown
 
 DOCUMENT = markdown.ROOT / "docs" / "interop.md"
 
