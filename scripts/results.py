@@ -143,7 +143,7 @@ def page(folder: Path, reference: dict[tuple[str, str], list[float]], data: str)
                 str(len(scores)),
                 "" if theirs is None else spread(theirs),
                 gap,
-                "" if repeated is None else f"{spread(repeated)} ({len(repeated)} seeds)",
+                "" if repeated is None else f"{spread(repeated)} (seeds: {len(repeated)})",
                 f"{rows[0]['trainable']:,}",
                 f"{rows[0]['percent']:.3g}",
                 f"{min(row['step_ms'] for row in rows):.0f}",
