@@ -62,7 +62,7 @@ def default_learning_rate(method: Any) -> float:
         few = not isinstance(targets, str) and not callable(targets) and len(targets) <= 2
         rate = 2e-3 if few else 1e-3
         # A Gaussian `a` starts some four times as large, so that the same rate moves the product further: 1e-3 on all
-        # linear layers has diverged with it (SST-2), and short runs learn little at a quarter.
+        # linear layers has diverged with it (SST-2).
         return rate if method.init == "kaiming" else rate / 2
     return {"frozen": 5e-3, "bitfit": 3e-3, "full": 1e-4}[name]
 
