@@ -15,7 +15,7 @@ from ..host_memory import keep_freed_memory
 from . import demo, evaluate, inspect, merge, predict, train
 
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
-_EXTRAS = {"datasets", "flax", "grain", "huggingface_hub", "orbax", "rich", "sklearn", "tokenizers", "yaml"}
+_EXTRAS = {"datasets", "flax", "grain", "huggingface_hub", "jinja2", "orbax", "rich", "sklearn", "tokenizers", "yaml"}
 
 _EPILOG = """\
 examples:

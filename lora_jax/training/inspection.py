@@ -72,11 +72,10 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
         num_labels: of a classification.
     """
     base = read_model_config(find_base(config.base))
-    regression = config.task == "regression"
     shapes = skeleton(
         base,
         task=config.task,
-        num_labels=1 if regression else num_labels,
+        num_labels=num_labels if config.task == "classification" else 1,
         pooling=config.pooling,
         dtype=jax.numpy.dtype(config.dtype),
     ).params

@@ -21,8 +21,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_method(options: Mapping[str, Any] | str) -> Any:
+# A decoder's head is its own, and is there already.
+_CAUSAL_LM: dict[str, Any] = {"also_train": ()}
+
+
+def make_method(options: Mapping[str, Any] | str, task: str = "classification") -> Any:
     """The method that `{"name": ..., **fields}` describes; what isn't said is as in `DEFAULTS`.
+
+    A language model (`task` `"causal-lm"`) has no head to be trained beside: its `also_train` is empty.
 
     Example:
         >>> make_method({"name": "lora", "rank": 4}).rank
@@ -37,7 +43,13 @@ def make_method(options: Mapping[str, Any] | str) -> Any:
         near = difflib.get_close_matches(unknown[0], fields, n=1)
         hint = f"; the nearest is `{near[0]}`" if near else ""
         raise ConfigError(f"`{unknown[0]}` is no option of {name}{hint}. It has {', '.join(fields)}.")
-    return METHODS[name](**{**DEFAULTS[name], **{key: _tuples(value) for key, value in options.items()}})
+    defaults = DEFAULTS[name] | (_CAUSAL_LM if task == "causal-lm" else {})
+    if task == "causal-lm" and name == "frozen" and not options.get("also_train"):
+        raise ConfigError(
+            "`method` frozen trains the head alone, and a causal-lm adds none: name modules in `also_train` "
+            "(`norm`, say), or choose another method."
+        )
+    return METHODS[name](**{**defaults, **{key: _tuples(value) for key, value in options.items()}})
 
 
 def method_name(method: Any) -> str:
@@ -54,9 +66,15 @@ def method_options(method: Any) -> dict[str, Any]:
     }
 
 
-def default_learning_rate(method: Any) -> float:
-    """A learning rate for AdamW: that of `docs/results.md`; for LoRA's Gaussian start, half of it."""
+def default_learning_rate(method: Any, task: str = "classification") -> float:
+    """A learning rate for AdamW: that of `docs/results.md`; for LoRA's Gaussian start, half of it.
+
+    For language models LoRA's is that of its paper for GPT-2 (arXiv:2106.09685, Table 11); the others keep the
+    proportions.
+    """
     name = method_name(method)
+    if task == "causal-lm":
+        return {"frozen": 1e-3, "bitfit": 6e-4, "lora": 2e-4, "full": 2e-5}[name]
     if name == "lora":
         targets = method.targets
         few = not isinstance(targets, str) and not callable(targets) and len(targets) <= 2
