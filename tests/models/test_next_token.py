@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def test_generated_rows_have_no_run_twice(beams: int):
     apply, params = tiny("gpt2", seed=3)
     apply = apply.__wrapped__
     mask = np.array([[1] * 9, [0] * 3 + [1] * 6])
-    options = {"max_new_tokens": 24, "num_beams": beams}
+    options: dict[str, Any] = {"max_new_tokens": 24, "num_beams": beams}
     plain = models.generate(apply, params, IDS, mask, **options).tokens
     found = models.generate(apply, params, IDS, mask, **options, no_repeat_ngram_size=2).tokens
     for row, start in ((0, 0), (1, 3)):
