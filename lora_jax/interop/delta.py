@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters import AdapterError
+from ..changes import changed_leaves
 from ..files import (
     TensorInfo,
     read_json,
@@ -79,19 +80,12 @@ def export_delta(
         >>> lj.interop.apply_delta(folder, base, names=names)["dense"]["bias"].tolist()
         [0.0, 1.0, 2.0]
     """
+    try:
+        changed = changed_leaves(params, base_params)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
     leaves, before = leaves_by_path(params), leaves_by_path(base_params)
-    for argument, tree in (("params", leaves), ("base_params", before)):
-        adapted = [path for path, leaf in tree.items() if is_adapted(leaf)]
-        if adapted:
-            raise AdapterError(
-                f"`{argument}` has factors, at {', '.join(adapted[:5])}: write them with `export_peft`, or fold them "
-                "in with `lj.merge_params` first"
-            )
-    if leaves.keys() != before.keys():
-        differing = sorted(leaves.keys() ^ before.keys())
-        raise AdapterError(f"`params` and `base_params` are no trees of one model, at {', '.join(differing[:5])}")
     table = NameTable(names, leaves)
-    changed = [path for path in leaves if _differ(path, leaves[path], before[path])]
     if not changed:
         raise AdapterError("`params` and `base_params` are equal: there is nothing to write")
     tensors, replaced = {}, {}
@@ -207,22 +201,6 @@ def apply_delta(
     new = {path: _leaf(layout.restore(tensors[name]), here[path]) for name, (path, layout) in places.items() if layout}
     _, _, treedef = flatten_with_paths(target)
     return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in here.items()])
-
-
-def _differ(path: str, new: Any, old: Any) -> bool:
-    if new is old:
-        return False
-    if not hasattr(new, "shape") or not hasattr(old, "shape"):
-        if new == old:
-            return False
-        raise AdapterError(f"`{path}` has changed, and is no array")
-    if tuple(new.shape) != tuple(old.shape):
-        raise AdapterError(f"`{path}` has the shape {tuple(new.shape)}, and the base's has {tuple(old.shape)}")
-    new, old = np.asarray(new), np.asarray(old)
-    if new.dtype != old.dtype and all(jnp.issubdtype(array.dtype, jnp.floating) for array in (new, old)):
-        wide = jnp.promote_types(jnp.promote_types(new.dtype, old.dtype), jnp.float32)
-        new, old = new.astype(wide), old.astype(wide)
-    return not np.array_equal(new, old)
 
 
 def _array(name: str, value: Any) -> np.ndarray:
