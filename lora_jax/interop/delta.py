@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ def export_delta(
     base_name: str | None = None,
     uses: Mapping[str, Any] | None = None,
     fan_in_fan_out: Sequence[str] = (),
+    absent: Collection[str] = (),
 ) -> Path:
     """Writes the leaves in which two trees differ, with their new values, under Hugging Face names.
 
@@ -59,6 +60,8 @@ def export_delta(
         base_name: a name of the base, to be kept in the description.
         uses: from `trace_weights`, if weights of more than two axes, or stored `(out, in)`, have changed.
         fan_in_fan_out: modules that store `(in, out)` there, see `export_peft`.
+        absent: leaves that the base as others have it lacks, such as a head that was drawn: written whether they have
+            changed or not, and what they replace isn't held against anything.
 
     Returns:
         The folder.
@@ -85,6 +88,7 @@ def export_delta(
     except ValueError as error:
         raise AdapterError(str(error)) from None
     leaves, before = leaves_by_path(params), leaves_by_path(base_params)
+    changed = [path for path in leaves if path in {*changed, *absent}]
     table = NameTable(names, leaves)
     if not changed:
         raise AdapterError("`params` and `base_params` are equal: there is nothing to write")
@@ -93,7 +97,8 @@ def export_delta(
         module = table.module(path)
         layout = leaf_layout(path, leaves[path], uses, conv1d=selects(set(fan_in_fan_out), module))
         tensors[table.tensor(path)] = layout.export(leaves[path])
-        replaced[table.tensor(path)] = layout.export(before[path])
+        if path not in absent:
+            replaced[table.tensor(path)] = layout.export(before[path])
     _require_finite(tensors, "cannot export")
     folder = Path(folder)
     with replacing(folder, (TENSORS, DESCRIPTION)) as staging:
@@ -104,7 +109,11 @@ def export_delta(
             "version": VERSION,
             "base_model_name_or_path": base_name,
             "tensors": {
-                name: {"shape": list(array.shape), "dtype": str(array.dtype), "base": prints[name]["sample"]}
+                name: {
+                    "shape": list(array.shape),
+                    "dtype": str(array.dtype),
+                    "base": prints.get(name, {}).get("sample"),
+                }
                 for name, array in tensors.items()
             },
             "sha256": sha256_file(staging / TENSORS),
@@ -258,9 +267,11 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInf
 
 def _check_base(folder: Path, description: Mapping[str, Any], replaced: Mapping[str, Any], check: str) -> None:
     saved = {
-        name: {"shape": entry["shape"], "sample": entry.get("base")} for name, entry in description["tensors"].items()
+        name: {"shape": entry["shape"], "sample": entry["base"]}
+        for name, entry in description["tensors"].items()
+        if entry.get("base") is not None
     }
-    found = differences(saved, fingerprint(replaced))
+    found = differences(saved, fingerprint({name: array for name, array in replaced.items() if name in saved}))
     if not found:
         return
     more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
