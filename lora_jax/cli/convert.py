@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 def _show(result: Conversion) -> None:
     from lora_jax.training.progress import format_bytes
 
-    from .tables import print_facts, print_groups, print_table
+    from .tables import format_some, print_facts, print_groups, print_table
 
     print_facts(
         {
@@ -112,14 +112,9 @@ def _show(result: Conversion) -> None:
         print_table(("weight", "rank before", "rank", "relative error", "energy kept"), rows)
     facts = {path.name: format_bytes(path.stat().st_size) for path in sorted(result.output.iterdir())}
     if result.carried:
-        facts["in full"] = f"{_some(result.carried)}: changed, and no targets (`--rest drop` leaves them out)"
+        facts["in full"] = f"{format_some(result.carried)}: changed, and no targets (`--rest drop` leaves them out)"
     if result.dropped:
-        facts["left out"] = f"{_some(result.dropped)}: changed in the tuned model, and as the base has them here"
+        facts["left out"] = f"{format_some(result.dropped)}: changed in the tuned model, and as the base has them here"
     print_facts(facts)
     for notice in result.notices:
         print(f"note: {notice}")
-
-
-def _some(paths: list[str], most: int = 8) -> str:
-    rest = len(paths) - most
-    return ", ".join(paths[:most]) + (f" and {rest} more" if rest > 0 else "")

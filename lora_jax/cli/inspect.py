@@ -130,21 +130,21 @@ def _show_adapter(report: AdapterReport) -> None:
 def _show_peft(report: PeftReport) -> None:
     from lora_jax.training.progress import format_bytes
 
-    from .tables import print_facts
+    from .tables import format_some, print_facts
 
     config = report.config
-    # How targets were chosen is said by what they are; what begins with `peft_` is about the writer.
+    # Said elsewhere here: how targets were chosen, by what they are. Or about the file, not the adapter.
     known = ("peft_type", "base_model_name_or_path", "task_type", "target_modules", "inference_mode", "peft_version")
     facts = {
         "adapter": f"{report.folder} ({format_bytes(report.file_bytes)})",
         "method": f"PEFT's {config.get('peft_type', 'unknown')}",
         "base": str(config.get("base_model_name_or_path", "not said")),
         "task type": str(config.get("task_type", "not said")),
-        "options": ", ".join(f"{name} {value}" for name, value in sorted(config.items()) if name not in known),
-        "targets": ", ".join(f"{t.name} × {t.modules} (rank {t.rank})" for t in report.targets) or "none",
+        "options": ", ".join(f"{name} {_option(value)}" for name, value in sorted(config.items()) if name not in known),
+        "targets": format_some([f"{t.name} × {t.modules} (rank {t.rank})" for t in report.targets], 16) or "none",
     }
     if report.whole:
-        facts["in full"] = ", ".join(report.whole)
+        facts["in full"] = format_some(report.whole)
     read = "yes, onto its base: `lora-jax convert --to lora_jax`"
     if report.refusal is not None:
         read = f"no: {report.refusal}"
@@ -156,6 +156,14 @@ def _show_peft(report: PeftReport) -> None:
         {f"vLLM {place}": problem for place, problem in enumerate(report.vllm, 1)} or {"vLLM": "finds no fault"}
     )
     _show_tensors(report.tensors)
+
+
+def _option(value: object) -> str:
+    from .tables import format_some
+
+    if isinstance(value, dict):
+        return f"({format_some([f'{key}: {item}' for key, item in value.items()], 3)})"
+    return f"({format_some(list(map(str, value)), 5)})" if isinstance(value, list) else str(value)
 
 
 def _show_tensors(tensors: list[Tensor]) -> None:

@@ -148,17 +148,30 @@ def check_peft(
     uses: Mapping[str, Any] | None = None,
     base_name: str | None = None,
     fan_in_fan_out: Sequence[str] = (),
-) -> None:
+) -> list[str]:
     """Raises what `import_peft` would by config, names, dtypes and shapes; reads no tensor.
 
     Args:
         base_params: the base's parameters; shapes and dtypes (`jax.ShapeDtypeStruct`) will do.
         folder, names, uses, base_name, fan_in_fan_out: as for `import_peft`.
 
+    Returns:
+        The leaves that would get factors or other values.
+
     Raises:
         AdapterError, FileError: see `import_peft`.
+
+    Example:
+        >>> import lora_jax as lj, tempfile
+        >>> base, names = {"dense": {"kernel": jnp.ones((4, 3))}}, {"dense/kernel": "encoder.dense"}
+        >>> method = lj.LoRA(rank=2, alpha=4, targets=("dense",))
+        >>> params = lj.attach(base, method, key=jax.random.key(0))
+        >>> folder = lj.interop.export_peft(tempfile.mkdtemp(), params, method, names=names)
+        >>> lj.interop.check_peft(folder, jax.eval_shape(lambda: base), names=names)
+        ['dense/kernel']
     """
-    _planned(Path(folder), base_params, names, uses, base_name, fan_in_fan_out)
+    _, plan = _planned(Path(folder), base_params, names, uses, base_name, fan_in_fan_out)
+    return [*plan.targets, *plan.saved]
 
 
 def _planned(

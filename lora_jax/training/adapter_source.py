@@ -12,11 +12,12 @@ from lora_jax.adapters import DESCRIPTION, read_description
 from lora_jax.interop import delta
 from lora_jax.interop.peft_config import CONFIG, weights_file
 from lora_jax.interop.peft_keys import PREFIX
+from lora_jax.methods.base import FROZEN
 from lora_jax.models.checkpoint_task import CheckpointTask, head_outputs, task_of_outputs
 from lora_jax.models.families import family_of
 from lora_jax.models.family import Family
 from lora_jax.models.stacking import is_stacked
-from lora_jax.paths import leaf_paths
+from lora_jax.paths import leaf_paths, leaves_by_path
 
 from .errors import TrainingError
 from .predict import adapter_folder, load_adapter
@@ -33,6 +34,8 @@ _MARKS: dict[str, Kind] = {
     delta.DESCRIPTION: "delta",
     "config.json": "model",
 }
+
+_MERGE_THERE = "Merge it in PEFT (`merge_and_unload`), untied, and load the merged model."
 
 
 class AdapterSource(NamedTuple):
@@ -117,6 +120,12 @@ def no_adapter(kind: Kind, folder: Path) -> TrainingError:
     )
 
 
+def trained_leaves(params: Any, method: Any) -> list[str]:
+    """The paths of the leaves that have factors, or are trained in full."""
+    labels = leaves_by_path(lj.label_params(params, method))
+    return [path for path, label in labels.items() if label != FROZEN]
+
+
 def conv1d_modules(family: Family, names: Mapping[str, str]) -> list[str]:
     """The Hugging Face modules that store a kernel as `(in, out)`: GPT-2's."""
     is_transposed = family.names.is_transposed
@@ -143,8 +152,23 @@ def check_peft_source(folder: str | Path, *, base: str | None = None) -> dict[st
     task, num_labels = _peft_task(family, base, Path(folder))
     shapes = models.skeleton(sizes, task=task, num_labels=num_labels or 1).params
     names = family.names.module_names(leaf_paths(shapes), prefix=family.names.prefix if task else "")
-    interop.check_peft(folder, shapes, names=names, fan_in_fan_out=conv1d_modules(family, names))
+    trained = interop.check_peft(folder, shapes, names=names, fan_in_fan_out=conv1d_modules(family, names))
+    refuse_tied_embeddings(sizes, task, trained, way_out=_MERGE_THERE)
     return names
+
+
+def refuse_tied_embeddings(config: Any, task: str | None, trained: Collection[str], *, way_out: str) -> None:
+    """Refuses to exchange trained embeddings that are the head too: here they are one leaf, in PEFT two modules.
+
+    Raises:
+        AdapterError: the model ties its head to its embeddings, and they are among `trained`.
+    """
+    word = "embeddings/word/embedding"
+    if task == "causal-lm" and getattr(config, "tie_word_embeddings", False) and word in trained:
+        raise lj.AdapterError(
+            f"The model ties its head to its embeddings, and `{word}` is trained: here both change, and in PEFT the "
+            f"embeddings alone, so it would be another function. {way_out}"
+        )
 
 
 def _load_own(folder: Path, base: str | None) -> AdapterSource:
@@ -176,6 +200,8 @@ def _load_peft(folder: Path, base: str | None) -> AdapterSource:
     model = models.load(base, task=task, num_labels=num_labels)
     conv1d = conv1d_modules(family, model.names)
     params, method = interop.import_peft(folder, model.params, names=model.names, fan_in_fan_out=conv1d)
+    trained = trained_leaves(params, method)
+    refuse_tied_embeddings(model.config, model.task, trained, way_out=_MERGE_THERE)
     return AdapterSource("peft", folder, base, model, params, method, config=config)
 
 

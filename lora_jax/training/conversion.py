@@ -18,7 +18,14 @@ from lora_jax.models.hub import ALIASES
 from lora_jax.models.stacking import is_stacked, layer_path
 from lora_jax.paths import leaves_by_path
 
-from .adapter_source import AdapterSource, Kind, conv1d_modules, load_source
+from .adapter_source import (
+    AdapterSource,
+    Kind,
+    conv1d_modules,
+    load_source,
+    refuse_tied_embeddings,
+    trained_leaves,
+)
 from .errors import ConfigError
 from .inspection import Group, trained_groups
 from .task import KINDS, Task
@@ -101,7 +108,6 @@ def extract_adapter(
     targets: Any = "all-linear",
     rank: int | None = None,
     energy: float | None = None,
-    also_train: Sequence[str] = (),
     rest: Rest = "train",
     labels: Sequence[str] | None = None,
 ) -> Conversion:
@@ -111,7 +117,7 @@ def extract_adapter(
         base: the model before; where it has no head and `tuned` does, the head goes with the adapter.
         tuned: the model after, of the same kind and sizes.
         output, to, labels: see `convert_adapter`.
-        targets, rank, energy, also_train, rest: see `lj.extract_lora`.
+        targets, rank, energy, rest: see `lj.extract_lora`.
 
     Raises:
         FileError: `output` holds files, or a model can't be loaded.
@@ -126,8 +132,10 @@ def extract_adapter(
         raise ConfigError(f"`base` {base} is a {kinds[0]}, and `tuned` {tuned} a {kinds[1]}: no fine-tuned form of it.")
     after = models.load(tuned, task=task, num_labels=num_labels)
     before = models.load(base, task=task, num_labels=num_labels)
+    # Nobody else has what was drawn for the base: it goes with the adapter, whatever becomes of the rest.
+    absent = rooted(models.absent_leaves(before, base))
     found = lj.extract_lora(
-        before.params, after.params, targets=targets, rank=rank, energy=energy, also_train=also_train, rest=rest
+        before.params, after.params, targets=targets, rank=rank, energy=energy, also_train=absent, rest=rest
     )
     source = AdapterSource("model", Path(tuned), base, before, found.params, found.method)
     own = _labels(tuned, num_labels or 0)
@@ -183,6 +191,12 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
             "The head of this adapter sees the mean over the tokens (`pooling: mean`), and transformers has no class "
             "that does, so PEFT can't load it. `--to delta` writes the values, and `lora-jax merge` a whole folder."
         )
+    refuse_tied_embeddings(
+        model.config,
+        model.task,
+        trained_leaves(source.params, source.method),
+        way_out="`--to delta` and `lora-jax merge` keep it; of two models, `--rest drop` leaves the embeddings out.",
+    )
     interop.export_peft(
         folder,
         source.params,

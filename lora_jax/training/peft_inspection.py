@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax import files, interop
 from lora_jax.adapters import AdapterError
 from lora_jax.interop.peft_config import CONFIG, weights_file
-from lora_jax.interop.peft_keys import FactorKey, parse_key
+from lora_jax.interop.peft_keys import PREFIX, FactorKey, parse_key
 
 from .adapter_source import check_peft_source
 from .errors import TrainingError
@@ -19,7 +19,7 @@ from .inspection import Tensor
 
 
 class Target(NamedTuple):
-    """Modules of one name that have factors: `query`, in so many layers, of this rank."""
+    """Modules of one name, in so many layers, that have factors of this rank."""
 
     name: str
     modules: int
@@ -96,10 +96,17 @@ def _sorted_tensors(tensors: list[Tensor]) -> tuple[list[Target], list[str]]:
         except AdapterError:  # another method's
             continue
         if not isinstance(key, FactorKey):
-            whole.append(tensor.name)
+            whole.append(tensor.name.removeprefix(PREFIX))
         elif key.role == "a" and tensor.shape:
-            counts[key.module.rpartition(".")[2], tensor.shape[0]] += 1
+            counts[_within_layer(key.module), tensor.shape[0]] += 1
     return [Target(name, count, rank) for (name, rank), count in sorted(counts.items())], whole
+
+
+def _within_layer(module: str) -> str:
+    """What a module is called in its layer: `attention.self.query` of `bert.encoder.layer.3.attention.self.query`."""
+    segments = module.split(".")
+    numbers = [place for place, segment in enumerate(segments) if segment.isdigit()]
+    return ".".join(segments[numbers[-1] + 1 :]) if numbers and numbers[-1] + 1 < len(segments) else module
 
 
 def _importable(folder: Path, base: str | None) -> tuple[str | None, str | None, set[str] | None]:
