@@ -35,7 +35,7 @@ _MARKS: dict[str, Kind] = {
     "config.json": "model",
 }
 
-_MERGE_THERE = "Merge it in PEFT (`merge_and_unload`), untied, and load the merged model."
+_USE_UNTIED = "Use a base that has a head of its own (`tie_word_embeddings` false)."
 
 
 class AdapterSource(NamedTuple):
@@ -153,7 +153,7 @@ def check_peft_source(folder: str | Path, *, base: str | None = None) -> dict[st
     shapes = models.skeleton(sizes, task=task, num_labels=num_labels or 1).params
     names = family.names.module_names(leaf_paths(shapes), prefix=family.names.prefix if task else "")
     trained = interop.check_peft(folder, shapes, names=names, fan_in_fan_out=conv1d_modules(family, names))
-    refuse_tied_embeddings(sizes, task, trained, way_out=_MERGE_THERE)
+    refuse_tied_embeddings(sizes, task, trained, way_out=_USE_UNTIED)
     return names
 
 
@@ -201,7 +201,7 @@ def _load_peft(folder: Path, base: str | None) -> AdapterSource:
     conv1d = conv1d_modules(family, model.names)
     params, method = interop.import_peft(folder, model.params, names=model.names, fan_in_fan_out=conv1d)
     trained = trained_leaves(params, method)
-    refuse_tied_embeddings(model.config, model.task, trained, way_out=_MERGE_THERE)
+    refuse_tied_embeddings(model.config, model.task, trained, way_out=_USE_UNTIED)
     return AdapterSource("peft", folder, base, model, params, method, config=config)
 
 
