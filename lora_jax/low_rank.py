@@ -1,4 +1,4 @@
-"""The best low-rank factors: of factors of a higher rank, and of what full fine-tuning changed."""
+"""The best factors of a lower rank, and what they lose."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .attach import attach
-from .changes import changed_leaves
-from .masks import copied
 from .methods import LoRA, LoRAWeight
-from .methods.base import is_number, is_trainable, rooted
-from .paths import Selector, flatten_with_paths, leaves_by_path
-from .weights import IN, OUT, STACK, is_adapted, is_traced
+from .methods.base import is_number
+from .paths import flatten_with_paths, leaves_by_path
+from .weights import STACK, is_adapted, is_traced
 
-Rest = Literal["train", "drop", "error"]
 _FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 
@@ -48,26 +44,8 @@ class Truncated(NamedTuple):
     fits: dict[str, LowRankFit]
 
 
-class Extracted(NamedTuple):
-    """From `extract_lora`.
-
-    Attributes:
-        params: the base with factors at the targets that have changed.
-        method: which labels them.
-        fits: one for each weight with factors.
-        carried: leaves that are taken over in full: `also_train`, and with `rest="train"` all others that have changed.
-        dropped: leaves that have changed and stay as the base has them.
-    """
-
-    params: Any
-    method: LoRA
-    fits: dict[str, LowRankFit]
-    carried: list[str]
-    dropped: list[str]
-
-
 def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy: float | None = None) -> Truncated:
-    """The best LoRA of lower rank: for each adapted weight, the truncated SVD of `ΔW = scale · A B`.
+    """The best LoRA of lower rank: for each adapted weight, the truncated SVD of `ΔW = scale · Aᵀ B`.
 
     With `QR` of both factors, `Aᵀ = Q_a R_a (in, r)` and `Bᵀ = Q_b R_b (out, r)`, the singular values of `ΔW` are those
     of the `r × r` matrix `R_a R_bᵀ`, so the `in × out` product is never formed. No factors of that rank are nearer
@@ -102,7 +80,7 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
     Reference:
         Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
     """
-    _check_wanted(rank, energy)
+    check_wanted(rank, energy)
     if not isinstance(method, LoRA):
         raise ValueError(f"`method` is {type(method).__name__}, and only LoRA has factors of a rank")
     leaves = leaves_by_path(params)
@@ -113,108 +91,20 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
     for path, node in nodes.items():
         _require_plain(path, node)
         replaced[path], fits[path] = _truncated(path, node, rank, energy)
-    new = _rebuilt(params, replaced)
+    new = rebuilt(params, replaced)
     scale = _scale(method, method.alpha, method.rank)
-    usual = _most_frequent(fit.rank for fit in fits.values())
+    usual = most_frequent(fit.rank for fit in fits.values())
     alpha = scale * (usual if method.scaling == "standard" else math.sqrt(usual))
-    return Truncated(new, _relabelled(method, new, usual, alpha), fits)
+    return Truncated(new, relabelled(method, new, usual, alpha), fits)
 
 
-def extract_lora(
-    base_params: Any,
-    tuned_params: Any,
-    *,
-    targets: Selector,
-    rank: int | None = None,
-    energy: float | None = None,
-    also_train: Selector = (),
-    rest: Rest = "train",
-    uses: Mapping[str, Any] | None = None,
-) -> Extracted:
-    """A LoRA out of two full models: for each target that has changed, the truncated SVD of `W_tuned − W_base`.
-
-    The difference is taken in float32, one leaf (of a stack: one member) at a time. `ΔW ≈ U Σ Vᵀ` becomes `a = √Σ Uᵀ`
-    `(r, in…)` and `b = √Σ Vᵀ (r, out…)`, with the scale 1. What full fine-tuning changed elsewhere isn't lost unseen:
-    `rest` says what becomes of it, and the result names it.
-
-    Args:
-        base_params: the model before.
-        tuned_params: the model after, in the same structure.
-        targets: which weights get factors, as in `LoRA`.
-        rank: the highest rank; a weight that has less room gets what it has room for, and is then exact.
-        energy: the share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
-            that is given too. 1 keeps all that can be told from the rounding of the weights, so a fine-tuning of rank
-            `r` gives factors of rank `r`.
-        also_train: leaves that are taken over in full, as in `LoRA`.
-        rest: what to do with other leaves that have changed (biases, norms, embeddings, a head): `"train"` takes them
-            over in full, in the method's `also_train`; `"drop"` leaves them as the base has them; `"error"` refuses.
-        uses: from `trace_weights`, where a target has more than two axes.
-
-    Returns:
-        `Extracted(params, method, fits, carried, dropped)`.
-
-    Raises:
-        ValueError: neither `rank` nor `energy`, or one out of range; trees of two models, or with factors; no target
-            has changed; a leaf has changed that is neither array nor float; values that are not finite.
-        SelectionError: see `attach`.
-
-    Example:
-        >>> base = {"dense": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
-        >>> tuned = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
-        >>> found = lj.extract_lora(base, tuned, targets=("dense",), energy=1.0)
-        >>> found.fits["dense/kernel"].rank, found.carried
-        (1, ['dense/bias'])
-        >>> bool(jnp.allclose(lj.merge_params(found.params)["dense"]["kernel"], 1.0))
-        True
-    """
-    _check_wanted(rank, energy)
-    if rest not in ("train", "drop", "error"):
-        raise ValueError(f'`rest` must be "train", "drop" or "error", got {rest!r}')
-    changed = changed_leaves(tuned_params, base_params, argument="tuned_params")
-    before, after = leaves_by_path(base_params), leaves_by_path(tuned_params)
-    # Rank 1 for the moment: what counts is which weights are targets, and the labels of their axes.
-    probe = LoRA(rank=1, alpha=1, targets=targets, also_train=also_train)
-    nodes = leaves_by_path(attach(base_params, probe, key=jax.random.key(0), uses=uses))
-    chosen = {path: nodes[path] for path in changed if is_adapted(nodes[path])}
-    if not chosen:
-        raise ValueError(
-            f"none of the targets has changed between `base_params` and `tuned_params`; what has: {_some(changed)}"
-        )
-    head = set(probe.head(before))
-    others = [path for path in changed if path not in chosen and path not in head]
-    _check_others(others, before, rest)
-    carried = [path for path in before if path in head or (rest == "train" and path in others)]
-
-    fits, replaced = {}, {path: copied(jnp.asarray(after[path])) for path in carried}
-    for path, node in chosen.items():
-        replaced[path], fits[path] = _factored(path, node, after[path], rank, energy)
-    usual = _most_frequent(fit.rank for fit in fits.values())
-    params = _rebuilt(base_params, replaced)
-    probe = dataclasses.replace(probe, targets=rooted(list(chosen)), also_train=rooted(carried))
-    method = _relabelled(probe, params, usual, usual)
-    return Extracted(params, method, fits, carried, [] if rest == "train" else others)
-
-
-def _check_wanted(rank: Any, energy: Any) -> None:
+def check_wanted(rank: Any, energy: Any) -> None:
     if rank is None and energy is None:
         raise ValueError("say how much to keep: pass `rank`, or `energy` (the share of Σσ², such as 0.9), or both")
     if rank is not None and not (is_number(rank, int) and rank >= 1):
         raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}")
     if energy is not None and not (is_number(energy, float) and 0 < energy <= 1):
         raise ValueError(f"`energy` must be a share in (0, 1], got {energy!r}")
-
-
-def _check_others(others: list[str], leaves: Mapping[str, Any], rest: Rest) -> None:
-    if rest == "error" and others:
-        raise ValueError(
-            f"`tuned_params` has other values at {_some(others)}, which no factors stand for: name them in "
-            '`also_train`, or pass `rest="train"` to take them over in full or `rest="drop"` to leave them out'
-        )
-    if rest == "train" and (fixed := [path for path in others if not is_trainable(path, leaves[path])]):
-        raise ValueError(
-            f"{_some(fixed)} changed, and can't be trained, since it is of no floating type: "
-            'pass `rest="drop"` to leave it as the base has it'
-        )
 
 
 def _require_plain(path: str, node: Any) -> None:
@@ -237,7 +127,7 @@ def _truncated(path: str, node: LoRAWeight, rank: int | None, energy: float | No
     q_b, r_b = np.linalg.qr(np.swapaxes(b.reshape(members, node.rank, -1), 1, 2))
     u, sigma, vt = np.linalg.svd(r_a @ np.swapaxes(r_b, 1, 2), full_matrices=False)
     floor = (_FLOAT32_EPS**2) * np.square(sigma).sum(-1)
-    kept = _rank_for(sigma, floor, rank, energy)
+    kept = rank_for(sigma, floor, rank, energy)
     kept = node.rank if energy is None and rank is not None and rank >= node.rank else kept
     if kept == node.rank or not sigma.any():
         # The start of the factors is then as good as any, and training can go on from it.
@@ -247,56 +137,10 @@ def _truncated(path: str, node: LoRAWeight, rank: int | None, energy: float | No
     root = np.sqrt(sigma[:, :kept, None])
     new_a = root * np.swapaxes(q_a @ u[:, :, :kept], 1, 2)
     new_b = root * (vt[:, :kept] @ np.swapaxes(q_b, 1, 2))
-    return _with_factors(node, new_a, new_b), _fit(node.rank, kept, sigma)
+    return with_factors(node, new_a, new_b), fit_of(node.rank, kept, sigma)
 
 
-def _factored(
-    path: str, node: LoRAWeight, tuned: Any, rank: int | None, energy: float | None
-) -> tuple[LoRAWeight, LowRankFit]:
-    """The node's factors of rank 1 replaced by those of the difference."""
-    full = min(math.prod(node.shape[axis] for axis in _places(node, label)) for label in (IN, OUT))
-    most = full if rank is None else min(rank, full)
-    u, sigma, vt, floor = [], [], [], []
-    for base, new in zip(_members(node, node.base), _members(node, tuned), strict=True):
-        parts = _svd_of_difference(new, base)
-        sigma.append(np.asarray(parts[1], np.float64))
-        if not np.isfinite(sigma[-1]).all():
-            raise ValueError(f"`{path}` holds NaN or infinity, in `base_params` or in `tuned_params`")
-        u.append(np.asarray(parts[0][:, :most]))
-        vt.append(np.asarray(parts[2][:most]))
-        floor.append((_coarsest_eps(base, new) * float(jnp.linalg.norm(new.astype(jnp.float32)))) ** 2)
-    spectra = np.stack(sigma)
-    kept = _rank_for(spectra, np.array(floor), rank, energy)
-    root = np.sqrt(spectra[:, :kept, None])
-    new_a = root * np.swapaxes(np.stack(u)[:, :, :kept], 1, 2)
-    return _with_factors(node, new_a, root * np.stack(vt)[:, :kept]), _fit(full, kept, spectra)
-
-
-@jax.jit
-def _svd_of_difference(new: jax.Array, base: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u, sigma, vt = jnp.linalg.svd(new.astype(jnp.float32) - base.astype(jnp.float32), full_matrices=False)
-    return u, sigma, vt
-
-
-def _members(node: LoRAWeight, array: Any) -> Iterator[jax.Array]:
-    """The `(in, out)` matrices of a weight: one, or as many as its stack has members."""
-    inside, outside, stack = (_places(node, label) for label in (IN, OUT, STACK))
-    matrices = jnp.transpose(jnp.asarray(array), (*stack, *inside, *outside))
-    matrices = matrices.reshape(
-        math.prod(node.shape[axis] for axis in stack), math.prod(node.shape[axis] for axis in inside), -1
-    )
-    return (matrices[member] for member in range(matrices.shape[0]))
-
-
-def _places(node: LoRAWeight, label: str) -> list[int]:
-    return [axis for axis, own in enumerate(node.axes) if own == label]
-
-
-def _coarsest_eps(*arrays: jax.Array) -> float:
-    return max(float(jnp.finfo(array.dtype).eps) for array in arrays)
-
-
-def _rank_for(sigma: np.ndarray, floor: np.ndarray, rank: int | None, energy: float | None) -> int:
+def rank_for(sigma: np.ndarray, floor: np.ndarray, rank: int | None, energy: float | None) -> int:
     """The rank to keep of spectra `(members, k)`; `floor` is the energy that rounding may have, of each member."""
     needed = sigma.shape[-1]
     if energy is not None:
@@ -308,13 +152,13 @@ def _rank_for(sigma: np.ndarray, floor: np.ndarray, rank: int | None, energy: fl
     return needed if rank is None else min(rank, needed)
 
 
-def _fit(full: int, kept: int, sigma: np.ndarray) -> LowRankFit:
+def fit_of(full: int, kept: int, sigma: np.ndarray) -> LowRankFit:
     total = float(np.square(sigma).sum())
     lost = float(np.square(sigma[:, kept:]).sum()) / total if total else 0.0
     return LowRankFit(full, kept, math.sqrt(lost), 1.0 - lost)
 
 
-def _with_factors(node: LoRAWeight, a: np.ndarray, b: np.ndarray) -> LoRAWeight:
+def with_factors(node: LoRAWeight, a: np.ndarray, b: np.ndarray) -> LoRAWeight:
     """The node with factors `(members, r, in)` and `(members, r, out)`, in the shapes and places of its own."""
     stack = node.axes.count(STACK)
     places = node.placements()
@@ -332,23 +176,18 @@ def _scale(method: LoRA, alpha: float, rank: int) -> float:
     return alpha / (rank if method.scaling == "standard" else math.sqrt(rank))
 
 
-def _most_frequent(ranks: Iterator[int]) -> int:
+def most_frequent(ranks: Iterator[int]) -> int:
     """Of those equally frequent the highest."""
     counts = collections.Counter(ranks)
     return max(counts, key=lambda rank: (counts[rank], rank))
 
 
-def _relabelled(method: LoRA, params: Any, rank: int, alpha: float) -> LoRA:
+def relabelled(method: LoRA, params: Any, rank: int, alpha: float) -> LoRA:
     """The method with this rank and alpha, and what differs from them in the tree as overrides."""
     plain = dataclasses.replace(method, rank=rank, alpha=alpha, rank_overrides={}, alpha_overrides={})
     return plain.resolved(leaves_by_path(params))
 
 
-def _rebuilt(params: Any, replaced: Mapping[str, Any]) -> Any:
+def rebuilt(params: Any, replaced: Mapping[str, Any]) -> Any:
     paths, leaves, treedef = flatten_with_paths(params)
     return jax.tree.unflatten(treedef, [replaced.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
-
-
-def _some(paths: list[str], most: int = 8) -> str:
-    rest = len(paths) - most
-    return ", ".join(f"`{path}`" for path in paths[:most]) + (f" and {rest} more" if rest > 0 else "") or "nothing"

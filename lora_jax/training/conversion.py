@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import lora_jax as lj
 from lora_jax import files, interop, models
-from lora_jax.low_rank import LowRankFit, Rest
+from lora_jax.extraction import Rest
+from lora_jax.low_rank import LowRankFit
 from lora_jax.methods.base import is_trainable, rooted
 from lora_jax.models.checkpoint import read_config
 from lora_jax.models.families import family_of
