@@ -89,7 +89,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
         )
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in leaves.items():
-        for name, array in _trained_arrays(path, leaf, labels[path]).items():
+        for name, array in _saved_arrays(path, leaf, labels[path]).items():
             tensors[name] = np.asarray(array)
     _require_finite(tensors, "cannot save")
     try:
@@ -239,10 +239,11 @@ def _leaves(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=is_adapted)
 
 
-def _trained_arrays(path: str, leaf: Any, label: Any) -> dict[str, Any]:
+def _saved_arrays(path: str, leaf: Any, label: Any) -> dict[str, Any]:
     if not is_adapted(leaf):
         return {} if label == FROZEN else {path: leaf}
-    return {f"{path}/{name}": getattr(leaf, name) for name in leaf.fields if getattr(label, name) not in (None, FROZEN)}
+    # A frozen factor belongs to the adapter as well: it is no part of the base.
+    return {f"{path}/{name}": getattr(leaf, name) for name in leaf.saved if getattr(leaf, name) is not None}
 
 
 def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +302,7 @@ def _require_agreement(params: Any, method: Method, tensors: Mapping[str, Any], 
     trains = {
         name
         for (path, leaf), label in zip(leaves.items(), labels, strict=True)
-        for name in _trained_arrays(path, leaf, label)
+        for name in _saved_arrays(path, leaf, label)
     }
     differing = sorted(trains ^ set(tensors))
     if differing:
@@ -340,15 +341,16 @@ def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], 
         node = cls(base, **dict.fromkeys(cls.fields), **values)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: the description of `{path}` does not fit {cls.__name__}: {error}") from None
-    arrays = {name: tensors[f"{path}/{name}"] for name in cls.fields if f"{path}/{name}" in tensors}
-    missing = [f"{path}/{name}" for name in cls.saved if name not in arrays]
+    arrays = {name: tensors[f"{path}/{name}"] for name in cls.saved if f"{path}/{name}" in tensors}
+    missing = [f"{path}/{name}" for name in cls.saved if name not in arrays and name not in cls.optional]
     if missing:
         raise AdapterError(f"{folder} lacks {', '.join(missing)}")
     problem = node.misfit({name: array.shape for name, array in arrays.items()})
     if problem:
         raise AdapterError(f"{folder}: `{path}`: {problem}")
     places = node.placements()
-    return dataclasses.replace(node, **{name: _placed(array, places.get(name)) for name, array in arrays.items()})
+    placed = {name: _placed(array, places.get(name)) for name, array in arrays.items()}
+    return dataclasses.replace(node, **placed).regrown()
 
 
 def _static(node: AdaptedWeight) -> dict[str, Any]:

@@ -76,8 +76,9 @@ class AdaptedWeight:
     """
 
     fields: ClassVar[dict[str, str]] = {}
-    # Those of `fields` that are trained, and so saved with a task.
+    # Those of `fields` that a task saves, and those among them that a node may do without.
     saved: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ()
     # Every registered node class by the name under which an adapter file knows it.
     registry: ClassVar[dict[str, type[AdaptedWeight]]] = {}
 
@@ -128,6 +129,14 @@ class AdaptedWeight:
                 return f"`{name}` has the shape {shape}, expected {expected} beside {beside}"
             private.update({letter: shape[dims.index(None)] for letter in letters})
         return None
+
+    def prepared(self) -> AdaptedWeight:
+        """The node that works in this one's place: what depends on the arrays alone is computed once a call."""
+        return self
+
+    def regrown(self) -> Self:
+        """This node with those of its arrays that no file holds, because its settings determine them."""
+        return self
 
     # How it acts. `run(base)` computes what the unchanged operation gives for the base, or for another array of its
     # shape; a matmul's takes the other operand too, since it is differentiated by hand.
@@ -254,6 +263,9 @@ class AdaptedWeight:
         return dataclasses.replace(self, base=base)
 
     # Plumbing.
+
+    def _places(self, label: str) -> list[int]:
+        return [axis for axis, own in enumerate(self.axes) if own == label]
 
     def _dims(self, name: str) -> list[int | None]:
         return _field_dims(self.fields[name], self.axes)

@@ -51,6 +51,8 @@ class Case:
     def method(self, name: str) -> lj.Method:
         return {
             "lora": self.lora,
+            "pissa": lambda: self.lora(init="pissa"),
+            "lora_fa": lambda: self.lora(freeze_a=True),
             "bitfit": self.bitfit,
             "full": lambda: lj.FullFineTune(also_train=self.head),
             "frozen": lambda: lj.Frozen(also_train=self.head),

@@ -18,12 +18,13 @@ from ..files import replacing, write_json, write_safetensors
 from ..masks import label_params
 from ..methods import LoRA, LoRAWeight, Method
 from ..methods.base import FROZEN
+from ..methods.starts import FROM_WEIGHT
 from ..paths import leaves_by_path
 from ..weights import AdaptedWeight, is_adapted, is_traced
 from .layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
 from .names import BIAS, NameTable, kind, selects
 from .patterns import PatternError, Patterns, literal
-from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, variants
+from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, scale_of, variants
 from .peft_keys import factor_key, leaf_key
 
 # Heads that PEFT saves in full by itself, and looks for when it loads, whatever `modules_to_save` says.
@@ -195,17 +196,17 @@ def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | 
                 f"the factors of `{path}` are labelled {node.axes!r}, and `uses` says {labels!r}: attach them with "
                 "`uses` as well, so that `a` stands at the side of the inputs"
             )
-    stabilized = method.scaling == "rank_stabilized"
-    alpha = alpha_of(node.scale, node.rank, rank_stabilized=stabilized)
+    rank = node.one_pair().rank
+    alpha = alpha_of(node.scale, rank, rank_stabilized=method.scaling == "rank_stabilized")
     if math.isclose(alpha, method.alpha, rel_tol=1e-9):
         alpha = _plain(method.alpha)
     if not alpha > 0:
         raise AdapterError(f"the scale of `{path}` is {node.scale!r}, and a positive one is expected")
-    return _Factored(module, node, is_embedding(path, uses), node.rank, alpha)
+    return _Factored(module, node, is_embedding(path, uses), rank, alpha)
 
 
 def _lacks_arrays(node: AdaptedWeight) -> bool:
-    return any(getattr(node, name) is None for name in ("base", *node.saved))
+    return any(getattr(node, name) is None for name in ("base", *node.saved) if name not in node.optional)
 
 
 def _whole(
@@ -258,12 +259,16 @@ def _entry(module: str) -> str:
 
 def _patterns(factored: Mapping[str, _Factored], method: LoRA) -> dict[str, Any]:
     """`r`, `lora_alpha` and the exceptions from them."""
-    alpha = _plain(method.alpha)
     targets = list(factored.values())
-    ranks = {target.module: target.rank for target in targets if target.rank != method.rank}
+    rank, alpha = int(method.rank), _plain(method.alpha)
+    if method.init in FROM_WEIGHT:  # the scale stays, of factors of twice the rank
+        stabilized = method.scaling == "rank_stabilized"
+        scale = scale_of(method.alpha, method.rank, rank_stabilized=stabilized)
+        rank, alpha = 2 * rank, alpha_of(scale, 2 * rank, rank_stabilized=stabilized)
+    ranks = {target.module: target.rank for target in targets if target.rank != rank}
     alphas = {target.module: target.alpha for target in targets if target.alpha != alpha}
     return {
-        "r": int(method.rank),
+        "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": _keys(ranks, [target.module for target in targets]),
         "alpha_pattern": _keys(alphas, [target.module for target in targets]),

@@ -5,4 +5,4 @@ from .bitfit import BitFit as BitFit
 from .frozen import Frozen as Frozen
 from .full import FullFineTune as FullFineTune
 from .lora import LoRA as LoRA
-from .lora import LoRAWeight as LoRAWeight
+from .low_rank import LoRAWeight as LoRAWeight
