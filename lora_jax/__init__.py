@@ -29,6 +29,8 @@ from .masks import partition as partition
 from .masks import trainable_mask as trainable_mask
 from .merging import merge_params as merge_params
 from .methods import BitFit as BitFit
+from .methods import DoRA as DoRA
+from .methods import DoRAWeight as DoRAWeight
 from .methods import Frozen as Frozen
 from .methods import FullFineTune as FullFineTune
 from .methods import LoRA as LoRA

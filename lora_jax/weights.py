@@ -111,6 +111,10 @@ class AdaptedWeight:
     def size(self) -> int:
         return self.base.size
 
+    def places(self, label: str) -> list[int]:
+        """The base's axes of one label."""
+        return [axis for axis, own in enumerate(self.axes) if own == label]
+
     def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         """What is wrong with arrays of these shapes as this node's own, `None` if nothing is."""
         private: dict[str, int] = {}
@@ -263,9 +267,6 @@ class AdaptedWeight:
         return dataclasses.replace(self, base=base)
 
     # Plumbing.
-
-    def _places(self, label: str) -> list[int]:
-        return [axis for axis, own in enumerate(self.axes) if own == label]
 
     def _dims(self, name: str) -> list[int | None]:
         return _field_dims(self.fields[name], self.axes)

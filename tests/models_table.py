@@ -52,6 +52,7 @@ class Case:
         return {
             "lora": self.lora,
             "pissa": lambda: self.lora(init="pissa"),
+            "dora": lambda: lj.DoRA(rank=2, alpha=3, targets=self.targets, also_train=self.head),
             "lora_fa": lambda: self.lora(freeze_a=True),
             "bitfit": self.bitfit,
             "full": lambda: lj.FullFineTune(also_train=self.head),

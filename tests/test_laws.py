@@ -48,7 +48,7 @@ from .tiny_encoders import write_tiny
 # In full for LoRA and BitFit, on two models for every other method; where weights change, one has stacks of them.
 PAIRS = [(name, method) for name in TABLE for method in ("lora", "bitfit")]
 PAIRS += [(name, method) for name in ("plain", "nnx_mlp") for method in ("full", "frozen")]
-RELATIVES = ("pissa", "lora_fa")
+RELATIVES = ("pissa", "lora_fa", "dora")
 PAIRS += [(name, method) for name in ("plain", "linen_scanned") for method in RELATIVES]
 
 every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)

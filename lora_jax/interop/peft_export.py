@@ -16,7 +16,7 @@ import numpy as np
 from ..adapters import AdapterError
 from ..files import replacing, write_json, write_safetensors
 from ..masks import label_params
-from ..methods import LoRA, LoRAWeight, Method
+from ..methods import DoRA, DoRAWeight, LoRA, LoRAWeight, Method
 from ..methods.base import FROZEN
 from ..methods.starts import FROM_WEIGHT
 from ..paths import leaves_by_path
@@ -40,7 +40,7 @@ class _Factored(NamedTuple):
     """One weight with factors: its module there, its rank and its alpha."""
 
     module: str
-    node: LoRAWeight
+    node: LoRAWeight | DoRAWeight
     embedding: bool
     rank: int
     alpha: float
@@ -77,7 +77,7 @@ def export_peft(
     Args:
         folder: made if it doesn't exist.
         params: the tree from `attach`, trained.
-        method: the `LoRA` that it was trained with.
+        method: the `LoRA` or `DoRA` that it was trained with.
         names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own; what is trained
             must be in it.
         base_name: what PEFT calls the base (`base_model_name_or_path`): a hub name or a folder.
@@ -115,12 +115,16 @@ def export_peft(
     """
     if not isinstance(method, LoRA):
         raise AdapterError(
-            f"PEFT has no format for {type(method).__name__}, only for LoRA: write what it changed with "
+            f"PEFT has no format for {type(method).__name__}, only for LoRA and DoRA: write what it changed with "
             "`export_delta`, or whole files after `lj.merge_params`"
         )
     if task_type is not None and task_type not in _TASKS:
         raise AdapterError(f"`task_type` must be one of {', '.join(_TASKS)} or None, got {task_type!r}")
-    if config is not None and (found := variants(config)):
+    dora = isinstance(method, DoRA)
+    found = variants(config or {})
+    if config is not None and bool(config.get("use_dora")) != dora:
+        found.append(f"`use_dora` is {config.get('use_dora')!r}, and the method is {type(method).__name__}")
+    if found:
         raise AdapterError(f"`config` describes another adapter than this one: {'; '.join(found)}")
     leaves = leaves_by_path(params)
     partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and _lacks_arrays(leaf)]
@@ -149,6 +153,8 @@ def export_peft(
     for target in factored.values():
         for role, array in zip(("a", "b"), export_factors(target.node), strict=True):
             tensors[factor_key(target.module, role, embedding=target.embedding)] = array
+        if isinstance(target.node, DoRAWeight):
+            tensors[factor_key(target.module, "magnitude", embedding=None)] = np.asarray(target.node.magnitude).ravel()
     for path in whole.paths:
         module = table.module(path)
         layout = leaf_layout(path, leaves[path], uses, conv1d=selects(conv1d, module))
@@ -166,7 +172,7 @@ def export_peft(
         "inference_mode": True,
         "lora_dropout": dropouts.pop(),
         "use_rslora": method.scaling == "rank_stabilized",
-        "use_dora": False,
+        "use_dora": dora,
         "bias": whole.bias,
         "modules_to_save": whole.entries or None,
         "fan_in_fan_out": bool(kept.get("fan_in_fan_out")) or any(selects(conv1d, module) for module in targets),
@@ -181,7 +187,7 @@ def export_peft(
 
 
 def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | None, method: LoRA) -> _Factored:
-    if not isinstance(node, LoRAWeight):
+    if not isinstance(node, LoRAWeight | DoRAWeight):
         raise AdapterError(
             f"`{path}` is a {type(node).__name__}, and PEFT's format has a place for LoRA's factors only"
         )

@@ -2,6 +2,8 @@
 
 from .base import Method as Method
 from .bitfit import BitFit as BitFit
+from .dora import DoRA as DoRA
+from .dora import DoRAWeight as DoRAWeight
 from .frozen import Frozen as Frozen
 from .full import FullFineTune as FullFineTune
 from .lora import LoRA as LoRA

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ..paths import path_key, shape_text
 from ..weights import IN, OUT, AdaptedWeight
 from .base import FROZEN, is_number, require
-from .low_rank import LoRAWeight
+from .low_rank import LoRAWeight, LowRankWeight
 from .starts import FROM_WEIGHT, STARTS, start
 from .targets import Target, WeightMethod, overridden
 
@@ -74,7 +74,7 @@ class LoRA(WeightMethod):
         start's product from the base; here the base is kept, so that `detach` gives it back bit for bit.
     """
 
-    node: ClassVar[type[LoRAWeight]] = LoRAWeight
+    node: ClassVar[type[LowRankWeight]] = LoRAWeight
 
     rank: int
     alpha: float
@@ -111,7 +111,7 @@ class LoRA(WeightMethod):
             for target in targets
         }
 
-    def _node(self, target: Target, rank: int, alpha: float, key: jax.Array) -> LoRAWeight:
+    def _node(self, target: Target, rank: int, alpha: float, key: jax.Array) -> LowRankWeight:
         fan_in, fan_out = target.size(IN), target.size(OUT)
         most = min(fan_in, fan_out)
         require(
@@ -120,7 +120,7 @@ class LoRA(WeightMethod):
             f"{target.axes!r} is {fan_in} in by {fan_out} out, so at most {most}",
         )
         scale = float(alpha / rank if self.scaling == "standard" else alpha / math.sqrt(rank))
-        node = LoRAWeight(target.base, None, None, scale=scale, axes=target.axes, dropout=float(self.dropout))
+        node = self.node(target.base, None, None, scale=scale, axes=target.axes, dropout=float(self.dropout))
 
         def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             return start(self.init, key, target, rank, scale)

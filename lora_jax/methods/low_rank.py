@@ -1,4 +1,4 @@
-"""The low-rank path beside a frozen weight: LoRA's node, whose arithmetic its relatives share."""
+"""The low-rank path beside a frozen weight: what LoRA and its relatives hold, and the arithmetic that they share."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ from ..weights import (
     register,
     wider,
 )
-from .base import require
+from .base import FROZEN, require
 
 
-@register
 @dataclasses.dataclass(frozen=True)
-class LoRAWeight(AdaptedWeight):
-    """`W + scale · (B A − B₀ A₀)` as a pytree node; without a start, `B₀ A₀` is zero.
+class LowRankWeight(AdaptedWeight):
+    """What a node with a low-rank path holds.
 
     The paper writes `h = W x + (α/r) B A x` with column vectors. Here `a` is the paper's `A`, which reduces, and `b`
     is the paper's `B` transposed, which expands; activations are rows, so `h = x W + scale · (x aᵀ) b`.
@@ -68,11 +67,8 @@ class LoRAWeight(AdaptedWeight):
     def rank(self) -> int:
         return self.a.shape[self.axes.count(STACK)]
 
-    def prepared(self) -> AdaptedWeight:
-        """One pair of twice the rank in place of two: `B A − B₀ A₀ = [B, −B₀] [A; A₀]`."""
-        return self.one_pair()
-
     def one_pair(self) -> Self:
+        """One pair of twice the rank in place of two: `B A − B₀ A₀ = [B, −B₀] [A; A₀]`."""
         if self.start_a is None:
             return self
         at = self.axes.count(STACK)
@@ -82,18 +78,19 @@ class LoRAWeight(AdaptedWeight):
 
     def delta(self) -> jax.Array:
         """`scale · (B A − B₀ A₀)` in the base's layout, float32."""
-        stack, i, o = (self._places(label) for label in (STACK, IN, OUT))
+        stack, i, o = (self.places(label) for label in (STACK, IN, OUT))
         pair = self.one_pair()
         product = low_rank_product(pair.a * self.scale, pair.b, len(stack))
         order = stack + i + o
         return lax.transpose(product, [order.index(axis) for axis in range(len(order))])
 
-    def merge(self) -> jax.Array:
+    def sum(self) -> jax.Array:
+        """`W + scale · (B A − B₀ A₀)`, float32 or wider."""
         wide = wider(self.base.dtype, jnp.float32)
-        return (self.base.astype(wide) + self.delta().astype(wide)).astype(self.base.dtype)
+        return self.base.astype(wide) + self.delta().astype(wide)
 
     def label(self, method_labels: bool) -> Self:
-        frozen = jax.tree.map(lambda array: "frozen", self)
+        frozen = jax.tree.map(lambda array: FROZEN, self)
         return dataclasses.replace(frozen, a="lora_a", b="lora_b") if method_labels else frozen
 
     def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -102,25 +99,41 @@ class LoRAWeight(AdaptedWeight):
         return super().misfit(shapes)
 
     def times(self, factor: jax.Array) -> Self:
-        def scaled(b: jax.Array) -> jax.Array:
+        def multiple(b: jax.Array) -> jax.Array:
             return b * factor.astype(b.dtype)
 
-        start_b = None if self.start_b is None else scaled(self.start_b)
-        return dataclasses.replace(self, base=self.base * factor, b=scaled(self.b), start_b=start_b)
+        start_b = None if self.start_b is None else multiple(self.start_b)
+        return dataclasses.replace(self, base=self.base * factor, b=multiple(self.b), start_b=start_b)
 
     def with_key(self, key: jax.Array | None) -> Self:
         if self.dropout == 0:
             key = None
-        stack = self.a.shape[: self.axes.count(STACK)]
-        if key is not None and stack:
-            key = jax.random.split(key, stack)
-        return dataclasses.replace(self, key=key)
+        return dataclasses.replace(self, key=keys_of(key, self.a.shape[: self.axes.count(STACK)]))
 
     def for_use(self, number: Any) -> Self:
-        if self.key is None:
-            return self
-        fold = jnp.vectorize(jax.random.fold_in, excluded={1})
-        return dataclasses.replace(self, key=fold(self.key, number))
+        return dataclasses.replace(self, key=key_for_use(self.key, number))
+
+
+def keys_of(key: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
+    """A key for each member of a stack."""
+    return jax.random.split(key, stack) if key is not None and stack else key
+
+
+def key_for_use(key: jax.Array | None, number: Any) -> jax.Array | None:
+    """The keys of a node's `number`-th use."""
+    return None if key is None else jnp.vectorize(jax.random.fold_in, excluded={1})(key, number)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LoRAWeight(LowRankWeight):
+    """`W + scale · (B A − B₀ A₀)` as a pytree node; without a start, `B₀ A₀` is zero. See `LowRankWeight`."""
+
+    def merge(self) -> jax.Array:
+        return self.sum().astype(self.base.dtype)
+
+    def prepared(self) -> AdaptedWeight:
+        return self.one_pair()
 
     # A function of its own in the program: traced, differentiated and lowered once for all weights of equal shapes.
     @functools.partial(jax.jit, static_argnames=("spec", "run"))
@@ -171,9 +184,9 @@ class LoRAWeight(AdaptedWeight):
         # Every array is brought to `low_rank_matmul`'s shape: one axis of tokens, one contracted axis, before them one
         # batch axis for the stack axes that the matmul batches, and one for those it does not: they meet every token.
         batched = list(spec.weight_batch)
-        loose = [axis for axis in self._places(STACK) if axis not in batched]
-        expanded = self._places(OUT if label == IN else IN)
-        contracted = self._places(label)
+        loose = [axis for axis in self.places(STACK) if axis not in batched]
+        expanded = self.places(OUT if label == IN else IN)
+        contracted = self.places(label)
         pairs = dict(zip(spec.weight_contract, spec.other_contract, strict=True))
         free = [axis for axis in range(other.ndim) if axis not in spec.other_contract + spec.other_batch]
 
@@ -181,7 +194,7 @@ class LoRAWeight(AdaptedWeight):
             return math.prod(self.shape[axis] for axis in axes)
 
         stack = [size(axes) for axes in (batched, loose) if axes]
-        stack_order = [self._places(STACK).index(axis) for axis in batched + loose]
+        stack_order = [self.places(STACK).index(axis) for axis in batched + loose]
         tokens_and_k = (math.prod(other.shape[axis] for axis in free), size(contracted))
         compute = wider(other.dtype, self.dtype)
         x = _arranged(other, [*spec.other_batch, *free, *(pairs[axis] for axis in contracted)])
@@ -205,7 +218,7 @@ class LoRAWeight(AdaptedWeight):
         return _arranged(y, [*range(len(batched)), *(weight + tokens if spec.weight_is_lhs else tokens + weight)])
 
     def take(self, indices: jax.Array, spec: TakeSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        if self._places(STACK):
+        if self.places(STACK):
             raise Unfactorable("a lookup in a stacked weight")
         _, reduce, expand = self._direction((spec.axis,))
         # The same lookup in the factor's columns: (…, r), then out along the other axes of the weight. What an index
@@ -223,7 +236,7 @@ class LoRAWeight(AdaptedWeight):
         return base_out + y
 
     def conv(self, other: jax.Array, spec: ConvSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        if self._places(OUT) != [spec.kernel_out] or self._places(STACK):
+        if self.places(OUT) != [spec.kernel_out] or self.places(STACK):
             raise Unfactorable(f"the labels {self.axes!r} do not fit a kernel whose output axis is {spec.kernel_out}")
         base_out = run(self.base)
         compute = wider(other.dtype, self.dtype)
@@ -240,7 +253,7 @@ class LoRAWeight(AdaptedWeight):
         self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
     ) -> jax.Array:
         _, reduce, expand = self._direction((spec.weight_contract,))
-        if self._places(STACK) != [spec.weight_group] or self.ndim != 3:
+        if self.places(STACK) != [spec.weight_group] or self.ndim != 3:
             raise Unfactorable(f"the labels {self.axes!r} do not fit a ragged matmul over axis {spec.weight_group}")
         base_out = run(self.base)
         compute = wider(other.dtype, self.dtype)
@@ -252,7 +265,7 @@ class LoRAWeight(AdaptedWeight):
     def _direction(self, contracted: Sequence[int]) -> tuple[str, jax.Array, jax.Array]:
         """The label whose axes are contracted, the factor that carries them, and the other one."""
         for label, reduce, expand in ((IN, self.a, self.b), (OUT, self.b, self.a)):
-            if sorted(contracted) == self._places(label):
+            if sorted(contracted) == self.places(label):
                 return label, reduce, expand
         raise Unfactorable(f"axes {tuple(sorted(contracted))} of a weight labelled {self.axes!r} are contracted")
 
