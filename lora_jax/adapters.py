@@ -164,8 +164,9 @@ def load_adapter(
         )
 
     trained: dict[str, Any] = {}
+    shared: dict[Any, Any] = {}
     for path, static in description["adapted"].items():
-        trained[path] = _node(path, static, _base_leaf(path, leaves, folder), tensors, folder)
+        trained[path] = _node(path, static, _base_leaf(path, leaves, folder), tensors, folder).regrown(shared)
     used = {f"{path}/{name}" for path in description["adapted"] for name in trained[path].fields}
     for name, array in tensors.items():
         if name in used:
@@ -349,8 +350,7 @@ def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], 
     if problem:
         raise AdapterError(f"{folder}: `{path}`: {problem}")
     places = node.placements()
-    placed = {name: _placed(array, places.get(name)) for name, array in arrays.items()}
-    return dataclasses.replace(node, **placed).regrown()
+    return dataclasses.replace(node, **{name: _placed(array, places.get(name)) for name, array in arrays.items()})
 
 
 def _static(node: AdaptedWeight) -> dict[str, Any]:

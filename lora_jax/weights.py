@@ -138,12 +138,16 @@ class AdaptedWeight:
         """The node that works in this one's place: what depends on the arrays alone is computed once a call."""
         return self
 
-    def regrown(self) -> Self:
-        """This node with those of its arrays that no file holds, because its settings determine them."""
+    def regrown(self, shared: dict[Any, Any]) -> Self:
+        """This node with those of its arrays that no file holds, because its settings determine them.
+
+        `shared` has what the nodes before it made, by what determines it: equal arrays are in memory once.
+        """
+        del shared
         return self
 
     # How it acts. `run(base)` computes what the unchanged operation gives for the base, or for another array of its
-    # shape; a matmul's takes the other operand too, since it is differentiated by hand.
+    # shape; that of a matmul, ragged or not, takes the other operand too.
 
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
@@ -157,7 +161,7 @@ class AdaptedWeight:
         raise Unfactorable(f"{type(self).__name__} has no rule for convolutions")
 
     def ragged_dot(
-        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
+        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:
         raise Unfactorable(f"{type(self).__name__} has no rule for ragged matmuls")
 

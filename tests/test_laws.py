@@ -48,7 +48,7 @@ from .tiny_encoders import write_tiny
 # In full for LoRA and BitFit, on two models for every other method; where weights change, one has stacks of them.
 PAIRS = [(name, method) for name in TABLE for method in ("lora", "bitfit")]
 PAIRS += [(name, method) for name in ("plain", "nnx_mlp") for method in ("full", "frozen")]
-RELATIVES = ("pissa", "lora_fa", "dora")
+RELATIVES = ("pissa", "lora_fa", "dora", "ia3", "vera")
 PAIRS += [(name, method) for name in ("plain", "linen_scanned") for method in RELATIVES]
 
 every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
@@ -424,7 +424,44 @@ def test_law_7_the_step_has_no_dot_of_a_weight_s_shape() -> None:
     assert "dot" in lora
     assert not weight_gradients(lora)
     assert not weight_gradients(compiled_step(lj.BitFit()).as_text())
+    for method in relatives():
+        assert not weight_gradients(compiled_step(method).as_text()), method
     assert len(weight_gradients(compiled_step(lj.FullFineTune()).as_text())) == 3
+
+
+def relatives() -> tuple[lj.Method, ...]:
+    """The other methods that change weights, each over all three layers."""
+    common: Any = {"rank": RANK, "alpha": RANK, "targets": ("kernel",)}
+    return (
+        lj.LoRA(**common, init="pissa"),
+        lj.LoRA(**common, freeze_a=True),
+        lj.DoRA(**common),
+        lj.IA3(targets=("kernel",), feedforward=("/1/kernel",)),
+        lj.VeRA(rank=4 * RANK, targets=("kernel",)),
+    )
+
+
+def test_law_7_the_relatives_need_no_more_than_their_formulas() -> None:
+    """As below. Factors of twice the rank cost twice as much; a frozen `a`, and VeRA's, has no gradient, which saves
+    2·r·in. DoRA's norms take 2·r·in·out for `a W` and 2·in·out for `‖W‖²`, once, and its scale 3 operations an output
+    and token, forward and backward; (IA)³'s as many, at the output or the input."""
+    pairs = list(itertools.pairwise(SIZES))
+    inputs, outputs, products = SIZES[:-1], SIZES[1:], sum(i * o for i, o in pairs)
+    chain = 2 * TOKENS * (2 * products - SIZES[0] * SIZES[1])
+
+    def path(rank: int, *, a_learns: bool = True) -> int:
+        return 2 * TOKENS * rank * ((3 if a_learns else 2) * sum(inputs) + 3 * sum(outputs) - SIZES[0])
+
+    formulas = (
+        chain + path(2 * RANK),
+        chain + path(RANK, a_learns=False),
+        chain + path(RANK) + 2 * (RANK + 1) * products + 3 * TOKENS * sum(outputs),
+        chain + 3 * TOKENS * (outputs[0] + inputs[1] + outputs[2]),
+        chain + path(4 * RANK, a_learns=False),
+    )
+    for method, formula in zip(relatives(), formulas, strict=True):
+        flops = compiled_step(method).cost_analysis()["flops"]
+        assert 0.99 * formula <= flops <= 1.05 * formula, (method, flops / formula)
 
 
 def test_law_7_the_step_needs_no_more_than_its_formula() -> None:

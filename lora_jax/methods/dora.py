@@ -133,7 +133,7 @@ class _ScaledWeight(LowRankWeight):
         return scaled_conv(self, self.ratio, OUT, spec, lambda: self._plain().conv(other, spec, run))
 
     def ragged_dot(
-        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
+        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:
         def product(x: jax.Array) -> jax.Array:
             return self._plain().ragged_dot(x, sizes, spec, run)

@@ -250,12 +250,12 @@ class LoRAWeight(LowRankWeight):
         return base_out + jnp.moveaxis(y, -1, spec.output_feature).astype(base_out.dtype)
 
     def ragged_dot(
-        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
+        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:
         _, reduce, expand = self._direction((spec.weight_contract,))
         if self.places(STACK) != [spec.weight_group] or self.ndim != 3:
             raise Unfactorable(f"the labels {self.axes!r} do not fit a ragged matmul over axis {spec.weight_group}")
-        base_out = run(self.base)
+        base_out = run(self.base, other)
         compute = wider(other.dtype, self.dtype)
         x, reduce, expand = self._dropped(other).astype(compute), reduce.astype(compute), expand.astype(compute)
         hidden = lax.ragged_dot(x, reduce.swapaxes(1, 2), sizes, precision=spec.precision)

@@ -11,12 +11,23 @@ import lora_jax as lj
 
 from .errors import ConfigError
 
-METHODS: dict[str, type] = {"frozen": lj.Frozen, "bitfit": lj.BitFit, "lora": lj.LoRA, "full": lj.FullFineTune}
+METHODS: dict[str, type] = {
+    "frozen": lj.Frozen,
+    "bitfit": lj.BitFit,
+    "lora": lj.LoRA,
+    "dora": lj.DoRA,
+    "ia3": lj.IA3,
+    "vera": lj.VeRA,
+    "full": lj.FullFineTune,
+}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "frozen": {"also_train": ("classifier",)},
     "bitfit": {"targets": "all", "also_train": ("classifier",)},
     "lora": {"rank": 8, "alpha": 16.0, "targets": "all-linear", "also_train": ("classifier",)},
+    "dora": {"rank": 8, "alpha": 16.0, "targets": "all-linear", "also_train": ("classifier",)},
+    "ia3": {"targets": "keys-values-mlp", "also_train": ("classifier",)},
+    "vera": {"rank": 256, "targets": "all-linear", "also_train": ("classifier",)},
     "full": {"also_train": ("classifier",)},
 }
 

@@ -11,24 +11,26 @@ import lora_jax as lj
 from tests.models_table import moved
 
 from . import plain_cases
-from .kit import TOLERANCE, assert_close, value_and_gradients
+from .kit import TOLERANCE, Case, assert_close, value_and_gradients
 
-METHODS: dict[str, Any] = {"dora": lambda targets: lj.DoRA(rank=2, alpha=3, targets=targets)}
-# Which of the methods have to merge the weight there, and are right all the same.
-MERGED: dict[str, set[str]] = {
-    "head_major_einsums": set(),
-    "experts_stacked_last": set(),
-    "ragged_experts": set(),
-    "every_token_to_every_expert": set(),
-    "tied_embedding": set(),
-    "embedding_outside_its_table": set(),
-    "embedding_along_the_last_axis": set(),
-    "scan_of_scans": set(),
-    "fused_qkv_split": set(),
-    "scalar_multiples": set(),
-    "convolution_in_two_dimensions": set(),
-    "gradient_inside": set(),
+METHODS: dict[str, Any] = {
+    "dora": lambda targets: lj.DoRA(rank=2, alpha=3, targets=targets),
+    "ia3": lambda targets: lj.IA3(targets=targets, feedforward=()),
+    "vera": lambda targets: lj.VeRA(rank=9, targets=targets),
 }
+CASES = (
+    "head_major_einsums",
+    "ragged_experts",
+    "every_token_to_every_expert",
+    "tied_embedding",
+    "embedding_outside_its_table",
+    "embedding_along_the_last_axis",
+    "scan_of_scans",
+    "fused_qkv_split",
+    "scalar_multiples",
+    "convolution_in_two_dimensions",
+    "gradient_inside",
+)
 
 
 def attach_everywhere(method: Any, fn: Any, params: Any, *args: Any) -> Any:
@@ -39,13 +41,12 @@ def attach_everywhere(method: Any, fn: Any, params: Any, *args: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_the_merged_functions(name: str, method: str) -> None:
-    case = plain_cases.CASES[name]()
+    case: Case = getattr(plain_cases, name)()
     params = attach_everywhere(METHODS[method], case.fn, case.params, *case.args)
-    adapted = value_and_gradients(lj.adapt(case.fn, on_materialize="silent"))
+    adapted = value_and_gradients(lj.adapt(case.fn, on_materialize="error"))
     merged = value_and_gradients(lambda params, *args: case.fn(lj.merge_params(params), *args))
     both = jax.jit(lambda params: (adapted(params, *case.args), merged(params, *case.args)))(params)
     for actual, expected in zip(*both, strict=True):
         assert_close(actual, expected, max(case.tolerance, 2 * TOLERANCE))
-    assert bool(lj.explain(case.fn, params, *case.args).materialized) == (method in MERGED[name])
