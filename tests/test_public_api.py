@@ -29,7 +29,7 @@ FUNCTIONS = [
     "trainable_mask",
     "with_dropout",
 ]
-METHODS = ["BitFit", "Frozen", "FullFineTune", "LoRA"]
+METHODS = ["BitFit", "DoRA", "Frozen", "FullFineTune", "IA3", "LoRA", "VeRA"]
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])

@@ -21,6 +21,10 @@ def config(**options):
         {"method": "bitfit", "dev": "b.tsv", "metric": "macro_f1"},
         {"method": {"name": "lora", "rank": 4, "targets": ["query", "value"], "rank_overrides": {"query": 2}}},
         {"method": lj.LoRA(rank=2, alpha=2, targets=r".*/query/kernel", dropout=0.1)},
+        {"method": {"name": "lora", "init": "pissa", "freeze_a": True}},
+        {"method": {"name": "dora", "rank": 4, "alpha_overrides": {"query": 2}}},
+        {"method": {"name": "ia3", "targets": ["key", "mlp/down"], "feedforward": ["mlp/down"]}},
+        {"method": {"name": "vera", "projection_seed": 3}},
         {"lr": {"lora_a": 1e-3, "lora_b": 4e-3, "head": 1e-3}, "clip_norm": None, "task": "regression"},
     ],
 )
