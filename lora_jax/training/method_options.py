@@ -66,16 +66,20 @@ def method_options(method: Any) -> dict[str, Any]:
 
 
 def default_learning_rate(method: Any) -> float:
-    """A learning rate for AdamW: that of `docs/results.md`; for LoRA's Gaussian start, half of it."""
+    """A learning rate for AdamW: that of `docs/results.md`; for LoRA's other starts, half of it.
+
+    DoRA's is LoRA's. The vectors of (IA)³ and VeRA are few numbers that each move a whole layer little, and both papers
+    train them with some ten times LoRA's rate.
+    """
     name = method_name(method)
-    if name == "lora":
+    if name in ("lora", "dora"):
         targets = method.targets
         few = not isinstance(targets, str) and not callable(targets) and len(targets) <= 2
         rate = 2e-3 if few else 1e-3
         # A Gaussian `a` starts some four times as large, so that the same rate moves the product further: 1e-3 on all
         # linear layers has diverged with it (SST-2).
         return rate if method.init == "kaiming" else rate / 2
-    return {"frozen": 5e-3, "bitfit": 3e-3, "full": 1e-4}[name]
+    return {"frozen": 5e-3, "bitfit": 3e-3, "ia3": 1e-2, "vera": 1e-2, "full": 1e-4}[name]
 
 
 def _tuples(value: Any) -> Any:
