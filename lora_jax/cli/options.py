@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora_jax.training.task_file import TaskFile
 
 TASKS = ("classification", "regression", "causal-lm")
-_PRESETS = ("all", "all-linear", "attention", "mlp")
+_PRESETS = ("all", "all-linear", "attention", "mlp", "keys-values-mlp")
 _METHOD_FLAGS = {
     "rank": "rank",
     "alpha": "alpha",
@@ -23,6 +23,8 @@ _METHOD_FLAGS = {
     "lora_dropout": "dropout",
     "scaling": "scaling",
     "init": "init",
+    "freeze_a": "freeze_a",
+    "feedforward": "feedforward",
 }
 
 
@@ -78,18 +80,19 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     _add(
         method,
         "--method",
-        choices=("frozen", "bitfit", "lora", "full"),
-        help="the head alone, biases, low-rank factors (default), or everything",
+        choices=("frozen", "bitfit", "lora", "dora", "ia3", "vera", "full"),
+        help="the head alone, biases, low-rank factors (lora is the default; dora trains magnitudes as well), learned\n"
+        "scales, vectors between shared random factors, or everything",
     )
-    _add(method, "--rank", type=int, metavar="R", help="LoRA: the rank (default: 8)")
-    _add(method, "--alpha", type=float, metavar="A", help="LoRA: updates are scaled by A/R (default: 16)")
+    _add(method, "--rank", type=int, metavar="R", help="LoRA, DoRA, VeRA: the rank (default: 8; of VeRA 256)")
+    _add(method, "--alpha", type=float, metavar="A", help="LoRA, DoRA: updates are scaled by A/R (default: 16)")
     _add(
         method,
         "--targets",
         nargs="+",
         metavar="NAME",
-        help="LoRA: all-linear (default), attention, mlp, or modules (query value); "
-        "BitFit: all (default), or modules (attention/query mlp/up)",
+        help="LoRA, DoRA, VeRA: all-linear (default), attention, mlp, or modules (query value); "
+        "BitFit: all (default), or modules (attention/query mlp/up); IA3: keys-values-mlp (default), or modules",
     )
     _add(
         method,
@@ -98,9 +101,22 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="modules trained in full (default: classifier; causal-lm none)",
     )
-    _add(method, "--lora-dropout", type=float, metavar="P", help="LoRA: of the factors' input (default: 0)")
-    _add(method, "--scaling", choices=("standard", "rank_stabilized"), help="LoRA: by A/R or A/√R")
-    _add(method, "--init", choices=("gaussian", "kaiming"), help="LoRA: start of the factor a")
+    _add(method, "--lora-dropout", type=float, metavar="P", help="LoRA, DoRA: of the factors' input (default: 0)")
+    _add(method, "--scaling", choices=("standard", "rank_stabilized"), help="LoRA, DoRA: by A/R or A/√R")
+    _add(
+        method,
+        "--init",
+        choices=("gaussian", "kaiming", "pissa", "orthogonal"),
+        help="LoRA, DoRA: start of the factors, at random (gaussian is the default) or from the weight",
+    )
+    _add(method, "--freeze-a", action="store_true", help="LoRA, DoRA: train the factor b alone (LoRA-FA)")
+    _add(
+        method,
+        "--feedforward",
+        nargs="*",
+        metavar="NAME",
+        help="IA3: those of --targets whose input is scaled, not the output (default: mlp/down)",
+    )
 
 
 def add_base_argument(parser: argparse._ActionsContainer) -> None:
