@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import lora_jax as lj
+from tests.models_table import moved
 
 KEY = jax.random.key(0)
 
@@ -289,6 +290,20 @@ def test_half_a_start_is_refused(tmp_path: Any) -> None:
     assert start.misfit({"a": (4, 300), "b": (4, 200)}) is None
     assert start.misfit(shapes) == "it has one of `start_a` and `start_b`, which belong together"
     assert "`start_b` has the shape (3, 200), expected (4, 200)" in start.misfit({**shapes, "start_b": (3, 200)})
+
+
+def test_a_start_from_the_weight_is_truncated_to_plain_factors() -> None:
+    """What is kept is the best approximation to `B A − B₀ A₀`, and needs no start any more."""
+    method = lora(rank=2, init="pissa")
+    params = lj.attach({"w": jnp.asarray(random(30, 20))}, method, key=KEY)
+    params = moved(params, lj.trainable_mask(params, method), seed=1)
+    whole = lj.truncate_lora(params, method, rank=4)
+    assert (whole.method.rank, whole.method.init, whole.params["w"].start_a) == (4, "gaussian", None)
+    np.testing.assert_allclose(whole.params["w"].merge(), params["w"].merge(), atol=1e-5)
+    u, s, v = np.linalg.svd(np.asarray(params["w"].delta(), np.float64))
+    less = lj.truncate_lora(params, method, rank=3)
+    np.testing.assert_allclose(less.params["w"].delta(), (u[:, :3] * s[:3]) @ v[:3], atol=1e-4)
+    assert lj.label_params(less.params, less.method)["w"].a == "lora_a"
 
 
 # A frozen `a`.

@@ -94,6 +94,21 @@ def test_weights_of_one_size_share_them_in_memory(tmp_path: Any) -> None:
     assert (tmp_path / "adapter.safetensors").stat().st_size < 4 * 5 * (5 + 4) + 1000
 
 
+def test_layers_are_stacked_and_taken_apart() -> None:
+    layers = {"layers": {str(i): {"w": random(6, 4, seed=i)} for i in range(3)}}
+    method = vera(targets=("w",))
+    params = lj.attach(layers, method, key=KEY)
+    params = moved(params, lj.trainable_mask(params, method), seed=1)
+    stacked = lj.models.stack_layers(params)
+    node = stacked["layers"]["w"]
+    assert node.a.shape == (5, 6)
+    wanted = [params["layers"][str(i)]["w"].merge() for i in range(3)]
+    np.testing.assert_allclose(node.merge(), np.stack(wanted), rtol=1e-5, atol=1e-6)
+    again = lj.models.unstack_layers(stacked)
+    for found, leaf in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(found, leaf)
+
+
 def test_no_projection_is_saved_and_each_comes_back(tmp_path: Any) -> None:
     method = vera(projection_seed=3, dropout=0.1)
     params = {"w": trained(method, 30, 20)}
