@@ -73,7 +73,7 @@ class Run(NamedTuple):
 def prepare(config: TrainConfig, listen: Listener) -> Run:
     """Reads the data, loads the base and attaches the method. Nothing is written."""
     sources = {"train": config.train, "dev": config.dev, "test": config.test}
-    examples = {split: _read(config, source, split) for split, source in sources.items() if source is not None}
+    examples = {split: read_split(config, source, split) for split, source in sources.items() if source is not None}
     task = make_task(config.task, examples["train"])
     targets = {split: task.encode(rows) for split, rows in examples.items()}
     metric = check_metric(config.metric or default_metric(task), task)
@@ -130,7 +130,8 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     )
 
 
-def _read(config: TrainConfig, source: str, split: str) -> Examples:
+def read_split(config: TrainConfig, source: str, split: str) -> Examples:
+    """The rows of `"train"`, `"dev"` or `"test"`, in the config's columns."""
     return read_examples(
         source, text=config.text, text_pair=config.text_pair, label=config.label, split=_HUB_SPLITS[split]
     )
