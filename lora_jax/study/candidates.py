@@ -106,7 +106,7 @@ def describe(options: Mapping[str, Any]) -> str:
     """A method's options in a few words: its rank and targets, and what else differs from the default."""
     name = options["name"]
     usual = method_options(make_method(name))
-    words: list[str] = [TITLES.get(name, name)]
+    words = [str(TITLES.get(name, name))]
     if options.get("rank") is not None:
         words[0] += f" r={options['rank']}"
     if "rank" in usual or options.get("targets") != usual.get("targets"):

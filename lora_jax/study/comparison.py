@@ -23,7 +23,7 @@ from lora_jax.training.result import RunResult
 
 from .costs import measure_costs
 from .events import Listener, RunFinished, RunStarted
-from .plan import PlannedRun, chosen_rate, count_runs, next_run, pending, predicted_seconds
+from .plan import PlannedRun, chosen_rate, count_left, next_run, predicted_seconds
 from .programs import shared_programs
 from .recommend import Recommendation, recommend
 from .results_file import ResultsFile
@@ -102,11 +102,12 @@ def compare(
 
     with shared_programs(prepared.folder / "programs"):
         while (run := next_run(candidates, seeds, results.rows, fits)) is not None:
+            done = _count_done(prepared, results)
             listen(
                 RunStarted(
                     run=run,
-                    number=_count_done(prepared, results) + 1,
-                    total=count_runs(candidates, seeds),
+                    number=done + 1,
+                    total=done + count_left(candidates, seeds, results.rows),
                     seconds=predicted_seconds(run, results.rows),
                 )
             )
@@ -114,7 +115,7 @@ def compare(
             results.append(row)
             _prune(prepared, results)
             listen(RunFinished(run=run, row=row, done=results.rows))
-        left = _left(prepared, results)
+        left = count_left(candidates, seeds, results.rows)
         if left and settings.minutes is not None:
             spent = format_seconds(clock() - start)
             listen(training_events.Note(message=f"{left} runs are left: none is predicted to fit ({spent} spent)"))
@@ -183,7 +184,3 @@ def _prune(prepared: Prepared, results: ResultsFile) -> None:
 def _count_done(prepared: Prepared, results: ResultsFile) -> int:
     ids = {candidate.id for candidate in prepared.candidates}
     return sum(row["candidate_id"] in ids for row in results.rows.values())
-
-
-def _left(prepared: Prepared, results: ResultsFile) -> int:
-    return sum(1 for _ in pending(prepared.candidates, prepared.settings.seeds, results.rows))

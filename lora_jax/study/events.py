@@ -17,7 +17,7 @@ class RunStarted:
 
     Attributes:
         run: which.
-        number, total: counted from 1, of the grid's runs.
+        number, total: counted from 1, of all that are known to be needed.
         seconds: predicted; `None` of the first.
     """
 

@@ -32,6 +32,21 @@ def count_runs(candidates: Sequence[Candidate], seeds: Sequence[int]) -> int:
     return sum(len(candidate.rates) + len(seeds) - 1 for candidate in candidates)
 
 
+def count_left(candidates: Sequence[Candidate], seeds: Sequence[int], rows: Rows) -> int:
+    """How many runs are still to do, also those whose rate isn't chosen yet."""
+    first, *others = seeds
+    left = 0
+    for candidate in candidates:
+        rates = sum(PlannedRun(candidate, rate, first).id not in rows for rate in candidate.rates)
+        rate = chosen_rate(candidate, first, rows)
+        if rate is not None:
+            left += sum(PlannedRun(candidate, rate, seed).id not in rows for seed in others)
+        elif rates:
+            left += len(others)
+        left += rates
+    return left
+
+
 def pending(candidates: Sequence[Candidate], seeds: Sequence[int], rows: Rows) -> Iterator[PlannedRun]:
     """What is left to run, in order, as far as it is known.
 

@@ -31,10 +31,10 @@ class ResultsFile:
         self.rows: dict[str, Row] = {}
         if not path.exists():
             return
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-            files.write_text(path, "".join(lines))
+        # Not `splitlines`, which also splits where an error's text has one of Unicode's own line breaks.
+        *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        if rest:
+            files.write_text(path, "".join(f"{line}\n" for line in lines))
         for number, line in enumerate(lines, start=1):
             row = _parse(line)
             if row is None:

@@ -132,9 +132,8 @@ def _rows(examples: Examples, places: np.ndarray) -> Examples:
     def pick(column: list[Any] | None) -> list[Any] | None:
         return None if column is None else [column[place] for place in places]
 
-    return examples._replace(
-        texts=[examples.texts[place] for place in places], pairs=pick(examples.pairs), labels=pick(examples.labels)
-    )
+    texts = [examples.texts[place] for place in places]
+    return Examples(examples.name, texts, pick(examples.pairs), pick(examples.labels))
 
 
 def _fingerprint(examples: Examples) -> str:
