@@ -23,6 +23,9 @@ GRID: tuple[Mapping[str, Any], ...] = (
     {"name": "lora", "rank": 8, "targets": "all-linear"},
     {"name": "full"},
 )
+# What a comparison takes where an entry doesn't say. A Gaussian start has standard deviation 1/r, so that a rate which
+# suits one rank is too high for a lower one; this start, of the authors' code and of PEFT, is the same for every rank.
+_ACROSS_RANKS: Mapping[str, Mapping[str, Any]] = {"lora": {"init": "kaiming"}}
 RATE_FACTORS = (1.0, 1 / 3, 3.0)
 TITLES = {"frozen": "head only", "bitfit": "BitFit", "lora": "LoRA", "full": "full fine-tuning"}
 
@@ -74,7 +77,7 @@ def make_candidate(
     x: float | None = None,
     train_rows: int | None = None,
 ) -> Candidate:
-    """A candidate of plain options; what isn't said is as `lora-jax train` has it.
+    """A candidate of plain options; what isn't said is as `lora-jax train` has it, but for LoRA's start: `"kaiming"`.
 
     Args:
         method: as `training.method_options.make_method` takes it.
@@ -88,7 +91,7 @@ def make_candidate(
         >>> candidate.label, candidate.series, candidate.rates
         ('LoRA r=4, query+value', 'LoRA, query+value', (0.002, 0.00067, 0.006))
     """
-    made = make_method(method)
+    made = _made(method)
     options = method_options(made)
     rate = default_learning_rate(made)
     return Candidate(
@@ -105,7 +108,7 @@ def make_candidate(
 def describe(options: Mapping[str, Any]) -> str:
     """A method's options in a few words: its rank and targets, and what else differs from the default."""
     name = options["name"]
-    usual = method_options(make_method(name))
+    usual = method_options(_made(name))
     words = [str(TITLES.get(name, name))]
     if options.get("rank") is not None:
         words[0] += f" r={options['rank']}"
@@ -170,6 +173,11 @@ def read_grid(path: str | Path) -> tuple[Candidate, ...]:
         except (ValueError, TypeError) as error:
             raise ConfigError(f"`grid` {path}, entry {number}: {error}") from error
     return tuple(candidates)
+
+
+def _made(method: Mapping[str, Any] | str) -> Any:
+    options = {"name": method} if isinstance(method, str) else method
+    return make_method({**_ACROSS_RANKS.get(options.get("name", "lora"), {}), **options})
 
 
 def _of_name(name: str) -> list[Mapping[str, Any]]:

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's, which differ for all kinds of colour blindness; yellow is too pale on white. Marks differ as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", ":", "-.")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
-_WIDTH = 5.0  # inches: shown at a phone's 360 pixels, text of 10 points is some 10 pixels high
+_MOST_MARKS = 10  # more words beside points than this would cover one another
+_WIDTH = 5.0  # inches: shown at a phone's 360 pixels, text of 11 points is some 11 pixels high
 _STYLE: dict[Any, Any] = {
-    "font.size": 10,
+    "font.size": 11,
+    "axes.xmargin": 0.08,
+    "axes.ymargin": 0.08,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -87,19 +91,20 @@ def _new(height: float, panels: int = 1, **options: Any) -> tuple[Figure, list[A
 
 
 def _quality_chart(outcome: Outcome) -> Chart | None:
-    """One row a candidate: each seed a ring, the mean a disc, the deviation a bar."""
+    """One row a candidate: the mean, the deviation as a bar, and each seed as a dot below them."""
     split, quality = outcome.prepared.split, Quality(outcome.prepared.metric)
     summaries = [s for s in by_quality(outcome) if s.scores[split]]
     if not summaries:
         return None
     looks = _looks(outcome.summaries)
-    figure, (axes,) = _new(0.9 + 0.34 * len(summaries))
+    figure, (axes,) = _new(0.9 + 0.36 * len(summaries))
     for place, s in enumerate(summaries):
         values = [quality.shown(value) for value in s.scores[split]]
         colour, mark = looks[s.candidate.series]
         deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
         axes.errorbar(np.mean(values), place, xerr=deviation, fmt=mark, color=colour, capsize=3, markersize=6)
-        axes.plot(values, [place] * len(values), "o", color="#555555", fillstyle="none", markersize=4, linewidth=0)
+        if len(values) > 1:
+            axes.plot(values, [place + 0.26] * len(values), ".", color=colour, alpha=0.7, markersize=5)
     axes.set_yticks(range(len(summaries)), [_short(s.candidate.label) for s in summaries])
     axes.set_ylim(len(summaries) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -108,8 +113,8 @@ def _quality_chart(outcome: Outcome) -> Chart | None:
     return Chart(
         "quality",
         "Quality by method",
-        f"The best mean is that of {best.candidate.label}, {quality.spread(best.scores[split])}. Filled: the mean over "
-        "seeds, with the standard deviation as a bar. Rings: each seed.",
+        f"The best mean is that of {best.candidate.label}, {quality.spread(best.scores[split])}. Large: the mean over "
+        "seeds, with the standard deviation as a bar. Small: each seed.",
         figure,
     )
 
@@ -122,8 +127,8 @@ def _scatter_charts(outcome: Outcome) -> list[Chart | None]:
             name="parameters",
             title="Quality against trained parameters",
             label="trained parameters",
-            note="One line joins the candidates of one kind.",
-            lines=True,
+            note="A line joins the candidates of one kind; the horizontal axis is logarithmic.",
+            logarithmic=True,
         ),
         _scatter(
             outcome,
@@ -144,21 +149,24 @@ def _scatter(
     title: str,
     label: str,
     note: str,
-    lines: bool = False,
+    logarithmic: bool = False,
 ) -> Chart | None:
     split, quality = outcome.prepared.split, Quality(outcome.prepared.metric)
     summaries = [s for s in outcome.summaries if s.scores[split] and place(s) is not None]
     if len(summaries) < 2:
         return None
     figure, (axes,) = _new(3.9)
-    _draw_series(axes, summaries, _looks(outcome.summaries), place, split, quality, lines=lines, marks=True)
-    axes.set_xscale("log")
-    _plain_ticks(axes, [place(s) for s in summaries])
+    marks = len(summaries) <= _MOST_MARKS
+    _draw_series(axes, summaries, _looks(outcome.summaries), place, split, quality, lines=logarithmic, marks=marks)
+    if logarithmic:
+        axes.set_xscale("log")
+        _plain_ticks(axes, [place(s) or 0.0 for s in summaries])
+    else:
+        axes.set_xlim(left=0)
     axes.set_xlabel(label)
     axes.set_ylabel(f"{split} {quality.title}")
     _legend(figure, axes)
-    note = f"{note} Bars: the standard deviation over seeds."
-    return Chart(name, title, f"{note} The horizontal axis is logarithmic.", figure)
+    return Chart(name, title, f"{note} Bars: the standard deviation over seeds.", figure)
 
 
 def _axis_chart(outcome: Outcome, preset: Preset, name: str) -> Chart | None:
@@ -173,7 +181,7 @@ def _axis_chart(outcome: Outcome, preset: Preset, name: str) -> Chart | None:
     _draw_series(panels[0], summaries, looks, lambda s: s.candidate.x, split, quality, lines=True)
     panels[0].set_ylabel(f"{split} {quality.title}")
     if preset.published is not None:
-        panels[0].set_title("here", fontsize=10, loc="left")
+        panels[0].set_title("here", fontsize=11, loc="left")
         for column, axes in enumerate(panels[1:]):
             for series, (colour, mark) in looks.items():
                 points = [
@@ -182,15 +190,18 @@ def _axis_chart(outcome: Outcome, preset: Preset, name: str) -> Chart | None:
                     if s.candidate.series == series and s.candidate.label in preset.published.values
                 ]
                 axes.plot(*zip(*points, strict=True), marker=mark, color=colour, linestyle=":", fillstyle="none")
-            axes.set_title(f"the paper, {columns[column]}", fontsize=10, loc="left")
+            axes.set_title(f"the paper, {columns[column]}", fontsize=11, loc="left")
             axes.set_ylabel("accuracy, %")
     panels[-1].set_xscale("log")
-    places = sorted({s.candidate.x for s in outcome.summaries if s.candidate.x is not None})
+    places: list[float] = []
+    for x in sorted({s.candidate.x for s in outcome.summaries if s.candidate.x is not None}):
+        if not places or x > 1.4 * places[-1]:  # closer, their numbers would touch
+            places.append(x)
     panels[-1].set_xticks(places, [f"{x:,g}" for x in places])
     panels[-1].minorticks_off()
     panels[-1].set_xlabel(name)
     _legend(figure, panels[0])
-    note = f" {preset.published.setting} below, dotted." if preset.published is not None else ""
+    note = f" Below, dotted, the paper's: {preset.published.setting}." if preset.published is not None else ""
     description = f"One line a kind of candidate; bars: the standard deviation over seeds.{note}"
     return Chart("axis", f"Quality against {name}", description, figure)
 
@@ -200,17 +211,23 @@ def _rates_chart(outcome: Outcome) -> Chart | None:
     quality = Quality(outcome.prepared.metric)
     drawn = [(s, {r: v for r, v in s.tried.items() if v is not None}) for s in outcome.summaries]
     drawn = [(s, tried) for s, tried in drawn if len(tried) > 1]
-    # More lines than there are colours can't be told apart: the table has them.
-    if not drawn or len(drawn) > len(_COLOURS):
+    # More lines can't be told apart: the table has them.
+    if not drawn or len(drawn) > _MOST_MARKS:
         return None
     figure, (axes,) = _new(4.1)
-    for (s, tried), colour, mark in zip(drawn, _COLOURS, _MARKS, strict=False):
+    looks, seen = _looks(outcome.summaries), dict.fromkeys(_looks(outcome.summaries), 0)
+    for s, tried in drawn:
+        colour, mark = looks[s.candidate.series]
+        line = _LINES[seen[s.candidate.series] % len(_LINES)]
+        seen[s.candidate.series] += 1
         rates = sorted(tried)
         values = [quality.shown(tried[rate]) for rate in rates]
-        axes.plot(rates, values, marker=mark, color=colour, fillstyle="none", label=_short(s.candidate.label))
+        look: dict[str, Any] = {"marker": mark, "color": colour, "linestyle": line, "fillstyle": "none"}
+        axes.plot(rates, values, label=_short(s.candidate.label), **look)
         if s.rate in tried:
             axes.plot(s.rate, quality.shown(tried[s.rate]), marker=mark, color=colour, markersize=8)
     axes.set_xscale("log")
+    _plain_ticks(axes, [rate for _, tried in drawn for rate in tried])
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel(f"dev {quality.title}")
     _legend(figure, axes)
@@ -252,7 +269,7 @@ def _draw_series(
             for s, left, height in zip(own, x, y, strict=True):
                 if s.candidate.mark:
                     offset = {"xytext": (6, 4), "textcoords": "offset points"}
-                    axes.annotate(s.candidate.mark, (left, height), fontsize=8, color=colour, **offset)
+                    axes.annotate(s.candidate.mark, (left, height), fontsize=9, color=colour, **offset)
 
 
 def _looks(summaries: Sequence[Summary]) -> dict[str, tuple[str, str]]:
@@ -264,13 +281,13 @@ def _looks(summaries: Sequence[Summary]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _plain_ticks(axes: Axes, values: Sequence[float | None]) -> None:
-    """Numbers that are read, in place of powers of ten; of a range below ten, some more of them."""
+def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
+    """Numbers that are read, in place of powers of ten; of a narrow range, more of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    numbers = [value for value in values if value is not None]
-    close = max(numbers) / min(numbers) < 30
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if close else (1.0,)))
+    span = max(values) / min(values)
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if span < 4 else (1.0, 2.0, 5.0) if span < 30 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: _count(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -285,8 +302,8 @@ def _count(value: float) -> str:
 def _legend(figure: Figure, axes: Axes) -> None:
     """Below, where it covers no point at any width."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = 1 if max(map(len, labels), default=0) > 26 else 2
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+    columns = 1 if max(map(len, labels), default=0) > 22 else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10)
 
 
 def _short(label: str, limit: int = 32) -> str:

@@ -25,7 +25,7 @@ from .settings import Prepared
 
 BATCHES = (1, 32)
 _ROUNDS = 5
-_WARM_UP, _CALLS = 2, 5
+_WARM_UP, _CALLS = 1, 3
 
 Costs = dict[str, dict[str, Any]]
 

@@ -66,7 +66,7 @@ def _lora(letters: str, rank: int, **options: Any) -> Candidate:
     kinds = ",".join(letters)
     series = f"LoRA, {kinds}"
     return make_candidate(
-        {"name": "lora", "rank": rank, "targets": targets, "init": "gaussian"},
+        {"name": "lora", "rank": rank, "targets": targets},
         label=f"LoRA, {kinds}, r={rank}",
         series=series,
         mark=f"r={rank}",
@@ -129,7 +129,7 @@ _SIZES = (32, 100, 316, 1000, 3160, 10_000, 31_600)
 
 
 def _low_data(rows: int) -> tuple[Candidate, ...]:
-    sizes = [size for size in _SIZES if size < rows]
+    sizes = [size for size in _SIZES if 3 * size <= 2 * rows]
     return tuple(
         make_candidate(
             options,

@@ -40,8 +40,10 @@ img { display: block; width: 100%; max-width: 36rem; height: auto; }
 figcaption { color: #555; font-size: .875rem; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8125rem; }
 """
+# Above and below a table.
+_FIGURES = {"quality": (("axis", "quality"), ("parameters", "time")), "rates": ((), ("rates",))}
 _HEADINGS = {
-    "quality": "Quality by method",
+    "quality": "Quality",
     "costs": "What each costs",
     "rates": "Learning rates",
     "paper": "Beside the paper",
@@ -141,15 +143,11 @@ def _page(outcome: Outcome, tables: list[Table], charts: list[Chart], command: l
     by_name = {chart.name: chart for chart in charts}
     sections: list[Html] = []
     for table in tables:
-        shown = [by_name.pop(name, None) for name in _charts_of(table)]
-        sections.append(
-            tag(
-                "section",
-                tag("h2", _HEADINGS[table.name]),
-                *(_figure(chart, outcome.prepared.folder) for chart in shown if chart is not None),
-                _table(table, choice),
-            )
-        )
+        above, below = [
+            [_figure(by_name[name], outcome.prepared.folder) for name in names if name in by_name]
+            for names in _FIGURES.get(table.name, ((), ()))
+        ]
+        sections.append(tag("section", tag("h2", _HEADINGS[table.name]), *above, _table(table, choice), *below))
     body = join(
         tag("h1", title),
         None if preset is None else tag("p", preset.question),
@@ -176,10 +174,6 @@ def _page(outcome: Outcome, tables: list[Table], charts: list[Chart], command: l
         tag("style", Html(_STYLE)),
     )
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', body)), lang='en')}\n"
-
-
-def _charts_of(table: Table) -> tuple[str, ...]:
-    return {"quality": ("axis", "quality", "parameters", "time"), "rates": ("rates",)}.get(table.name, ())
 
 
 def _figure(chart: Chart, folder: Path) -> Html:
@@ -233,7 +227,8 @@ def _markdown_page(outcome: Outcome, tables: list[Table], charts: list[Chart], c
     ]
     for table in tables:
         parts += [f"## {_HEADINGS[table.name]}", markdown(table).rstrip()]
-        parts += [f"![{c.title}](figures/{c.name}.svg)" for c in charts if c.name in _charts_of(table)]
+        names = sum(_FIGURES.get(table.name, ()), ())
+        parts += [f"![{chart.title}](figures/{chart.name}.svg)" for chart in charts if chart.name in names]
     if rows := _failures(outcome):
         errors = Table("errors", ("method", "learning rate", "seed", "error"), rows, text_columns=4)
         parts += ["## Runs that failed", markdown(errors).rstrip()]

@@ -93,20 +93,24 @@ def cost_table(outcome: Outcome) -> Table:
 
 def rate_table(outcome: Outcome) -> Table:
     quality = Quality(outcome.prepared.metric)
-    rows = [
-        (
-            s.candidate.label,
-            f"{rate:g}" + (" (chosen)" if rate == s.rate else ""),
-            "not run" if rate not in s.tried else "failed" if (score := s.tried[rate]) is None else quality.text(score),
-        )
-        for s in outcome.summaries
-        for rate in sorted(s.candidate.rates)
-    ]
+
+    def cell(s: Summary, rate: float) -> str:
+        score = s.tried.get(rate)
+        result = quality.text(score) if score is not None else "failed" if rate in s.tried else "not run"
+        return f"{rate:g}: {result}" + (" ✓" if rate == s.rate else "")
+
+    most = max(len(s.candidate.rates) for s in outcome.summaries)
+    rows = []
+    for s in outcome.summaries:
+        cells = [cell(s, rate) for rate in sorted(s.candidate.rates)]
+        rows.append((s.candidate.label, *cells, *[""] * (most - len(cells))))
     edge = [s.candidate.label for s in outcome.summaries if s.rate_is_at_the_edge]
-    notes = (f"Each rate ran with seed {outcome.prepared.settings.seeds[0]}; the best on dev was taken for all seeds.",)
+    seed = outcome.prepared.settings.seeds[0]
+    notes = (f"Rate: dev {quality.title}, with seed {seed}. The best (✓) was taken for all seeds.",)
     if edge:
         notes += (f"At the edge of the rates tried, so that one beyond may be better: {'; '.join(edge)}.",)
-    return Table("rates", ("method", "learning rate", f"dev {quality.title}"), rows, notes, text_columns=2)
+    names = ("learning rate", *(["higher"] * (most - 1)))
+    return Table("rates", ("method", *names), rows, notes)
 
 
 def published_table(outcome: Outcome) -> Table:

@@ -6,7 +6,7 @@ import pytest
 
 from lora_jax.study.candidates import GRID, default_candidates, describe, make_candidate, read_grid
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.method_options import METHODS, make_method, method_options
+from lora_jax.training.method_options import METHODS
 
 
 @pytest.mark.parametrize(
@@ -17,11 +17,12 @@ from lora_jax.training.method_options import METHODS, make_method, method_option
         ({"name": "bitfit", "targets": ["attention/query", "mlp/up"]}, "BitFit, attention/query+mlp/up"),
         ({"name": "lora", "rank": 4}, "LoRA r=4, all linear"),
         ({"name": "lora", "rank": 4, "targets": ["query"], "dropout": 0.1}, "LoRA r=4, query, dropout 0.1"),
+        ({"name": "lora", "rank": 4, "init": "gaussian"}, "LoRA r=4, all linear, init gaussian"),
         ({"name": "full"}, "full fine-tuning"),
     ],
 )
 def test_a_label_says_what_differs(options, label):
-    assert describe(method_options(make_method(options))) == label
+    assert make_candidate(options).label == describe(make_candidate(options).method) == label
 
 
 def test_rates_are_the_default_first_and_around_it():
