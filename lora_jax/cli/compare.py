@@ -60,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--preset", choices=PRESETS, help="an ablation of a paper, beside its figures")
     grid.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     grid.add_argument(
-        "--minutes", type=float, metavar="M", help="start only runs that are predicted to end within them"
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="of training: a run starts only if it is predicted to end within them",
     )
     grid.add_argument("--retry-failed", action="store_true", help="do runs again that have failed")
     grid.add_argument("--plan", action="store_true", help="show the grid and stop")

@@ -65,7 +65,7 @@ class LiveTable:
         elif isinstance(event, Note) and not self._in_a_run:  # a run's own notes would repeat for each
             self._print(event.message)
         if self._console.is_terminal:
-            self._live.update(self._drawn(""))
+            self._live.update(self._drawn(""), refresh=True)
 
     def _tell(self, event: RunFinished) -> None:
         row = event.row
