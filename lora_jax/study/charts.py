@@ -60,7 +60,10 @@ class Chart(NamedTuple):
 def make_charts(outcome: Outcome) -> list[Chart]:
     """Those that the results give something to draw for."""
     with _style():
-        charts = [_quality_chart(outcome), *_scatter_charts(outcome), _rates_chart(outcome)]
+        charts = [_quality_chart(outcome), _rates_chart(outcome)]
+        # Candidates that differ in their rows alone have the same parameters and take the same time.
+        if all(s.candidate.train_rows is None for s in outcome.summaries):
+            charts += _scatter_charts(outcome)
         preset = PRESETS.get(outcome.prepared.settings.preset or "")
         if preset is not None and preset.axis is not None:
             charts.insert(1, _axis_chart(outcome, preset, preset.axis.name))
