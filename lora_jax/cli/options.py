@@ -205,10 +205,12 @@ def refuse_generation(args: argparse.Namespace, kind: str) -> None:
 
 def given_columns(args: argparse.Namespace, saved: TaskFile) -> Columns:
     """The columns of training, with those over them that are given."""
-    from lora_jax.training.config import check_columns
+    from lora_jax.training.config import check_columns, check_option
 
     names = [field.name for field in dataclasses.fields(saved.columns)]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    for name in given:
+        check_option(name, saved.task.kind)
     columns = dataclasses.replace(saved.columns, **given)
     check_columns(columns)
     return columns

@@ -176,12 +176,8 @@ class TrainConfig:
     def _check_task(self) -> None:
         """Refuses options that mean nothing for the task, or that lack another."""
         for option in dataclasses.fields(self):
-            tasks = _OF_TASKS.get(option.name, KINDS)
-            if self.task not in tasks and getattr(self, option.name) != option.default:
-                raise ConfigError(
-                    f"`{option.name}` is for {' and '.join(tasks)}, and `task` is {self.task}: leave it out, or choose "
-                    "another `task`."
-                )
+            if getattr(self, option.name) != option.default:
+                check_option(option.name, self.task)
         check_columns(self.columns)
         if self.task == "causal-lm" and self.base == DEFAULT_BASE:
             raise ConfigError(
@@ -235,6 +231,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def write_yaml(path: str | Path, config: TrainConfig) -> None:
     """Writes the resolved options, atomically."""
     files.write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=120))
+
+
+def check_option(name: str, task: str) -> None:
+    """Refuses an option that means nothing for a task."""
+    tasks = _OF_TASKS.get(name, KINDS)
+    if task not in tasks:
+        raise ConfigError(
+            f"`{name}` is for {' and '.join(tasks)}, and `task` is {task}: leave it out, or choose another `task`."
+        )
 
 
 def check_columns(columns: Columns) -> None:

@@ -164,6 +164,7 @@ def test_a_conversation_is_trained_on_and_answered(paths, tmp_path, capsys, monk
         (("train", "--prompt", "question"), "`prompt` is given without `completion`"),
         (("train", "--prompt", "question", "--completion", "x"), "has no column 'x'; its columns are"),
         (("eval", "--limit", "2"), "`predictions` and `limit` are for what is written: pass `--generate` too"),
+        (("eval", "--label", "y"), "`label` is for classification and regression, and `task` is causal-lm"),
         (("eval", "--generate", "--prompt", "gone"), "has no column 'gone'"),
         (("predict", "--all"), "`all` is for adapters with labels"),
         (("predict", "--top-k", "3"), "`top_k` is for drawing tokens: pass a `temperature` above 0"),

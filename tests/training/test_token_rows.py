@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.training import language, token_cache
 from lora_jax.training.batching import BatchPlan
 from lora_jax.training.data import Columns
 from lora_jax.training.documents import pairs_of, read_documents
@@ -119,6 +120,21 @@ def test_what_is_cut_is_counted(made, base):
     ]
     with pytest.raises(DataError, match=r"all that was to be predicted lies beyond `max_length`, 4 tokens"):
         made([{"q": "the film was bad", "a": "poor"}], PAIR, max_length=4)
+
+
+def test_tokens_are_kept_by_content(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "_LEAST", 1)
+    calls = []
+    tokenize = language.tokenize
+    monkeypatch.setattr(language, "tokenize", lambda *args: calls.append(args) or tokenize(*args))
+    rows = [{"q": "good", "a": "great"}, {"q": "the film", "a": "poor order"}]
+    first, again = (made(rows, PAIR, packing=True) for _ in range(2))
+    assert len(calls) == 1
+    assert again.fingerprint() == first.fingerprint()
+    assert (again.texts, again.max_length, again.targets.dtype) == (2, 32, bool)
+    made(rows, PAIR, max_length=31)
+    made(rows, Columns(prompt="a", completion="q"))
+    assert len(calls) == 3
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
