@@ -32,4 +32,6 @@ from .rope import Rope as Rope
 from .saving import save_pretrained as save_pretrained
 from .stacking import stack_layers as stack_layers
 from .stacking import unstack_layers as unstack_layers
+from .tokenizer import SpecialTokens as SpecialTokens
 from .tokenizer import load_tokenizer as load_tokenizer
+from .tokenizer import read_special_tokens as read_special_tokens

@@ -27,9 +27,10 @@ from .adapter_source import (
     refuse_tied_embeddings,
     trained_leaves,
 )
+from .data import Columns
 from .errors import ConfigError
 from .inspection import Group, trained_groups
-from .task import KINDS, Task
+from .task import KINDS, restore_task
 from .task_file import TaskFile, write_task
 
 Format = Literal["peft", "lora_jax", "delta"]
@@ -266,13 +267,11 @@ def _task_file(source: AdapterSource, labels: Sequence[str] | None) -> TaskFile 
         return source.task_file
     return TaskFile(
         base=source.base,
-        task=Task(kind=model.task, labels=_class_names(source, labels) if model.task == "classification" else ()),
+        task=restore_task(model.task, _class_names(source, labels) if model.task == "classification" else ()),
         pooling=model.pooling,
         max_length=min(_MAX_LENGTH, model.config.max_length),
         dtype="float32",
-        text="text",
-        text_pair=None,
-        label="label",
+        columns=Columns(),
     )
 
 

@@ -13,7 +13,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.cli.main import main
-from lora_jax.training.task import Task
+from lora_jax.training.data import Columns
+from lora_jax.training.task import Classification
 from lora_jax.training.task_file import TaskFile, write_task
 from tests.tiny_bert import write_tiny_bert
 from tests.tiny_decoders import FAMILIES as DECODERS
@@ -74,9 +75,8 @@ def write_adapter(folder: Path, base: Path, family: str, **settings: Any) -> tup
     lj.save_adapter(folder, params, method)
     flags = ["--adapter", folder]
     if family in ENCODERS:
-        task = Task(kind="classification", labels=tuple("abc"))
-        columns: Any = {"text": "text", "text_pair": None, "label": "label"}
-        told = TaskFile(base=str(base), task=task, pooling="first", max_length=32, dtype="float32", **columns)
+        task = Classification(labels=tuple("abc"))
+        told = TaskFile(base=str(base), task=task, pooling="first", max_length=32, dtype="float32", columns=Columns())
         write_task(folder, told)
     else:
         flags += ["--base", base]
