@@ -31,7 +31,7 @@ FUNCTIONS = [
     "truncate_lora",
     "with_dropout",
 ]
-METHODS = ["BitFit", "Frozen", "FullFineTune", "LoRA"]
+METHODS = ["BitFit", "DoRA", "Frozen", "FullFineTune", "IA3", "LoRA", "VeRA"]
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])

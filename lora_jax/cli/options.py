@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora_jax.training.task_file import TaskFile
 
 TASKS = ("classification", "regression", "causal-lm")
-_PRESETS = ("all", "all-linear", "attention", "mlp")
+_PRESETS = ("all", "all-linear", "attention", "mlp", "keys-values-mlp")
 _METHOD_FLAGS = {
     "rank": "rank",
     "alpha": "alpha",
@@ -23,6 +23,8 @@ _METHOD_FLAGS = {
     "lora_dropout": "dropout",
     "scaling": "scaling",
     "init": "init",
+    "freeze_a": "freeze_a",
+    "feedforward": "feedforward",
 }
 
 
@@ -70,26 +72,23 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("base and method")
-    add_base_argument(method)
-    _add(
-        method, "--pooling", choices=("first", "mean"), help="what the head sees: the first token (default) or the mean"
-    )
-    _add(method, "--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: float32)")
+    add_base_arguments(method)
     _add(
         method,
         "--method",
-        choices=("frozen", "bitfit", "lora", "full"),
-        help="the head alone, biases, low-rank factors (default), or everything",
+        choices=("frozen", "bitfit", "lora", "dora", "ia3", "vera", "full"),
+        help="the head alone, biases, low-rank factors (lora is the default; dora trains magnitudes as well), learned\n"
+        "scales, vectors between shared random factors, or everything",
     )
-    _add(method, "--rank", type=int, metavar="R", help="LoRA: the rank (default: 8)")
-    _add(method, "--alpha", type=float, metavar="A", help="LoRA: updates are scaled by A/R (default: 16)")
+    _add(method, "--rank", type=int, metavar="R", help="LoRA, DoRA, VeRA: the rank (default: 8; of VeRA 256)")
+    _add(method, "--alpha", type=float, metavar="A", help="LoRA, DoRA: updates are scaled by A/R (default: 16)")
     _add(
         method,
         "--targets",
         nargs="+",
         metavar="NAME",
-        help="LoRA: all-linear (default), attention, mlp, or modules (query value); "
-        "BitFit: all (default), or modules (attention/query mlp/up)",
+        help="LoRA, DoRA, VeRA: all-linear (default), attention, mlp, or modules (query value); "
+        "BitFit: all (default), or modules (attention/query mlp/up); IA3: keys-values-mlp (default), or modules",
     )
     _add(
         method,
@@ -98,17 +97,53 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="modules trained in full (default: classifier; causal-lm none)",
     )
-    _add(method, "--lora-dropout", type=float, metavar="P", help="LoRA: of the factors' input (default: 0)")
-    _add(method, "--scaling", choices=("standard", "rank_stabilized"), help="LoRA: by A/R or A/√R")
-    _add(method, "--init", choices=("gaussian", "kaiming"), help="LoRA: start of the factor a")
+    _add(method, "--lora-dropout", type=float, metavar="P", help="LoRA, DoRA: of the factors' input (default: 0)")
+    _add(method, "--scaling", choices=("standard", "rank_stabilized"), help="LoRA, DoRA: by A/R or A/√R")
+    _add(
+        method,
+        "--init",
+        choices=("gaussian", "kaiming", "pissa", "orthogonal"),
+        help="LoRA, DoRA: start of the factors, at random (gaussian is the default) or from the weight",
+    )
+    _add(method, "--freeze-a", action="store_true", help="LoRA, DoRA: train the factor b alone (LoRA-FA)")
+    _add(
+        method,
+        "--feedforward",
+        nargs="*",
+        metavar="NAME",
+        help="IA3: those of --targets whose input is scaled, not the output (default: mlp/down)",
+    )
 
 
 def add_base_argument(parser: argparse._ActionsContainer) -> None:
     _add(parser, "--base", metavar="MODEL", help="folder or hub name (default: sentence-transformers/all-MiniLM-L6-v2)")
 
 
+def add_base_arguments(group: argparse._ActionsContainer) -> None:
+    add_base_argument(group)
+    _add(
+        group, "--pooling", choices=("first", "mean"), help="what the head sees: the first token (default) or the mean"
+    )
+    _add(group, "--dtype", choices=("float32", "bfloat16"), help="of the frozen base (default: float32)")
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
+    add_loop_arguments(training)
+    _add(
+        training,
+        "--lr",
+        type=_rate,
+        metavar="RATE",
+        help="peak learning rate (default: by method), or one a label: lora_a=1e-3,lora_b=4e-3,head=1e-3",
+    )
+    _add(training, "--seed", type=int, metavar="N", help="of head, factors, order and dropout (default: 0)")
+    _add(training, "--log-every", type=int, metavar="STEPS", help="rows of metrics.jsonl (default: 10)")
+    _add(training, "--tensorboard", action="store_true", help="write scalars for TensorBoard")
+
+
+def add_loop_arguments(training: argparse._ActionsContainer) -> None:
+    """What all runs of a comparison share."""
     _add(training, "--epochs", type=int, metavar="N", help="how often every row is seen (default: 4)")
     _add(training, "--steps", type=int, metavar="N", help="optimizer steps, instead of epochs")
     _add(training, "--batch-size", type=int, metavar="N", help="rows of a step (default: 32)")
@@ -119,13 +154,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"),
         help="what of a layer is kept for the backward pass, to save memory (default: all)",
     )
-    _add(
-        training,
-        "--lr",
-        type=_rate,
-        metavar="RATE",
-        help="peak learning rate (default: by method), or one a label: lora_a=1e-3,lora_b=4e-3,head=1e-3",
-    )
     _add(training, "--weight-decay", type=_rate, metavar="RATE", help="of AdamW, or one a label (default: 0.01)")
     _add(training, "--warmup", type=float, metavar="SHARE", help="of the steps, with a rising rate (default: 0.06)")
     _add(training, "--schedule", choices=("linear", "cosine", "constant"), help="after the warm-up (default: linear)")
@@ -133,11 +161,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "--clip-norm", type=_optional(float), metavar="NORM", help="of the gradient, or none (default: 1)")
     _add(training, "--dropout", type=_optional(float), metavar="P", help="of the model (default: the base's own)")
     _add(training, "--buckets", type=int, metavar="N", help="the most lengths to pad batches to (default: what pays)")
-    _add(training, "--seed", type=int, metavar="N", help="of head, factors, order and dropout (default: 0)")
     _add(training, "--metric", metavar="NAME", help="that --dev chooses by (default: accuracy, pearson or perplexity)")
     _add(training, "--eval-every", type=int, metavar="STEPS", help="evaluate and save (default: once an epoch)")
-    _add(training, "--log-every", type=int, metavar="STEPS", help="rows of metrics.jsonl (default: 10)")
-    _add(training, "--tensorboard", action="store_true", help="write scalars for TensorBoard")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,12 +218,26 @@ def given_columns(args: argparse.Namespace, saved: TaskFile) -> Columns:
 
 def make_config(args: argparse.Namespace, **defaults: Any) -> TrainConfig:
     """The config of a YAML file (`--config`) with the flags that were given over it."""
-    from lora_jax.training.config import TrainConfig, read_yaml
+    from lora_jax.training.config import TrainConfig
 
-    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "traceback")}
-    options = defaults | (read_yaml(given.pop("config")) if "config" in given else {})
+    options, given = _read(args)
+    options = defaults | options
     method = _method_options(options.get("method", "lora"), given)
     return TrainConfig.from_dict({**options, **given, "method": method})
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a YAML file with the flags that were given over them."""
+    options, given = _read(args)
+    return options | given
+
+
+def _read(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the YAML file, and of the flags."""
+    from lora_jax.training.config import read_yaml
+
+    given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "traceback")}
+    return read_yaml(given.pop("config")) if "config" in given else {}, given
 
 
 def _method_options(from_file: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from ..adapters import Adapter, AdapterError
 from ..files import TensorInfo, read_safetensors, read_safetensors_header
 from ..masks import label_params
-from ..methods import LoRA, LoRAWeight
+from ..methods import DoRA, DoRAWeight, LoRA, LoRAWeight
 from ..methods.base import is_trainable, rooted
 from ..paths import flatten_with_paths, leaves_by_path, shape_text
 from ..weights import IN, OUT, is_adapted, placement
@@ -43,6 +43,7 @@ class _Target(NamedTuple):
 
     a: str
     b: str
+    magnitude: str | None
     axes: str
     rank: int
     alpha: float
@@ -90,10 +91,11 @@ def import_peft(
             there: GPT-2's `("c_attn", "c_proj", "c_fc")`. Matters for `modules_to_save` alone.
 
     Returns:
-        `Adapter(params, method)`: the adapted tree, and the `LoRA` that labels it. What is trained is float32.
+        `Adapter(params, method)`: the adapted tree, and the `LoRA` or `DoRA` that labels it. What is trained is
+        float32.
 
     Raises:
-        AdapterError: the folder describes what can't be represented here (DoRA, single trained tokens, …), or doesn't
+        AdapterError: the folder describes what can't be represented here (QALoRA, single trained tokens, …), or doesn't
             fit the base; or a tensor is missing, unknown, misshapen, of another dtype or not finite. Each is named.
         FileError: a file is missing, truncated, corrupt, or leads out of the folder.
 
@@ -253,17 +255,30 @@ class _Planner:
 
     def target(self, module: str) -> tuple[str, _Target]:
         pair = self.factors[module]
-        first = next(iter(pair.values()))
-        a, b = (factor_key(module, role, embedding=first.embedding) for role in ("a", "b"))
+        embedding = any(key.embedding for key in pair.values())
+        a, b, magnitude = (factor_key(module, role, embedding=embedding) for role in ("a", "b", "magnitude"))
         missing = [name for name in (a, b) if name not in self.header]
-        if missing or len({key.embedding for key in pair.values()}) > 1:
-            raise self.error(f"the factors of {module:.200} are no pair: '{(missing or [a])[0]:.200}' is missing")
+        if missing:
+            raise self.error(f"the factors of {module:.200} are no pair: '{missing[0]:.200}' is missing")
+        has, dora = magnitude in self.header, bool(self.config.get("use_dora"))
+        if has != dora:
+            raise self.error(
+                f"'{magnitude:.200}' is {'there' if has else 'missing'}, and `use_dora` of {CONFIG} is "
+                f"{str(dora).lower()}: save or copy the adapter again"
+            )
         path = self.leaf(module, WEIGHT, a)
         if is_saved(self.saved_entries, module):
             raise self.error(f"{module} has factors, and `modules_to_save` says that it is trained in full")
-        labels = self.labels(path, module, embedding=first.embedding)
+        labels = self.labels(path, module, embedding=embedding)
         rank = self.rank(path, module, a, b, labels)
-        return path, _Target(a, b, labels, rank, self.alpha(module))
+        if dora:
+            _, fan_out = factor_sizes(tuple(self.leaves[path].shape), labels)
+            shape = self.header[magnitude].shape
+            if shape != (fan_out,):
+                raise self.error(
+                    f"'{magnitude}' has the shape {shape}, expected {(fan_out,)} beside `{path}` {self.shape(path)}"
+                )
+        return path, _Target(a, b, magnitude if dora else None, labels, rank, self.alpha(module))
 
     def labels(self, path: str, module: str, *, embedding: bool) -> str:
         leaf = self.leaves[path]
@@ -396,7 +411,7 @@ def _require_base(config: Mapping[str, Any], base_name: str | None, folder: Path
 
 
 def _file_names(plan: _Plan) -> list[str]:
-    names = [name for target in plan.targets.values() for name in (target.a, target.b)]
+    names = [name for target in plan.targets.values() for name in (target.a, target.b, target.magnitude) if name]
     names += [name for leaves in (plan.saved, plan.copies) for name, _ in leaves.values()]
     return names + list(plan.twins)
 
@@ -422,12 +437,18 @@ def _require_equal(tensors: Mapping[str, np.ndarray], plan: _Plan, leaves: Mappi
             )
 
 
-def _node(base: Any, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], target: _Target) -> LoRAWeight:
+def _node(
+    base: Any, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], target: _Target
+) -> LoRAWeight | DoRAWeight:
+    kind = DoRAWeight if target.magnitude else LoRAWeight
     scale = scale_of(target.alpha, target.rank, rank_stabilized=bool(config.get("use_rslora")))
-    node = LoRAWeight(base, None, None, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))
+    node = kind(base, None, None, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))
     places = node.placements()
     a, b = restore_factors(tensors[target.a], tensors[target.b], tuple(base.shape), target.axes)
-    return dataclasses.replace(node, a=_placed(a, places.get("a")), b=_placed(b, places.get("b")))
+    arrays = {"a": a, "b": b}
+    if target.magnitude:
+        arrays["magnitude"] = tensors[target.magnitude].reshape([base.shape[axis] for axis in node.places(OUT)])
+    return dataclasses.replace(node, **{name: _placed(array, places.get(name)) for name, array in arrays.items()})
 
 
 def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
@@ -438,7 +459,8 @@ def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
 
 def _method(config: Mapping[str, Any], plan: _Plan) -> LoRA:
     r, alpha = config["r"], config["lora_alpha"]
-    return LoRA(
+    kind = DoRA if config.get("use_dora") else LoRA
+    return kind(
         rank=r,
         alpha=alpha,
         targets=rooted(list(plan.targets)),

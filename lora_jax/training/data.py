@@ -21,6 +21,8 @@ from .file_checks import check_csv, check_jsonl, check_tsv
 if TYPE_CHECKING:
     import datasets
 
+# Which split of a hub data set a run's own is, where the name says none.
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?(@(?P<split>[\w.-]+(\[[^\]]*\])?))?")
 

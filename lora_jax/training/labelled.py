@@ -8,7 +8,7 @@ import numpy as np
 
 from .batching import Batch, BatchPlan, collate
 from .config import TrainConfig
-from .data import Examples, read_examples
+from .data import HUB_SPLITS, Examples, read_examples
 from .encoding import Encoded, padding_id
 from .task import LabelledTask, make_task
 from .token_cache import encode_cached
@@ -63,12 +63,20 @@ class LabelledRows(NamedTuple):
         return f"{self.rows:,}"
 
 
+def read_labelled(config: TrainConfig, source: str, split: str) -> Examples:
+    """The rows of `"train"`, `"dev"` or `"test"`, in the config's columns."""
+    columns = config.columns
+    return read_examples(
+        source, text=columns.text, text_pair=columns.text_pair, label=columns.label, split=HUB_SPLITS[split]
+    )
+
+
 class LabelledData:
     """The splits of a run on labelled texts, read and checked: `Data` of the set-up.
 
     Args:
         config: its columns and task.
-        sources: `{split: (source, split of a hub data set)}`.
+        sources: by split.
 
     Raises:
         DataError: a file that can't be used, or a label that can't be one.
@@ -76,13 +84,9 @@ class LabelledData:
 
     task: LabelledTask
 
-    def __init__(self, config: TrainConfig, sources: dict[str, tuple[str, str]]) -> None:
-        columns = config.columns
+    def __init__(self, config: TrainConfig, sources: dict[str, str]) -> None:
         self._examples: dict[str, Examples] = {
-            name: read_examples(
-                source, text=columns.text, text_pair=columns.text_pair, label=columns.label, split=split
-            )
-            for name, (source, split) in sources.items()
+            split: read_labelled(config, source, split) for split, source in sources.items()
         }
         self.task = make_task(config.task, self._examples["train"])
         self._targets = {name: self.task.encode(rows) for name, rows in self._examples.items()}

@@ -10,6 +10,7 @@ import lora_jax as lj
 from lora_jax.models.decoder import DecoderConfig
 
 from .config import TrainConfig
+from .data import HUB_SPLITS
 from .documents import Documents, read_documents
 from .errors import ConfigError, DataError
 from .task import CausalLM
@@ -27,7 +28,7 @@ class LanguageData:
 
     Args:
         config: its columns, base and task.
-        sources: `{split: (source, split of a hub data set)}`.
+        sources: by split.
 
     Raises:
         ConfigError: the base is an encoder.
@@ -35,7 +36,7 @@ class LanguageData:
         FileError: the base isn't found, or has no end-of-text.
     """
 
-    def __init__(self, config: TrainConfig, sources: dict[str, tuple[str, str]]) -> None:
+    def __init__(self, config: TrainConfig, sources: dict[str, str]) -> None:
         base = lj.models.read_model_config(lj.models.find_base(config.base))
         if not isinstance(base, DecoderConfig):
             raise ConfigError(
@@ -46,8 +47,8 @@ class LanguageData:
         self._special = lj.models.read_special_tokens(config.base)
         self._packing, self._seed = config.packing, config.seed
         self._documents = {
-            name: read_documents(source, config.columns, special=self._special, split=split)
-            for name, (source, split) in sources.items()
+            split: read_documents(source, config.columns, special=self._special, split=HUB_SPLITS[split])
+            for split, source in sources.items()
         }
 
     def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, TokenRows]:

@@ -22,7 +22,7 @@ from .predict import make_forward, predict_outputs
 from .result import RunResult, read_result, write_result
 from .run_folder import RunFolder
 from .setup import Run, prepare
-from .step import StepOutput, make_step
+from .step import Step, StepOutput, make_step
 from .task_file import TaskFile, write_task
 from .tensorboard import Scalars
 
@@ -68,6 +68,19 @@ def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunRes
         return progress.finish()
 
 
+def step_of(run: Run, config: TrainConfig) -> Step:
+    """The jitted step that `train` takes."""
+    return make_step(
+        run.apply,
+        run.task,
+        run.tx,
+        clip_norm=config.clip_norm,
+        accumulate=config.accumulate,
+        model_dropout=config.dropout != 0,
+        compiler_options=memory_first(),
+    )
+
+
 class _Progress:
     """A run under way: the state that changes from step to step, and all that is done with it."""
 
@@ -97,15 +110,7 @@ class _Progress:
 
     def run_steps(self) -> None:
         run, config = self.run, self.config
-        step = make_step(
-            run.apply,
-            run.task,
-            run.tx,
-            clip_norm=config.clip_norm,
-            accumulate=config.accumulate,
-            model_dropout=config.dropout != 0,
-            compiler_options=memory_first(),
-        )
+        step = step_of(run, config)
         if self.position >= run.steps:
             return
         batches = run.batches.iterator(self.position)

@@ -25,8 +25,6 @@ from .task import Task
 if TYPE_CHECKING:
     import tokenizers
 
-_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
-
 
 class Data(Protocol):
     """The splits of a run, read and checked."""
@@ -42,7 +40,7 @@ class Data(Protocol):
         ...
 
 
-_DATA: dict[str, Callable[[TrainConfig, dict[str, tuple[str, str]]], Data]] = {
+_DATA: dict[str, Callable[[TrainConfig, dict[str, str]], Data]] = {
     "classification": LabelledData,
     "regression": LabelledData,
     "causal-lm": LanguageData,
@@ -86,9 +84,7 @@ class Run(NamedTuple):
 def prepare(config: TrainConfig, listen: Listener) -> Run:
     """Reads the data, loads the base and attaches the method. Nothing is written."""
     sources = {"train": config.train, "dev": config.dev, "test": config.test}
-    data = _DATA[config.task](
-        config, {name: (source, _HUB_SPLITS[name]) for name, source in sources.items() if source is not None}
-    )
+    data = _DATA[config.task](config, {name: source for name, source in sources.items() if source is not None})
     task = data.task
     metric = task.check_metric(config.metric)
 
