@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ..paths import BIAS_NAMES, SelectionError, Selector, is_bias_name, leaf_name, select
+from ..paths import BIAS_NAMES, SelectionError, Selector, is_bias_name, leaf_name, listed, select
 from .base import Method, is_trainable, require_selector, rooted
 
 
@@ -26,7 +26,7 @@ class BitFit(Method):
 
     Raises:
         SelectionError: (when used) an entry matches no bias, or `"all"` finds none; the message lists the one-axis
-            leaves.
+            leaves, and says how layers without biases get some.
 
     Example:
         >>> import lora_jax as lj
@@ -58,7 +58,9 @@ class BitFit(Method):
             vectors = [path for path, leaf in leaves.items() if is_trainable(path, leaf) and len(leaf.shape) == 1]
             raise SelectionError(
                 f'`targets="all"` found no leaf named {", ".join(sorted(BIAS_NAMES))}. Leaves with one axis: '
-                f"{', '.join(vectors) or 'none'}; name those that are biases in `targets`"
+                f"{listed(vectors) or 'none'}; name those that are biases in `targets`. Layers without biases can be "
+                "given some of zeros, which change nothing at the start: of the bundled models by "
+                "`lj.models.load(..., zero_biases=True)`, of your own in its function"
             )
         return found
 
