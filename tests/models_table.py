@@ -54,6 +54,8 @@ class Case:
             "bitfit": self.bitfit,
             "full": lambda: lj.FullFineTune(also_train=self.head),
             "frozen": lambda: lj.Frozen(also_train=self.head),
+            "norms": lambda: lj.NormTuning(also_train=self.head),
+            "top_layers": lambda: lj.TopLayers(count=1, also_train=self.head),
         }[name]()
 
     @functools.cached_property

@@ -29,7 +29,7 @@ FUNCTIONS = [
     "trainable_mask",
     "with_dropout",
 ]
-METHODS = ["BitFit", "Frozen", "FullFineTune", "LoRA"]
+METHODS = ["BitFit", "Frozen", "FullFineTune", "LoRA", "NormTuning", "TopLayers"]
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])

@@ -6,3 +6,5 @@ from .frozen import Frozen as Frozen
 from .full import FullFineTune as FullFineTune
 from .lora import LoRA as LoRA
 from .lora import LoRAWeight as LoRAWeight
+from .norm_tuning import NormTuning as NormTuning
+from .top_layers import TopLayers as TopLayers
