@@ -35,6 +35,8 @@ from .methods import LoRA as LoRA
 from .methods import LoRAWeight as LoRAWeight
 from .methods import Method as Method
 from .methods import NormTuning as NormTuning
+from .methods import RandomMask as RandomMask
+from .methods import RandomSubspace as RandomSubspace
 from .methods import TopLayers as TopLayers
 from .optimizer import make_optimizer as make_optimizer
 from .paths import SelectionError as SelectionError

@@ -341,7 +341,7 @@ def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], 
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: the description of `{path}` does not fit {cls.__name__}: {error}") from None
     arrays = {name: tensors[f"{path}/{name}"] for name in cls.fields if f"{path}/{name}" in tensors}
-    missing = [f"{path}/{name}" for name in cls.saved if name not in arrays]
+    missing = [f"{path}/{name}" for name in cls.saved if name not in arrays and name not in cls.optional]
     if missing:
         raise AdapterError(f"{folder} lacks {', '.join(missing)}")
     problem = node.misfit({name: array.shape for name, array in arrays.items()})

@@ -48,6 +48,8 @@ from .tiny_encoders import write_tiny
 # In full for LoRA and BitFit; the two that change nothing in the model, on two models.
 PAIRS = [(name, method) for name in TABLE for method in ("lora", "bitfit")]
 PAIRS += [(name, method) for name in ("plain", "nnx_mlp") for method in ("full", "frozen")]
+PAIRS += [("linen_scanned", "random_entries"), ("linen_scanned", "subspace")]
+PAIRS += [("plain", "random_rows"), ("plain", "structured_subspace")]
 # Models that have norms, and layers.
 PAIRS += [("nnx_attention", "norms"), ("bert", "norms"), ("equinox", "top_layers"), ("bert", "top_layers")]
 

@@ -29,7 +29,7 @@ FUNCTIONS = [
     "trainable_mask",
     "with_dropout",
 ]
-METHODS = ["BitFit", "Frozen", "FullFineTune", "LoRA", "NormTuning", "TopLayers"]
+METHODS = ["BitFit", "Frozen", "FullFineTune", "LoRA", "NormTuning", "RandomMask", "RandomSubspace", "TopLayers"]
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])

@@ -7,4 +7,6 @@ from .full import FullFineTune as FullFineTune
 from .lora import LoRA as LoRA
 from .lora import LoRAWeight as LoRAWeight
 from .norm_tuning import NormTuning as NormTuning
+from .random_mask import RandomMask as RandomMask
+from .random_subspace import RandomSubspace as RandomSubspace
 from .top_layers import TopLayers as TopLayers
