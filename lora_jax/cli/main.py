@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from ..host_memory import keep_freed_memory
-from . import demo, evaluate, inspect, merge, predict, train
+from . import convert, demo, evaluate, inspect, merge, predict, train
 
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
 _EXTRAS = {"datasets", "flax", "grain", "huggingface_hub", "orbax", "rich", "sklearn", "tokenizers", "yaml"}
@@ -23,6 +23,7 @@ examples:
   lora-jax train --train data.tsv --dev dev.tsv --output out
   lora-jax predict --adapter out messages.txt          JSONL with label and probability
   lora-jax merge --adapter out --output merged         a folder that transformers loads
+  lora-jax convert --adapter out --to peft --output p  for peft, transformers and vLLM
   lora-jax inspect --method bitfit                     what would be trained, and its memory
 
 `lora-jax COMMAND --help` says more."""
@@ -80,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for module in (train, evaluate, predict, merge, inspect, demo):
+    for module in (train, evaluate, predict, merge, convert, inspect, demo):
         command = commands.add_parser(
             module.NAME,
             help=module.HELP,

@@ -124,9 +124,13 @@ def _method_options(from_file: Any, given: dict[str, Any]) -> dict[str, Any]:
         options = {}
     flags = {field: given.pop(flag) for flag, field in _METHOD_FLAGS.items() if flag in given}
     if "targets" in flags:
-        names = flags["targets"]
-        flags["targets"] = names[0] if len(names) == 1 and names[0] in _PRESETS else names
+        flags["targets"] = preset_or_names(flags["targets"])
     return {**options, "name": name, **flags}
+
+
+def preset_or_names(targets: list[str]) -> str | list[str]:
+    """What `--targets` means: one preset is a preset, and names are names."""
+    return targets[0] if len(targets) == 1 and targets[0] in _PRESETS else targets
 
 
 def _add(parser: argparse._ActionsContainer, *names: str, **options: Any) -> None:

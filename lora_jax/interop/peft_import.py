@@ -116,18 +116,8 @@ def import_peft(
         the same leaf, so it is adapted too: don't import an embedding's factors into a model that ties it.
     """
     folder = Path(folder)
-    config = read_peft_config(folder)
-    require_representable(config, folder)
-    _require_base(config, base_name, folder)
-    leaves = leaves_by_path(base_params)
-    adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
-    if adapted:
-        raise AdapterError(
-            f"`base_params` has factors already, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`"
-        )
-    table = NameTable(names, leaves)
-    file = weights_file(folder)
-    plan = _Planner(file, read_safetensors_header(file), config, table, leaves, uses, fan_in_fan_out).plan()
+    config, plan = _planned(folder, base_params, names, uses, base_name, fan_in_fan_out)
+    leaves, file = leaves_by_path(base_params), weights_file(folder)
 
     tensors = read_safetensors(file, _file_names(plan))
     _require_finite(tensors, file)
@@ -148,6 +138,63 @@ def import_peft(
             stacklevel=2,
         )
     return Adapter(params, method)
+
+
+def check_peft(
+    folder: str | os.PathLike[str],
+    base_params: Any,
+    *,
+    names: Mapping[str, str],
+    uses: Mapping[str, Any] | None = None,
+    base_name: str | None = None,
+    fan_in_fan_out: Sequence[str] = (),
+) -> list[str]:
+    """Raises what `import_peft` would by config, names, dtypes and shapes; reads no tensor.
+
+    Args:
+        base_params: the base's parameters; shapes and dtypes (`jax.ShapeDtypeStruct`) will do.
+        folder, names, uses, base_name, fan_in_fan_out: as for `import_peft`.
+
+    Returns:
+        The leaves that would get factors or other values.
+
+    Raises:
+        AdapterError, FileError: see `import_peft`.
+
+    Example:
+        >>> import lora_jax as lj, tempfile
+        >>> base, names = {"dense": {"kernel": jnp.ones((4, 3))}}, {"dense/kernel": "encoder.dense"}
+        >>> method = lj.LoRA(rank=2, alpha=4, targets=("dense",))
+        >>> params = lj.attach(base, method, key=jax.random.key(0))
+        >>> folder = lj.interop.export_peft(tempfile.mkdtemp(), params, method, names=names)
+        >>> lj.interop.check_peft(folder, jax.eval_shape(lambda: base), names=names)
+        ['dense/kernel']
+    """
+    _, plan = _planned(Path(folder), base_params, names, uses, base_name, fan_in_fan_out)
+    return [*plan.targets, *plan.saved]
+
+
+def _planned(
+    folder: Path,
+    base_params: Any,
+    names: Mapping[str, str],
+    uses: Mapping[str, Any] | None,
+    base_name: str | None,
+    fan_in_fan_out: Sequence[str],
+) -> tuple[dict[str, Any], _Plan]:
+    """The config, and what each tensor of the file is for."""
+    config = read_peft_config(folder)
+    require_representable(config, folder)
+    _require_base(config, base_name, folder)
+    leaves = leaves_by_path(base_params)
+    adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
+    if adapted:
+        raise AdapterError(
+            f"`base_params` has factors already, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`"
+        )
+    table = NameTable(names, leaves)
+    file = weights_file(folder)
+    return config, _Planner(file, read_safetensors_header(file), config, table, leaves, uses, fan_in_fan_out).plan()
 
 
 class _Planner:

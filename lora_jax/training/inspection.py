@@ -83,12 +83,11 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
     params = jax.eval_shape(lambda p: lj.attach(p, config.method, key=jax.random.key(0)), shapes)
     labels = lj.label_params(params, config.method)
     counts = lj.count_params(params, labels)
-    mask = lj.trainable_mask(params, config.method)
-    trainable = jax.tree.map(lambda leaf, keep: leaf if keep else None, params, mask)
+    trainable = _trainable(params, config.method)
     optimizer = jax.eval_shape(make_optimizer(config, labels, steps=1).init, trainable)
     trained_bytes = _bytes(trainable)
     return MethodReport(
-        groups=_groups(trainable, labels),
+        groups=trained_groups(params, config.method),
         trainable=counts.trainable,
         total=counts.total,
         percent=counts.percent,
@@ -162,10 +161,15 @@ def pattern(path: str) -> str:
     return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
-def _groups(trainable: Any, labels: Any) -> list[Group]:
-    names = dict(_by_path(labels))
+def _trainable(params: Any, method: Any) -> Any:
+    return jax.tree.map(lambda leaf, keep: leaf if keep else None, params, lj.trainable_mask(params, method))
+
+
+def trained_groups(params: Any, method: Any) -> list[Group]:
+    """The leaves that a method trains, alike ones together; of arrays or shapes."""
+    names = dict(_by_path(lj.label_params(params, method)))
     groups: dict[tuple[str, str], list[Any]] = {}
-    for path, leaf in _by_path(trainable):
+    for path, leaf in _by_path(_trainable(params, method)):
         groups.setdefault((pattern(path), names[path]), []).append(leaf)
     return [
         Group(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import lora_jax as lj
+from lora_jax.interop.peft_config import CONFIG as PEFT_CONFIG
 
 from .batching import Batch, collate, plan_in_order
 from .buckets import cover
@@ -183,6 +184,8 @@ def adapter_folder(folder: str | Path) -> Path:
         if (candidate / TASK_FILE).is_file():
             return candidate
     hint = ": its run isn't complete; start the same command again" if (folder / "config.yaml").is_file() else ""
+    if (folder / PEFT_CONFIG).is_file():
+        hint = f": it is PEFT's; make one with `lora-jax convert --adapter {folder} --to lora_jax --output NEW`"
     raise TrainingError(f"`adapter` {folder} holds no adapter of a run ({TASK_FILE} is missing){hint}.")
 
 

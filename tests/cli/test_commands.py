@@ -17,7 +17,7 @@ from lora_jax.cli.main import main, make_parser
 from lora_jax.training import load_predictor
 from lora_jax.training.config import TrainConfig, read_yaml
 
-COMMANDS = ("train", "eval", "predict", "merge", "inspect", "demo")
+COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "demo")
 
 
 def run(*arguments) -> int:
@@ -217,7 +217,7 @@ def test_inspect_an_adapter(finished, capsys):
         (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`rank` must be an integer of at least 1"),
         (("train", "--train", "a", "--output", "x", "--method", "bitfit", "--rank", "4"), "no option of bitfit"),
         (("train", "--config", "gone.yaml"), "gone.yaml doesn't exist"),
-        (("merge", "--adapter", "gone", "--output", "x"), "gone holds no adapter of a run"),
+        (("merge", "--adapter", "gone", "--output", "x"), "`adapter` gone doesn't exist"),
         (("inspect", "--targets", "qurey"), "`targets`"),
         (("inspect", "--rank", "5000"), "`rank` 5000 is larger than"),
     ],
