@@ -18,7 +18,12 @@ _METHOD_FLAGS = {
     "lora_dropout": "dropout",
     "scaling": "scaling",
     "init": "init",
+    "count": "count",
+    "size": "size",
+    "kind": "kind",
+    "dimension": "dimension",
 }
+_BASELINES = ("norms", "top-layers", "random-mask", "random-subspace")
 
 
 def add_column_arguments(parser: argparse._ActionsContainer) -> None:
@@ -51,8 +56,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     _add(
         method,
         "--method",
-        choices=("frozen", "bitfit", "lora", "full"),
-        help="the head alone, biases, low-rank factors (default), or everything",
+        choices=("frozen", "bitfit", "lora", "full", *_BASELINES),
+        help="the head alone, biases, low-rank factors (default), or everything; and baselines: the norms' scales and "
+        "shifts, the last layers, numbers chosen by chance, a random subspace",
     )
     _add(method, "--rank", type=int, metavar="R", help="LoRA: the rank (default: 8)")
     _add(method, "--alpha", type=float, metavar="A", help="LoRA: updates are scaled by A/R (default: 16)")
@@ -68,6 +74,16 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     _add(method, "--lora-dropout", type=float, metavar="P", help="LoRA: of the factors' input (default: 0)")
     _add(method, "--scaling", choices=("standard", "rank_stabilized"), help="LoRA: by A/R or A/√R")
     _add(method, "--init", choices=("gaussian", "kaiming"), help="LoRA: start of the factor a")
+    _add(method, "--count", type=int, metavar="N", help="top-layers: how many (default: 2)")
+    _add(
+        method,
+        "--size",
+        type=_size,
+        metavar="K",
+        help="random-mask: how many numbers, their share as 0.01, or bitfit for as many as biases (default)",
+    )
+    _add(method, "--kind", choices=("uniform", "rows", "columns"), help="random-mask: numbers (default), or lines")
+    _add(method, "--dimension", type=int, metavar="D", help="random-subspace: of its vector (default: 1000)")
 
 
 def add_base_argument(parser: argparse._ActionsContainer) -> None:
@@ -143,6 +159,15 @@ def _rate(text: str) -> float | dict[str, float]:
         return float(text)
     pairs = [entry.partition("=") for entry in text.split(",")]
     return {label.strip(): float(value) for label, _, value in pairs}
+
+
+def _size(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text  # the method refuses what it doesn't know
 
 
 def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:

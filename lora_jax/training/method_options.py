@@ -11,13 +11,37 @@ import lora_jax as lj
 
 from .errors import ConfigError
 
-METHODS: dict[str, type] = {"frozen": lj.Frozen, "bitfit": lj.BitFit, "lora": lj.LoRA, "full": lj.FullFineTune}
+METHODS: dict[str, type] = {
+    "frozen": lj.Frozen,
+    "bitfit": lj.BitFit,
+    "lora": lj.LoRA,
+    "full": lj.FullFineTune,
+    "norms": lj.NormTuning,
+    "top-layers": lj.TopLayers,
+    "random-mask": lj.RandomMask,
+    "random-subspace": lj.RandomSubspace,
+}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "frozen": {"also_train": ("classifier",)},
     "bitfit": {"targets": "all", "also_train": ("classifier",)},
     "lora": {"rank": 8, "alpha": 16.0, "targets": "all-linear", "also_train": ("classifier",)},
     "full": {"also_train": ("classifier",)},
+    "norms": {"targets": "all", "also_train": ("classifier",)},
+    "top-layers": {"count": 2, "also_train": ("classifier",)},
+    "random-mask": {"size": "bitfit", "also_train": ("classifier",)},
+    "random-subspace": {"dimension": 1000, "also_train": ("classifier",)},
+}
+
+# Of AdamW.
+_RATES = {
+    "frozen": 5e-3,
+    "bitfit": 3e-3,
+    "full": 1e-4,
+    "norms": 3e-3,
+    "top-layers": 1e-4,
+    "random-mask": 1e-3,
+    "random-subspace": 1e-2,
 }
 
 
@@ -64,7 +88,7 @@ def default_learning_rate(method: Any) -> float:
         # A Gaussian `a` starts some four times as large, so that the same rate moves the product further: 1e-3 on all
         # linear layers has diverged with it (SST-2).
         return rate if method.init == "kaiming" else rate / 2
-    return {"frozen": 5e-3, "bitfit": 3e-3, "full": 1e-4}[name]
+    return _RATES[name]
 
 
 def _tuples(value: Any) -> Any:

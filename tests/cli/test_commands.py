@@ -17,7 +17,7 @@ from lora_jax.cli.main import main, make_parser
 from lora_jax.training import load_predictor
 from lora_jax.training.config import TrainConfig, read_yaml
 
-COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "demo")
+COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "analyze", "demo")
 
 
 def run(*arguments) -> int:
