@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..draws import leaf_seed, spread_places
-from ..paths import shape_text
 from ..weights import IN, OUT, STACK, register
 from .base import is_number, is_trainable, is_weight, require
 from .bitfit import BitFit
@@ -52,13 +51,17 @@ class MaskedEntries(WholeWeight):
 
     def merge(self) -> jax.Array:
         across, within = self._order()
-        require(
-            self.values.shape[0] <= self.lines,
-            f"`values` {shape_text(self.values)} are more than the base's {self.lines} lines",
-        )
+        problem = self.misfit({"values": self.values.shape})
+        require(problem is None, str(problem))
         lines = _replaced(self._as_lines(self.base), self.values, jnp.uint32(self.seed))
         whole = lines.reshape([self.shape[axis] for axis in across + within])
         return lax.transpose(whole, [(across + within).index(axis) for axis in range(self.ndim)])
+
+    def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        problem = super().misfit(shapes)
+        if problem is None and not 1 <= shapes["values"][0] <= self.lines:
+            return f"`values` {shapes['values']} must be from 1 to the base's {self.lines} lines"
+        return problem
 
     def label(self, method_labels: bool) -> Self:
         return dataclasses.replace(self, base="frozen", values="masked" if method_labels else "frozen")

@@ -30,6 +30,16 @@ class WholeWeight(AdaptedWeight):
             f"`seed` must be an integer from 0 to 2³² - 1, got {self.seed!r}",
         )
 
+    def stacked(self) -> Any:
+        return self._with()
+
+    def _with(self, *_: Any) -> Any:
+        # Every change of layout ends here.
+        raise ValueError(
+            f"a {type(self).__name__} can't be moved or taken apart, since its random numbers belong to the leaf as a "
+            "whole: fold it in first, with `lj.merge_params`"
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeMethod(Method, abstract=True):

@@ -173,7 +173,7 @@ def test_eval_names_an_unknown_label(finished, tmp_path, capsys):
     assert "a.tsv, row 2 has the label 'awful'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "full"])
+@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "full", "random-subspace"])
 def test_inspect_foretells_what_is_saved(method, base, data, options, tmp_path, capsys):
     flags = ("--base", base, "--method", method, "--train", data["train"])
     assert run("inspect", *flags, "--json") == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.methods.random_mask import MaskedEntries
+from lora_jax.methods.random_mask import MaskedEntries, MaskedRows
 from lora_jax.paths import leaves_by_path
 from lora_jax.weights import is_adapted
 
@@ -136,8 +136,16 @@ def test_a_description_that_claims_too_many_is_refused(tmp_path: Any) -> None:
     with pytest.raises(lj.AdapterError, match="`seed` must be an integer from 0 to 2³² - 1, got 4294967296"):
         lj.load_adapter(folder, base())
     node = MaskedEntries(jnp.ones((2, 2)), jnp.ones(5), seed=0, axes="oo")
-    with pytest.raises(ValueError, match=r"`values` \(5,\) are more than the base's 4 lines"):
+    with pytest.raises(ValueError, match=r"`values` \(5,\) must be from 1 to the base's 4 lines"):
         lj.merge_params({"w": node})
+
+
+def test_a_stack_of_them_is_not_taken_apart() -> None:
+    node = MaskedRows(jnp.ones((3, 4, 2)), None, seed=0, axes="sio").started(5)
+    with pytest.raises(ValueError, match=r"a MaskedRows can't be moved or taken apart, .* fold it in first, with `lj"):
+        lj.models.unstack_layers({"layers": {"w": node}})
+    with pytest.raises(ValueError, match="can't be moved or taken apart"):
+        node.transpose((0, 2, 1))
 
 
 def test_bitfit_s_size_is_a_number_on_disk(tmp_path: Any) -> None:

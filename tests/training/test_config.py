@@ -21,6 +21,8 @@ def config(**options):
         {"method": "bitfit", "dev": "b.tsv", "metric": "macro_f1"},
         {"method": {"name": "lora", "rank": 4, "targets": ["query", "value"], "rank_overrides": {"query": 2}}},
         {"method": lj.LoRA(rank=2, alpha=2, targets=r".*/query/kernel", dropout=0.1)},
+        {"method": {"name": "random-mask", "size": 0.01, "kind": "rows"}},
+        {"method": {"name": "top-layers", "count": 1, "within": "encoder/layers"}},
         {"lr": {"lora_a": 1e-3, "lora_b": 4e-3, "head": 1e-3}, "clip_norm": None, "task": "regression"},
     ],
 )
@@ -46,6 +48,10 @@ def test_yaml_numbers_without_a_point(tmp_path):
         ("lora", 5e-4),
         ({"name": "lora", "init": "kaiming"}, 1e-3),
         ("full", 1e-4),
+        ("norms", 3e-3),
+        ("top-layers", 1e-4),
+        ("random-mask", 1e-3),
+        ("random-subspace", 1e-2),
     ],
 )
 def test_learning_rate_follows_the_method(method, rate):
