@@ -40,7 +40,14 @@ in the output folder:
   runs/            adapters of the chosen learning rates
   data/            rows that were drawn: held-out dev, training slices"""
 
-PRESETS = ("paper-lora-targets", "paper-lora-rank", "paper-bitfit-terms", "paper-methods", "low-data")
+PRESETS = (
+    "paper-lora-targets",
+    "paper-lora-rank",
+    "paper-bitfit-terms",
+    "paper-methods",
+    "intrinsic-dimension",
+    "low-data",
+)
 _OWN = ("output", "methods", "ranks", "rate_factors", "grid", "preset", "seeds", "train_rows", "dev_share", "data_seed")
 _OWN += ("minutes", "retry_failed", "plan")
 

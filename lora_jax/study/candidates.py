@@ -14,20 +14,33 @@ import yaml
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.method_options import DEFAULTS, METHODS, default_learning_rate, make_method, method_options
 
-# The default grid. A new method joins with a line here; its rates follow from its default.
+# The default grid. A new method joins with a line here; its rates follow from its default. Alpha is twice the rank, so
+# that one rate suits LoRA at all ranks.
 GRID: tuple[Mapping[str, Any], ...] = (
     {"name": "frozen"},
     {"name": "bitfit"},
-    {"name": "lora", "rank": 2, "targets": ("query", "value")},
-    {"name": "lora", "rank": 2, "targets": "all-linear"},
+    {"name": "lora", "rank": 2, "alpha": 4.0, "targets": ("query", "value")},
+    {"name": "lora", "rank": 2, "alpha": 4.0, "targets": "all-linear"},
     {"name": "lora", "rank": 8, "targets": "all-linear"},
     {"name": "full"},
 )
 # What a comparison takes where an entry doesn't say. A Gaussian start has standard deviation 1/r, so that a rate which
 # suits one rank is too high for a lower one; this start, of the authors' code and of PEFT, is the same for every rank.
-_ACROSS_RANKS: Mapping[str, Mapping[str, Any]] = {"lora": {"init": "kaiming"}}
+_ACROSS_RANKS: Mapping[str, Mapping[str, Any]] = {"lora": {"init": "kaiming"}, "dora": {"init": "kaiming"}}
 RATE_FACTORS = (1.0, 1 / 3, 3.0)
-TITLES = {"frozen": "head only", "bitfit": "BitFit", "lora": "LoRA", "full": "full fine-tuning"}
+TITLES = {
+    "frozen": "head only",
+    "bitfit": "BitFit",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "ia3": "(IA)³",
+    "vera": "VeRA",
+    "full": "full fine-tuning",
+    "norms": "norms",
+    "top-layers": "last layers",
+    "random-mask": "random mask",
+    "random-subspace": "random subspace",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +127,12 @@ def describe(options: Mapping[str, Any]) -> str:
         words[0] += f" r={options['rank']}"
     if "rank" in usual or options.get("targets") != usual.get("targets"):
         words.append(_names(options.get("targets")))
+    if options.get("alpha") is not None and options.get("rank") is not None and options["alpha"] != 2 * options["rank"]:
+        words.append(f"alpha {options['alpha']:g}")
     words += [
         f"{key} {_names(value)}"
         for key, value in options.items()
-        if key not in ("name", "rank", "targets") and value != usual.get(key)
+        if key not in ("name", "rank", "targets", "alpha") and value != usual.get(key)
     ]
     return ", ".join(words)
 
@@ -137,13 +152,22 @@ def default_candidates(
     """
     chosen = list(GRID) if methods is None else [options for name in methods for options in _of_name(name)]
     if ranks is not None:
-        ranked = {json.dumps({**options, "rank": None}): options for options in chosen if "rank" in options}
+        ranked = {_without_rank(options): options for options in chosen if "rank" in options}
         others = [options for options in chosen if "rank" not in options]
-        chosen = others + [{**options, "rank": rank} for options in ranked.values() for rank in ranks]
+        chosen = others + [_of_rank(options, rank) for options in ranked.values() for rank in ranks]
     return tuple(
         make_candidate(options, factors=factors, mark=f"r={options['rank']}" if "rank" in options else "")
         for options in chosen
     )
+
+
+def _without_rank(options: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in options.items() if key not in ("rank", "alpha")})
+
+
+def _of_rank(options: Mapping[str, Any], rank: int) -> Mapping[str, Any]:
+    scale = {"alpha": 2.0 * rank} if "alpha" in DEFAULTS[options["name"]] else {}
+    return {**options, "rank": rank, **scale}
 
 
 def read_grid(path: str | Path) -> tuple[Candidate, ...]:
