@@ -14,18 +14,18 @@ import yaml
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.method_options import DEFAULTS, METHODS, default_learning_rate, make_method, method_options
 
-# The default grid. A new method joins with a line here; its rates follow from its default. Alpha is twice the rank, so
-# that one rate suits LoRA at all ranks.
+# The default grid. A new method joins with a line here; its rates follow from its default.
 GRID: tuple[Mapping[str, Any], ...] = (
     {"name": "frozen"},
     {"name": "bitfit"},
-    {"name": "lora", "rank": 2, "alpha": 4.0, "targets": ("query", "value")},
-    {"name": "lora", "rank": 2, "alpha": 4.0, "targets": "all-linear"},
+    {"name": "lora", "rank": 2, "targets": ("query", "value")},
+    {"name": "lora", "rank": 2, "targets": "all-linear"},
     {"name": "lora", "rank": 8, "targets": "all-linear"},
     {"name": "full"},
 )
-# What a comparison takes where an entry doesn't say. A Gaussian start has standard deviation 1/r, so that a rate which
-# suits one rank is too high for a lower one; this start, of the authors' code and of PEFT, is the same for every rank.
+# What a comparison takes where an entry doesn't say, beside an alpha of twice the rank. A Gaussian start has standard
+# deviation 1/r, so that a rate which suits one rank is too high for a lower one; this start, of the authors' code and
+# of PEFT, is the same for every rank.
 _ACROSS_RANKS: Mapping[str, Mapping[str, Any]] = {"lora": {"init": "kaiming"}, "dora": {"init": "kaiming"}}
 RATE_FACTORS = (1.0, 1 / 3, 3.0)
 TITLES = {
@@ -90,7 +90,10 @@ def make_candidate(
     x: float | None = None,
     train_rows: int | None = None,
 ) -> Candidate:
-    """A candidate of plain options; what isn't said is as `lora-jax train` has it, but for LoRA's start: `"kaiming"`.
+    """A candidate of plain options.
+
+    What isn't said is as `lora-jax train` has it, but for LoRA's start, `"kaiming"`, and its `alpha`, twice the rank:
+    one rate then suits all ranks.
 
     Args:
         method: as `training.method_options.make_method` takes it.
@@ -152,22 +155,13 @@ def default_candidates(
     """
     chosen = list(GRID) if methods is None else [options for name in methods for options in _of_name(name)]
     if ranks is not None:
-        ranked = {_without_rank(options): options for options in chosen if "rank" in options}
+        ranked = {json.dumps({**options, "rank": None}): options for options in chosen if "rank" in options}
         others = [options for options in chosen if "rank" not in options]
-        chosen = others + [_of_rank(options, rank) for options in ranked.values() for rank in ranks]
+        chosen = others + [{**options, "rank": rank} for options in ranked.values() for rank in ranks]
     return tuple(
         make_candidate(options, factors=factors, mark=f"r={options['rank']}" if "rank" in options else "")
         for options in chosen
     )
-
-
-def _without_rank(options: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in options.items() if key not in ("rank", "alpha")})
-
-
-def _of_rank(options: Mapping[str, Any], rank: int) -> Mapping[str, Any]:
-    scale = {"alpha": 2.0 * rank} if "alpha" in DEFAULTS[options["name"]] else {}
-    return {**options, "rank": rank, **scale}
 
 
 def read_grid(path: str | Path) -> tuple[Candidate, ...]:
@@ -201,7 +195,12 @@ def read_grid(path: str | Path) -> tuple[Candidate, ...]:
 
 def _made(method: Mapping[str, Any] | str) -> Any:
     options = {"name": method} if isinstance(method, str) else method
-    return make_method({**_ACROSS_RANKS.get(options.get("name", "lora"), {}), **options})
+    name = options.get("name", "lora")
+    usual = dict(_ACROSS_RANKS.get(name, {}))
+    rank = options.get("rank")
+    if isinstance(rank, int) and "alpha" in DEFAULTS.get(name, {}):
+        usual["alpha"] = 2.0 * rank
+    return make_method({**usual, **options})
 
 
 def _of_name(name: str) -> list[Mapping[str, Any]]:

@@ -61,12 +61,12 @@ _MODULES = {"q": "query", "k": "key", "v": "value", "o": "attention/output"}
 
 
 def _lora(letters: str, rank: int, **options: Any) -> Candidate:
-    # alpha is the default's whatever the rank, as in the paper, section 4.1.
+    # One alpha whatever the rank, as in the paper, section 4.1.
     targets = [_MODULES[letter] for letter in letters]
     kinds = ",".join(letters)
     series = f"LoRA, {kinds}"
     return make_candidate(
-        {"name": "lora", "rank": rank, "targets": targets},
+        {"name": "lora", "rank": rank, "alpha": 16.0, "targets": targets},
         label=f"LoRA, {kinds}, r={rank}",
         series=series,
         mark=f"r={rank}",
