@@ -35,6 +35,7 @@ def load(
     pooling: Pooling = "first",
     remat: Remat | None = None,
     scan_layers: bool = False,
+    zero_biases: bool = False,
 ) -> Model:
     """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, DistilBERT) or a decoder (GPT-2, Llama, Mistral, Qwen2, Qwen3).
 
@@ -59,6 +60,9 @@ def load(
         scan_layers: stacks a decoder's layers into one tree, `layers/…` with a leading axis, and runs them in a
             `lax.scan`: compiling takes as long for eighty layers as for one. `stack_layers` and `unstack_layers` turn
             one form into the other. `lj.LoRA` then needs `uses=lj.trace_weights(model.apply, params, input_ids)`.
+        zero_biases: gives every linear layer of a Llama, Mistral, Qwen2 or Qwen3 that has no bias one of zeros, for
+            `lj.BitFit` to train; nothing computed changes by it. `save_pretrained` says which of them, once trained,
+            transformers has a place for.
 
     Returns:
         A `Model`. Its `params` hold no leaf without use: BERT's pooler is there for a head with `pooling="first"`
@@ -82,6 +86,7 @@ def load(
     dtype = _float_dtype(dtype)
     folder = find_base(source)
     config = read_model_config(folder)
+    config = config.with_biases() if zero_biases else config
     family = family_of(config)
     check_options(family, task=task, pooling=pooling, scan_layers=scan_layers)
     tensors = locate_tensors(folder)
@@ -94,7 +99,8 @@ def load(
     expected = leaves_by_path(shapes)
     parts = {path: _parts(path, leaf) for path, leaf in expected.items()}
     single = {name: leaf for part in parts.values() for name, leaf in part.items()}
-    held = _match(family, single, tensors, names, folder)
+    in_checkpoint = {path: leaf for path, leaf in single.items() if not config.is_added_bias(path)}
+    held = _match(family, in_checkpoint, tensors, names, folder)
     if task == "causal-lm" and "lm_head/kernel" not in expected:
         _check_tied(family, tensors, names, folder)
 
@@ -106,7 +112,7 @@ def load(
         # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
         values[path] = jnp.array(array.astype(dtype, copy=False), copy=True)
     for path in expected.keys() - values.keys():
-        if is_stacked(path):
+        if is_stacked(path) and not config.is_added_bias(path):
             values[path] = _read_stack(family, path, expected[path], [held[part] for part in parts[path]], tensors)
         else:
             values[path] = _draw(path, expected[path], config, seed)
