@@ -53,6 +53,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bias": (lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     "use_rslora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
+    "ensure_weight_tying": (_is_flag, "true or false"),
     "target_modules": (
         lambda value: _is_text_or_none(value) or _is_list_of_names(value),
         "a list of names, an expression or null",
@@ -81,7 +82,6 @@ _VARIANTS = {
     "target_parameters": "factors of parameters outside of any module",
     "trainable_token_indices": "single trained rows of an embedding",
     "megatron_config": "Megatron's parallel layers",
-    "ensure_weight_tying": "adapters shared by tied layers",
 }
 # Starts that leave the base as it is. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) train beside a changed base.
 _STARTS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}

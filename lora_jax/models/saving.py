@@ -142,6 +142,8 @@ def _config(
     config["dtype"] = jnp.result_type(*leaves.values()).name
     family = family_of(model.config)
     config["architectures"] = [family.architectures[model.task if _is_task_class(model) else None]]
+    if model.task == "causal-lm":
+        config["tie_word_embeddings"] = model.config.tie_word_embeddings
     if model.task is None or model.task == "causal-lm":
         return config
     outputs = leaves[f"{family.logits}/kernel"].shape[1]
