@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from lora_jax.training.task_file import read_task
 
     from .tables import print_facts
+    from .weights_progress import WeightsProgress
 
     saved = read_task(adapter_folder(args.adapter))
     examples = read_examples(
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
         split="test",
     )
     saved.task.encode(examples)  # an unknown label is told before the model is loaded
-    predictor = load_predictor(args.adapter, base=getattr(args, "base", None))
+    with WeightsProgress() as progress:
+        predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
     encoded = predictor.encode(examples.texts, examples.pairs)
     metrics = predictor.evaluate(examples)
     if args.json:

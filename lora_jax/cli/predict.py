@@ -47,11 +47,14 @@ def run(args: argparse.Namespace) -> None:
     from lora_jax.training.predict import adapter_folder, load_predictor
     from lora_jax.training.task_file import read_task
 
+    from .weights_progress import WeightsProgress
+
     saved = read_task(adapter_folder(args.adapter))
     text, pair = getattr(args, "text", saved.text), getattr(args, "text_pair", saved.text_pair)
     rows = _rows(args, saved, text, pair)
     first = list(itertools.islice(rows, 1))  # a missing file is told before the model is loaded
-    predictor = load_predictor(args.adapter, base=getattr(args, "base", None))
+    with WeightsProgress() as progress:
+        predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
     rows = itertools.chain(first, rows)
     while chunk := list(itertools.islice(rows, _CHUNK)):
         pairs = [row[pair] for row in chunk] if pair is not None else None

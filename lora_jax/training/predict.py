@@ -139,12 +139,15 @@ class LoadedAdapter(NamedTuple):
     folder: Path
 
 
-def load_adapter(folder: str | Path, *, base: str | None = None) -> LoadedAdapter:
+def load_adapter(
+    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+) -> LoadedAdapter:
     """Loads the adapter of a run and the base that it belongs to.
 
     Args:
         folder: a run's folder, or the `adapter` folder in it.
         base: where the base is now, if not where it was when the adapter was trained.
+        progress: told of the base's weights as they are read, see `lj.models.load`.
     """
     folder = adapter_folder(folder)
     saved = read_task(folder)
@@ -154,19 +157,22 @@ def load_adapter(folder: str | Path, *, base: str | None = None) -> LoadedAdapte
         num_labels=saved.task.num_labels,
         dtype=saved.dtype,
         pooling=saved.pooling,
+        progress=progress,
     )
     adapter = lj.load_adapter(folder, model.params)
     return LoadedAdapter(model, adapter.params, adapter.method, saved, folder)
 
 
-def load_predictor(folder: str | Path, *, base: str | None = None) -> Predictor:
+def load_predictor(
+    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+) -> Predictor:
     """What `lora-jax predict` uses: the adapter of a run, ready to classify. Args as `load_adapter`.
 
     Example:
         predictor = load_predictor("out")
         predictor.predict(["where is my order?"])[0].label
     """
-    loaded = load_adapter(folder, base=base)
+    loaded = load_adapter(folder, base=base, progress=progress)
     return Predictor(
         lj.adapt(loaded.model.apply),
         loaded.params,

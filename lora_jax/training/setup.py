@@ -17,7 +17,7 @@ from .buckets import choose_buckets
 from .config import TrainConfig
 from .data import Examples, read_examples
 from .encoding import Encoded
-from .events import Listener, Note
+from .events import Listener, Note, WeightsRead
 from .metrics import check_metric, default_metric
 from .optimizer import make_optimizer
 from .predict import padding_id
@@ -86,6 +86,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         seed=config.seed,
         pooling=config.pooling,
         remat=config.remat,
+        progress=lambda done, total: listen(WeightsRead(done=done, total=total)),
     )
     tokenizer = lj.models.load_tokenizer(config.base)
     max_length = min(config.max_length, model.config.max_length)
