@@ -130,9 +130,19 @@ def read_peft_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for name, (fits, expected) in _FIELDS.items():
         if name in config and not fits(config[name]):
             raise AdapterError(f"{path}: `{name}` must be {expected}, got {config[name]!r:.200}")
+    endless = [name for name, value in config.items() if not _is_finite(value)]
+    if endless:
+        raise AdapterError(f"{path} has a NaN or an infinity, which JSON lacks, in {', '.join(sorted(endless)[:5])}")
     if config["peft_type"] != "LORA":
         raise AdapterError(f"{path} is of the type {config['peft_type']!r:.50}, and only LORA can be read")
     return config
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a JSON value is NaN or infinite: Python reads such, and no other reader has to."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def weights_file(folder: str | os.PathLike[str]) -> Path:

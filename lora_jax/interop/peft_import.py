@@ -64,7 +64,8 @@ def import_peft(
         base_name: the name of your base; if given, a folder that names another is refused. Only what follows the last
             `/` is compared, since PEFT writes the path that the base was loaded from.
         fan_in_fan_out: modules (their names, or what follows a dot in them) that store a whole weight as `(in, out)`
-            there: GPT-2's `("c_attn", "c_proj", "c_fc")`. Matters for `modules_to_save` alone.
+            there: a bundled model's `fan_in_fan_out`, for GPT-2 `("c_attn", "c_proj", "c_fc")`. Matters for
+            `modules_to_save` alone.
 
     Returns:
         `Adapter(params, method)`: the adapted tree, and the `LoRA` that labels it. What is trained is float32.
