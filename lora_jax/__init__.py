@@ -20,6 +20,8 @@ from .adapters import save_adapter as save_adapter
 from .attach import attach as attach
 from .attach import detach as detach
 from .dropout import with_dropout as with_dropout
+from .extraction import extract_lora as extract_lora
+from .low_rank import truncate_lora as truncate_lora
 from .masks import ParamCount as ParamCount
 from .masks import Partition as Partition
 from .masks import combine as combine
@@ -28,12 +30,18 @@ from .masks import label_params as label_params
 from .masks import partition as partition
 from .masks import trainable_mask as trainable_mask
 from .merging import merge_params as merge_params
+from .methods import IA3 as IA3
 from .methods import BitFit as BitFit
+from .methods import DoRA as DoRA
+from .methods import DoRAWeight as DoRAWeight
 from .methods import Frozen as Frozen
 from .methods import FullFineTune as FullFineTune
+from .methods import IA3Weight as IA3Weight
 from .methods import LoRA as LoRA
 from .methods import LoRAWeight as LoRAWeight
 from .methods import Method as Method
+from .methods import VeRA as VeRA
+from .methods import VeRAWeight as VeRAWeight
 from .optimizer import make_optimizer as make_optimizer
 from .paths import SelectionError as SelectionError
 from .paths import leaf_paths as leaf_paths

@@ -372,6 +372,42 @@ def replacing(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def require_new_folder(folder: str | os.PathLike[str], argument: str) -> None:
+    """Refuses a folder that holds anything, so that nobody's files are overwritten.
+
+    Raises:
+        FileError: it isn't new or empty; the message names `argument`.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileError(f"`{argument}` {folder} isn't a new or empty folder: choose another.")
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str], argument: str) -> Iterator[Path]:
+    """A folder beside `folder` to write in, which takes its place at the end of the block: whole, or not there.
+
+    Raises:
+        FileError: `folder` isn't new or empty, or can't be made.
+    """
+    require_new_folder(folder, argument)
+    folder = Path(folder).resolve()
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise FileError(f"`{argument}` {folder} can't be made: {error.strerror}. Choose another folder.") from error
+    try:
+        yield staging
+        require_new_folder(folder, argument)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _sync_folder(folder.parent)
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with _open(Path(path)) as file:

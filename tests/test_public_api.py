@@ -18,6 +18,7 @@ FUNCTIONS = [
     "count_params",
     "detach",
     "explain",
+    "extract_lora",
     "label_params",
     "leaf_paths",
     "load_adapter",
@@ -27,9 +28,10 @@ FUNCTIONS = [
     "save_adapter",
     "trace_weights",
     "trainable_mask",
+    "truncate_lora",
     "with_dropout",
 ]
-METHODS = ["BitFit", "Frozen", "FullFineTune", "LoRA"]
+METHODS = ["BitFit", "DoRA", "Frozen", "FullFineTune", "IA3", "LoRA", "VeRA"]
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])

@@ -3,60 +3,84 @@
 from __future__ import annotations
 
 import argparse
-import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import add_column_arguments, add_method_arguments, make_config
+from .options import TASKS, add_column_arguments, add_method_arguments, make_config
 
 if TYPE_CHECKING:
-    from lora_jax.training.inspection import AdapterReport, MethodReport
+    from lora_jax.training.inspection import AdapterReport, MethodReport, Tensor
+    from lora_jax.training.peft_inspection import PeftReport
 
 NAME = "inspect"
 HELP = "what a method would train, or what an adapter holds"
 DESCRIPTION = """\
-Without --adapter: what a method would train on a base, its memory and its file, before any training.
-With --adapter: the content of a saved adapter."""
+Without a folder: what a method would train on a base, its memory and its file, before any training.
+With a folder: the content of a saved adapter. Of one that PEFT wrote also whether lora_jax reads it, and if not, why;
+and what vLLM refuses in it."""
 EPILOG = """\
 examples:
   lora-jax inspect                                     LoRA on every linear layer of the default base
   lora-jax inspect --method bitfit --targets attention/query mlp/up
   lora-jax inspect --method lora --rank 4 --targets query value --train data.tsv
-  lora-jax inspect --adapter out"""
+  lora-jax inspect out
+  lora-jax inspect from_the_hub --base bert-base-uncased --max-lora-rank 64"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     suppress = argparse.SUPPRESS
-    parser.add_argument("--adapter", metavar="FOLDER", help="a run's folder, or the adapter in it")
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="a run's folder, an adapter's, or PEFT's")
+    parser.add_argument("--adapter", metavar="FOLDER", help="the same")
+    parser.add_argument(
+        "--max-lora-rank", type=int, default=16, metavar="R", help="PEFT's: what vLLM is started with (default: 16)"
+    )
     parser.add_argument("--config", metavar="FILE", default=suppress, help="YAML with options of a run")
     parser.add_argument("--train", metavar="DATA", default=suppress, help="data to count the labels of")
     parser.add_argument("--num-labels", type=int, metavar="N", help="labels, where there is no --train (default: 2)")
-    parser.add_argument("--task", choices=("classification", "regression"), default=suppress, help="labels or numbers")
+    parser.add_argument(
+        "--task", choices=TASKS, default=suppress, help="labels, numbers or the next token (default: classification)"
+    )
     add_column_arguments(parser)
     add_method_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
+    from lora_jax.training.adapter_source import folder_kind, no_adapter
+    from lora_jax.training.errors import ConfigError
     from lora_jax.training.inspection import inspect_adapter, inspect_method
+    from lora_jax.training.peft_inspection import inspect_peft
+
+    from .tables import print_json
 
     # What isn't an option of a run is taken out first.
-    adapter, num_labels, as_json = (vars(args).pop(name) for name in ("adapter", "num_labels", "json"))
-    if adapter is not None:
-        report = inspect_adapter(adapter)
-        _print_json(report) if as_json else _show_adapter(report)
+    own = ("folder", "adapter", "max_lora_rank", "num_labels", "json")
+    folder, adapter, max_lora_rank, num_labels, as_json = (vars(args).pop(name) for name in own)
+    if folder is not None and adapter is not None:
+        raise ConfigError(f"What to inspect is said twice: {folder} and --adapter {adapter}.")
+    if (folder := folder or adapter) is not None:
+        kind = folder_kind(folder)
+        if kind in ("delta", "model"):
+            raise no_adapter(kind, Path(folder))
+        if kind == "peft":
+            report = inspect_peft(folder, base=getattr(args, "base", None), max_lora_rank=max_lora_rank)
+            print_json(report) if as_json else _show_peft(report)
+        else:
+            report = inspect_adapter(folder)
+            print_json(report) if as_json else _show_adapter(report)
         return
     config = make_config(args, train="(none)", output="(none)")
     if num_labels is None:
         num_labels = _count_labels(config)
     report = inspect_method(config, num_labels=num_labels)
-    _print_json(report) if as_json else _show_method(report, config.base, config.method)
+    print_json(report) if as_json else _show_method(report, config.base, config.method)
 
 
 def _count_labels(config) -> int:
     from lora_jax.training.data import read_examples
     from lora_jax.training.task import make_task
 
-    if config.train == "(none)" or config.task == "regression":
+    if config.train == "(none)" or config.task != "classification":
         return 2
     examples = read_examples(config.train, text=config.text, text_pair=config.text_pair, label=config.label)
     return len(make_task(config.task, examples).labels)
@@ -65,14 +89,10 @@ def _count_labels(config) -> int:
 def _show_method(report: MethodReport, base: str, method: object) -> None:
     from lora_jax.training.progress import format_bytes
 
-    from .tables import print_facts, print_table
+    from .tables import print_facts, print_groups, print_table
 
     print_facts({"base": base, "method": str(method)})
-    rows = [
-        (g.pattern, g.label, str(g.leaves), _shape(g.shape), f"{g.params:,}", format_bytes(g.bytes))
-        for g in report.groups
-    ]
-    print_table(("trained leaves", "label", "leaves", "shape", "parameters", "size"), rows, text_columns=2)
+    print_groups(report.groups)
     labels = [
         (label, f"{params:,}", f"{100 * params / report.total:.3g} %", format_bytes(size))
         for label, (params, size) in report.per_label.items()
@@ -93,7 +113,7 @@ def _show_method(report: MethodReport, base: str, method: object) -> None:
 def _show_adapter(report: AdapterReport) -> None:
     from lora_jax.training.progress import format_bytes
 
-    from .tables import print_facts, print_table
+    from .tables import print_facts
 
     task = report.task
     options = {key: value for key, value in report.method.items() if key not in ("name", "targets", "also_train")}
@@ -106,27 +126,50 @@ def _show_adapter(report: AdapterReport) -> None:
             facts["labels"] = ", ".join(task.task.labels)
     facts["fingerprint"] = f"of {len(report.base):,} frozen leaves of the base"
     print_facts(facts)
-    rows = [(t.name, t.dtype, _shape(t.shape), f"{t.norm:.4g}") for t in report.tensors]
+    _show_tensors(report.tensors)
+
+
+def _show_peft(report: PeftReport) -> None:
+    from lora_jax.training.progress import format_bytes
+
+    from .tables import format_some, print_facts
+
+    config = report.config
+    # Said elsewhere here: how targets were chosen, by what they are. Or about the file, not the adapter.
+    known = ("peft_type", "base_model_name_or_path", "task_type", "target_modules", "inference_mode", "peft_version")
+    facts = {
+        "adapter": f"{report.folder} ({format_bytes(report.file_bytes)})",
+        "method": f"PEFT's {config.get('peft_type', 'unknown')}",
+        "base": str(config.get("base_model_name_or_path", "not said")),
+        "task type": str(config.get("task_type", "not said")),
+        "options": ", ".join(f"{name} {_option(value)}" for name, value in sorted(config.items()) if name not in known),
+        "targets": format_some([f"{t.name} × {t.modules} (rank {t.rank})" for t in report.targets], 16) or "none",
+    }
+    if report.whole:
+        facts["in full"] = format_some(report.whole)
+    read = "yes, onto its base: `lora-jax convert --to lora_jax`"
+    if report.refusal is not None:
+        read = f"no: {report.refusal}"
+    elif report.unchecked is not None:
+        read = f"not checked against its base: {report.unchecked}"
+    facts["lora_jax reads it"] = read
+    print_facts(facts)
+    print_facts(
+        {f"vLLM {place}": problem for place, problem in enumerate(report.vllm, 1)} or {"vLLM": "finds no fault"}
+    )
+    _show_tensors(report.tensors)
+
+
+def _option(value: object) -> str:
+    from .tables import format_some
+
+    if isinstance(value, dict):
+        return f"({format_some([f'{key}: {item}' for key, item in value.items()], 3)})"
+    return f"({format_some(list(map(str, value)), 5)})" if isinstance(value, list) else str(value)
+
+
+def _show_tensors(tensors: list[Tensor]) -> None:
+    from .tables import format_shape, print_table
+
+    rows = [(t.name, t.dtype, format_shape(t.shape), f"{t.norm:.4g}") for t in tensors]
     print_table(("tensor", "dtype", "shape", "norm"), rows, text_columns=2)
-
-
-def _print_json(report: AdapterReport | MethodReport) -> None:
-    import dataclasses
-    from pathlib import Path
-
-    def plain(value: object) -> object:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return dataclasses.asdict(value)
-        if isinstance(value, Path):
-            return str(value)
-        raise TypeError(type(value).__name__)
-
-    content = report._asdict()
-    for key, value in content.items():
-        if isinstance(value, list):
-            content[key] = [row._asdict() for row in value]
-    print(json.dumps(content, default=plain))
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "various" if shape is None else "×".join(map(str, shape))

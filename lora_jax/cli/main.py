@@ -12,10 +12,22 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from ..host_memory import keep_freed_memory
-from . import demo, evaluate, inspect, merge, predict, train
+from . import compare, convert, demo, evaluate, inspect, merge, predict, train
 
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
-_EXTRAS = {"datasets", "flax", "grain", "huggingface_hub", "orbax", "rich", "sklearn", "tokenizers", "yaml"}
+_EXTRAS = {
+    "datasets",
+    "flax",
+    "grain",
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "orbax",
+    "rich",
+    "sklearn",
+    "tokenizers",
+    "yaml",
+}
 
 _EPILOG = """\
 examples:
@@ -23,7 +35,9 @@ examples:
   lora-jax train --train data.tsv --dev dev.tsv --output out
   lora-jax predict --adapter out messages.txt          JSONL with label and probability
   lora-jax merge --adapter out --output merged         a folder that transformers loads
+  lora-jax convert --adapter out --to peft --output p  for peft, transformers and vLLM
   lora-jax inspect --method bitfit                     what would be trained, and its memory
+  lora-jax compare --train data.tsv --output study     which method suits the task
 
 `lora-jax COMMAND --help` says more."""
 
@@ -48,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if args.traceback or (error.name or "").partition(".")[0] not in _EXTRAS:
             raise
-        print(f"{name}: {error.name} is not installed: pip install 'lora_jax[train]'", file=sys.stderr)
+        extras = "train,study" if error.name == "matplotlib" else "train"
+        print(f"{name}: {error.name} is not installed: pip install 'lora_jax[{extras}]'", file=sys.stderr)
         return 2
     except Exception as error:
         if args.traceback or not _is_message(error):
@@ -80,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for module in (train, evaluate, predict, merge, inspect, demo):
+    for module in (train, evaluate, predict, merge, convert, inspect, compare, demo):
         command = commands.add_parser(
             module.NAME,
             help=module.HELP,

@@ -11,7 +11,8 @@ NAME = "merge"
 HELP = "fold an adapter into its base"
 DESCRIPTION = """\
 Folds an adapter into its base, W + (alpha/r) B A, and writes a Hugging Face folder: config.json, model.safetensors and
-the tokenizer. transformers loads it as it would any other, with the same logits."""
+the tokenizer. transformers loads it as it would any other, with the same logits. An adapter that PEFT wrote is merged
+as well, into the base that it names or the one of --base."""
 EPILOG = """\
 example:
   lora-jax merge --adapter out --output merged
@@ -19,7 +20,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, an adapter's, or PEFT's")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument(
         "--max-shard-size",

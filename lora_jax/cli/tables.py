@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from lora_jax.training.inspection import Group
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
@@ -27,6 +34,43 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     _console().print(table)
+
+
+def print_groups(groups: Iterable[Group]) -> None:
+    """Trained leaves, alike ones in a row."""
+    from lora_jax.training.progress import format_bytes
+
+    rows = [
+        (g.pattern, g.label, str(g.leaves), format_shape(g.shape), f"{g.params:,}", format_bytes(g.bytes))
+        for g in groups
+    ]
+    print_table(("trained leaves", "label", "leaves", "shape", "parameters", "size"), rows, text_columns=2)
+
+
+def format_shape(shape: tuple[int, ...] | None) -> str:
+    return "various" if shape is None else "×".join(map(str, shape))
+
+
+def format_some(names: Sequence[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def print_json(report: Any) -> None:
+    """A report as one JSON object on one line."""
+    print(json.dumps(_plain(report)))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if as_dict := getattr(value, "_asdict", None):  # a named tuple
+        value = as_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _console() -> Console:

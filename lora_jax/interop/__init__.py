@@ -11,5 +11,6 @@ from .delta import apply_delta as apply_delta
 from .delta import export_delta as export_delta
 from .peft_config import read_peft_config as read_peft_config
 from .peft_export import export_peft as export_peft
+from .peft_import import check_peft as check_peft
 from .peft_import import import_peft as import_peft
 from .vllm import vllm_problems as vllm_problems

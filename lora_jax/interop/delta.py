@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters import AdapterError
+from ..changes import changed_leaves
 from ..files import (
     TensorInfo,
     read_json,
@@ -43,6 +44,7 @@ def export_delta(
     base_name: str | None = None,
     uses: Mapping[str, Any] | None = None,
     fan_in_fan_out: Sequence[str] = (),
+    absent: Collection[str] = (),
 ) -> Path:
     """Writes the leaves in which two trees differ, with their new values, under Hugging Face names.
 
@@ -58,6 +60,8 @@ def export_delta(
         base_name: a name of the base, to be kept in the description.
         uses: from `trace_weights`, if weights of more than two axes, or stored `(out, in)`, have changed.
         fan_in_fan_out: modules that store `(in, out)` there, see `export_peft`.
+        absent: leaves that the base as others have it lacks, such as a head that was drawn: written whether they have
+            changed or not, and what they replace isn't held against anything.
 
     Returns:
         The folder.
@@ -79,19 +83,13 @@ def export_delta(
         >>> lj.interop.apply_delta(folder, base, names=names)["dense"]["bias"].tolist()
         [0.0, 1.0, 2.0]
     """
+    try:
+        changed = changed_leaves(params, base_params)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
     leaves, before = leaves_by_path(params), leaves_by_path(base_params)
-    for argument, tree in (("params", leaves), ("base_params", before)):
-        adapted = [path for path, leaf in tree.items() if is_adapted(leaf)]
-        if adapted:
-            raise AdapterError(
-                f"`{argument}` has factors, at {', '.join(adapted[:5])}: write them with `export_peft`, or fold them "
-                "in with `lj.merge_params` first"
-            )
-    if leaves.keys() != before.keys():
-        differing = sorted(leaves.keys() ^ before.keys())
-        raise AdapterError(f"`params` and `base_params` are no trees of one model, at {', '.join(differing[:5])}")
+    changed = [path for path in leaves if path in {*changed, *absent}]
     table = NameTable(names, leaves)
-    changed = [path for path in leaves if _differ(path, leaves[path], before[path])]
     if not changed:
         raise AdapterError("`params` and `base_params` are equal: there is nothing to write")
     tensors, replaced, tied = {}, {}, {}
@@ -99,7 +97,8 @@ def export_delta(
         module = table.module(path)
         layout = leaf_layout(path, leaves[path], uses, conv1d=selects(set(fan_in_fan_out), module))
         tensors[table.tensor(path)] = layout.export(leaves[path])
-        replaced[table.tensor(path)] = layout.export(before[path])
+        if path not in absent:
+            replaced[table.tensor(path)] = layout.export(before[path])
         tied[table.tensor(path)] = [f"{other}.{kind(path)}" for other in table.tied_to(path)]
     _require_finite(tensors, "cannot export")
     folder = Path(folder)
@@ -111,8 +110,12 @@ def export_delta(
             "version": VERSION,
             "base_model_name_or_path": base_name,
             "tensors": {
-                name: {"shape": list(array.shape), "dtype": str(array.dtype), "base": prints[name]["sample"]}
-                | ({"tied": tied[name]} if tied[name] else {})
+                name: {
+                    "shape": list(array.shape),
+                    "dtype": str(array.dtype),
+                    "base": prints.get(name, {}).get("sample"),
+                    **({"tied": tied[name]} if tied[name] else {}),
+                }
                 for name, array in tensors.items()
             },
             "sha256": sha256_file(staging / TENSORS),
@@ -217,22 +220,6 @@ def _names(value: Any) -> list[str]:
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
-def _differ(path: str, new: Any, old: Any) -> bool:
-    if new is old:
-        return False
-    if not hasattr(new, "shape") or not hasattr(old, "shape"):
-        if new == old:
-            return False
-        raise AdapterError(f"`{path}` has changed, and is no array")
-    if tuple(new.shape) != tuple(old.shape):
-        raise AdapterError(f"`{path}` has the shape {tuple(new.shape)}, and the base's has {tuple(old.shape)}")
-    new, old = np.asarray(new), np.asarray(old)
-    if new.dtype != old.dtype and all(jnp.issubdtype(array.dtype, jnp.floating) for array in (new, old)):
-        wide = jnp.promote_types(jnp.promote_types(new.dtype, old.dtype), jnp.float32)
-        new, old = new.astype(wide), old.astype(wide)
-    return not np.array_equal(new, old)
-
-
 def _array(name: str, value: Any) -> np.ndarray:
     try:
         return np.asarray(value)
@@ -288,9 +275,11 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInf
 
 def _check_base(folder: Path, description: Mapping[str, Any], replaced: Mapping[str, Any], check: str) -> None:
     saved = {
-        name: {"shape": entry["shape"], "sample": entry.get("base")} for name, entry in description["tensors"].items()
+        name: {"shape": entry["shape"], "sample": entry["base"]}
+        for name, entry in description["tensors"].items()
+        if entry.get("base") is not None
     }
-    found = differences(saved, fingerprint(replaced))
+    found = differences(saved, fingerprint({name: array for name, array in replaced.items() if name in saved}))
     if not found:
         return
     more = f"; and {len(found) - 5} more" if len(found) > 5 else ""

@@ -52,6 +52,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
     "ensure_weight_tying": (_is_flag, "true or false"),
     "target_modules": (
@@ -69,7 +70,6 @@ _DEFAULTS = {"lora_dropout": 0.0, "bias": "none", "init_lora_weights": True}
 
 # Variants of LoRA that compute something else than `W + scale · B A`, where the entry is set.
 _VARIANTS = {
-    "use_dora": "DoRA, whose magnitudes this lora_jax doesn't have",
     "use_qalora": "QALoRA, which pools the inputs",
     "lora_bias": "a bias beside `lora_B`",
     "alora_invocation_tokens": "aLoRA, which acts on some tokens only",
@@ -158,7 +158,7 @@ def weights_file(folder: str | os.PathLike[str]) -> Path:
 
 
 def variants(config: Mapping[str, Any]) -> list[str]:
-    """What makes an adapter something else than plain LoRA, each as `entry: what it is`."""
+    """What makes an adapter something else than LoRA or DoRA, each as `entry: what it is`."""
     found = [f"`{name}`: {what}" for name, what in _VARIANTS.items() if config.get(name)]
     start = config.get("init_lora_weights")
     if start not in _STARTS:

@@ -16,14 +16,15 @@ import numpy as np
 from ..adapters import AdapterError
 from ..files import replacing, write_json, write_safetensors
 from ..masks import label_params
-from ..methods import LoRA, LoRAWeight, Method
+from ..methods import DoRA, DoRAWeight, LoRA, LoRAWeight, Method
 from ..methods.base import FROZEN
+from ..methods.starts import FROM_WEIGHT
 from ..paths import leaves_by_path
 from ..weights import AdaptedWeight, is_adapted, is_traced
 from .layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
 from .names import BIAS, Names, NameTable, kind, selects
 from .patterns import PatternError, Patterns, literal
-from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, variants
+from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, scale_of, variants
 from .peft_keys import factor_key, leaf_key
 from .stacks import Stacks
 
@@ -41,7 +42,7 @@ class _Factored(NamedTuple):
 
     module: str
     tied_to: tuple[str, ...]
-    node: LoRAWeight
+    node: LoRAWeight | DoRAWeight
     embedding: bool
     rank: int
     alpha: float
@@ -79,7 +80,7 @@ def export_peft(
     Args:
         folder: made if it doesn't exist.
         params: the tree from `attach`, trained.
-        method: the `LoRA` that it was trained with.
+        method: the `LoRA` or `DoRA` that it was trained with.
         names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own, see
             `import_peft`; what is trained must be in it.
         base_name: what PEFT calls the base (`base_model_name_or_path`): a hub name or a folder.
@@ -117,12 +118,16 @@ def export_peft(
     """
     if not isinstance(method, LoRA):
         raise AdapterError(
-            f"PEFT has no format for {type(method).__name__}, only for LoRA: write what it changed with "
+            f"PEFT has no format for {type(method).__name__}, only for LoRA and DoRA: write what it changed with "
             "`export_delta`, or whole files after `lj.merge_params`"
         )
     if task_type is not None and task_type not in _TASKS:
         raise AdapterError(f"`task_type` must be one of {', '.join(_TASKS)} or None, got {task_type!r}")
-    if config is not None and (found := variants(config)):
+    dora = isinstance(method, DoRA)
+    found = variants(config or {})
+    if config is not None and bool(config.get("use_dora")) != dora:
+        found.append(f"`use_dora` is {config.get('use_dora')!r}, and the method is {type(method).__name__}")
+    if found:
         raise AdapterError(f"`config` describes another adapter than this one: {'; '.join(found)}")
     leaves = leaves_by_path(params)
     partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and _lacks_arrays(leaf)]
@@ -158,6 +163,8 @@ def export_peft(
         for other in target.tied_to:
             tensors[factor_key(other, "a", embedding=False)] = b.T
             tensors[factor_key(other, "b", embedding=False)] = a.T
+        if isinstance(target.node, DoRAWeight):
+            tensors[factor_key(target.module, "magnitude", embedding=None)] = np.asarray(target.node.magnitude).ravel()
     for path in whole.paths:
         for module in (table.module(path), *table.tied_to(path)):
             layout = leaf_layout(path, leaves[path], uses, conv1d=selects(conv1d, module))
@@ -175,7 +182,7 @@ def export_peft(
         "inference_mode": True,
         "lora_dropout": dropouts.pop(),
         "use_rslora": method.scaling == "rank_stabilized",
-        "use_dora": False,
+        "use_dora": dora,
         "bias": whole.bias,
         "modules_to_save": whole.entries or None,
         "fan_in_fan_out": bool(kept.get("fan_in_fan_out")) or any(selects(conv1d, module) for module in targets),
@@ -193,13 +200,18 @@ def export_peft(
 
 
 def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | None, method: LoRA) -> _Factored:
-    if not isinstance(node, LoRAWeight):
+    if not isinstance(node, LoRAWeight | DoRAWeight):
         raise AdapterError(
             f"`{path}` is a {type(node).__name__}, and PEFT's format has a place for LoRA's factors only"
         )
     if is_traced(node):
         raise AdapterError(f"`{path}` is abstract: export outside of `jax.jit`")
     module = table.module(path)
+    if table.tied_to(path) and not isinstance(node, LoRAWeight):
+        raise AdapterError(
+            f"`{path}` is {' and '.join((module, *table.tied_to(path)))} at once, and PEFT has magnitudes for each: "
+            "leave it to LoRA, or give each a leaf of its own, `lj.models.load(..., tie_word_embeddings=False)`"
+        )
     require_no_stack(path, node.axes)
     if node.ndim == 2 or path in (uses or {}):
         labels = axis_labels(path, node, uses)
@@ -208,17 +220,17 @@ def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | 
                 f"the factors of `{path}` are labelled {node.axes!r}, and `uses` says {labels!r}: attach them with "
                 "`uses` as well, so that `a` stands at the side of the inputs"
             )
-    stabilized = method.scaling == "rank_stabilized"
-    alpha = alpha_of(node.scale, node.rank, rank_stabilized=stabilized)
+    rank = node.one_pair().rank
+    alpha = alpha_of(node.scale, rank, rank_stabilized=method.scaling == "rank_stabilized")
     if math.isclose(alpha, method.alpha, rel_tol=1e-9):
         alpha = _plain(method.alpha)
     if not alpha > 0:
         raise AdapterError(f"the scale of `{path}` is {node.scale!r}, and a positive one is expected")
-    return _Factored(module, table.tied_to(path), node, is_embedding(path, uses), node.rank, alpha)
+    return _Factored(module, table.tied_to(path), node, is_embedding(path, uses), rank, alpha)
 
 
 def _lacks_arrays(node: AdaptedWeight) -> bool:
-    return any(getattr(node, name) is None for name in ("base", *node.saved))
+    return any(getattr(node, name) is None for name in ("base", *node.saved) if name not in node.optional)
 
 
 def _whole(
@@ -273,13 +285,17 @@ def _entry(module: str) -> str:
 
 def _patterns(factored: Mapping[str, _Factored], method: LoRA) -> dict[str, Any]:
     """`r`, `lora_alpha` and the exceptions from them."""
-    alpha = _plain(method.alpha)
     targets = list(factored.values())
+    rank, alpha = int(method.rank), _plain(method.alpha)
+    if method.init in FROM_WEIGHT:  # the scale stays, of factors of twice the rank
+        stabilized = method.scaling == "rank_stabilized"
+        scale = scale_of(method.alpha, method.rank, rank_stabilized=stabilized)
+        rank, alpha = 2 * rank, alpha_of(scale, 2 * rank, rank_stabilized=stabilized)
     modules = {module: target for target in targets for module in (target.module, *target.tied_to)}
-    ranks = {module: target.rank for module, target in modules.items() if target.rank != method.rank}
+    ranks = {module: target.rank for module, target in modules.items() if target.rank != rank}
     alphas = {module: target.alpha for module, target in modules.items() if target.alpha != alpha}
     return {
-        "r": int(method.rank),
+        "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": _keys(ranks, list(modules)),
         "alpha_pattern": _keys(alphas, list(modules)),

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ import numpy as np
 from ..adapters import Adapter, AdapterError
 from ..files import read_safetensors, read_safetensors_header
 from ..masks import label_params
-from ..methods import LoRA, LoRAWeight
+from ..methods import DoRA, DoRAWeight, LoRA, LoRAWeight
 from ..methods.base import rooted
 from ..paths import flatten_with_paths, leaves_by_path
-from ..weights import is_adapted, placement
+from ..weights import OUT, is_adapted, placement
 from .layout import restore_factors
 from .names import Names, NameTable
 from .peft_config import (
@@ -32,6 +32,15 @@ from .peft_config import (
 )
 from .peft_plan import Plan, Planner, Target
 from .stacks import Stacks, stack_weights
+
+
+class _Planned(NamedTuple):
+    """A folder held against a base, by its config and its header."""
+
+    config: dict[str, Any]
+    stacks: Stacks
+    parts: dict[str, Any]
+    plan: Plan
 
 
 def import_peft(
@@ -68,10 +77,11 @@ def import_peft(
             `modules_to_save` alone.
 
     Returns:
-        `Adapter(params, method)`: the adapted tree, and the `LoRA` that labels it. What is trained is float32.
+        `Adapter(params, method)`: the adapted tree, and the `LoRA` or `DoRA` that labels it. What is trained is
+        float32.
 
     Raises:
-        AdapterError: the folder describes what can't be represented here (DoRA, single trained tokens, …), or doesn't
+        AdapterError: the folder describes what can't be represented here (QALoRA, single trained tokens, …), or doesn't
             fit the base; or a tensor is missing, unknown, misshapen, of another dtype or not finite. Each is named.
         FileError: a file is missing, truncated, corrupt, or leads out of the folder.
 
@@ -94,21 +104,8 @@ def import_peft(
         which one leaf can't hold, unless `ensure_weight_tying` shares the factors: so that is read, and else refused.
     """
     folder = Path(folder)
-    config = read_peft_config(folder)
-    require_representable(config, folder)
-    _require_base(config, base_name, folder)
-    leaves = leaves_by_path(base_params)
-    adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
-    if adapted:
-        raise AdapterError(
-            f"`base_params` has factors already, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`"
-        )
-    stacks = Stacks(names, leaves)
-    parts = stacks.apart(leaves)
-    table = NameTable(names, parts)
-    file = weights_file(folder)
-    header = read_safetensors_header(file)
-    plan = Planner(file, header, config, table, parts, stacks.uses(uses), fan_in_fan_out).plan()
+    config, stacks, parts, plan = _planned(folder, base_params, names, uses, base_name, fan_in_fan_out)
+    leaves, file = leaves_by_path(base_params), weights_file(folder)
 
     tensors = read_safetensors(file, _file_names(plan))
     _require_finite(tensors, file)
@@ -131,6 +128,65 @@ def import_peft(
     return Adapter(params, method)
 
 
+def check_peft(
+    folder: str | os.PathLike[str],
+    base_params: Any,
+    *,
+    names: Names,
+    uses: Mapping[str, Any] | None = None,
+    base_name: str | None = None,
+    fan_in_fan_out: Sequence[str] = (),
+) -> list[str]:
+    """Raises what `import_peft` would by config, names, dtypes and shapes; reads no tensor.
+
+    Args:
+        base_params: the base's parameters; shapes and dtypes (`jax.ShapeDtypeStruct`) will do.
+        folder, names, uses, base_name, fan_in_fan_out: as for `import_peft`.
+
+    Returns:
+        The leaves that would get factors or other values.
+
+    Raises:
+        AdapterError, FileError: see `import_peft`.
+
+    Example:
+        >>> import lora_jax as lj, tempfile
+        >>> base, names = {"dense": {"kernel": jnp.ones((4, 3))}}, {"dense/kernel": "encoder.dense"}
+        >>> method = lj.LoRA(rank=2, alpha=4, targets=("dense",))
+        >>> params = lj.attach(base, method, key=jax.random.key(0))
+        >>> folder = lj.interop.export_peft(tempfile.mkdtemp(), params, method, names=names)
+        >>> lj.interop.check_peft(folder, jax.eval_shape(lambda: base), names=names)
+        ['dense/kernel']
+    """
+    planned = _planned(Path(folder), base_params, names, uses, base_name, fan_in_fan_out)
+    return planned.stacks.wholes([*planned.plan.targets, *planned.plan.saved])
+
+
+def _planned(
+    folder: Path,
+    base_params: Any,
+    names: Names,
+    uses: Mapping[str, Any] | None,
+    base_name: str | None,
+    fan_in_fan_out: Sequence[str],
+) -> _Planned:
+    config = read_peft_config(folder)
+    require_representable(config, folder)
+    _require_base(config, base_name, folder)
+    leaves = leaves_by_path(base_params)
+    adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
+    if adapted:
+        raise AdapterError(
+            f"`base_params` has factors already, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`"
+        )
+    stacks = Stacks(names, leaves)
+    parts = stacks.apart(leaves)
+    table, file = NameTable(names, parts), weights_file(folder)
+    header = read_safetensors_header(file)
+    plan = Planner(file, header, config, table, parts, stacks.uses(uses), fan_in_fan_out).plan()
+    return _Planned(config, stacks, parts, plan)
+
+
 def _require_base(config: Mapping[str, Any], base_name: str | None, folder: Path) -> None:
     named = config.get("base_model_name_or_path")
     if base_name is None or not named:
@@ -144,7 +200,7 @@ def _require_base(config: Mapping[str, Any], base_name: str | None, folder: Path
 
 
 def _file_names(plan: Plan) -> list[str]:
-    names = [name for target in plan.targets.values() for name in (target.a, target.b)]
+    names = [name for target in plan.targets.values() for name in (target.a, target.b, target.magnitude) if name]
     names += [name for name, _ in plan.saved.values()] + [name for _, name, _ in plan.copies]
     return [*names, *plan.twins, *plan.mirrors]
 
@@ -173,12 +229,18 @@ def _require_equal(tensors: Mapping[str, np.ndarray], plan: Plan, leaves: Mappin
             )
 
 
-def _node(base: Any, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], target: Target) -> LoRAWeight:
+def _node(
+    base: Any, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], target: Target
+) -> LoRAWeight | DoRAWeight:
+    kind = DoRAWeight if target.magnitude else LoRAWeight
     scale = scale_of(target.alpha, target.rank, rank_stabilized=bool(config.get("use_rslora")))
-    node = LoRAWeight(base, None, None, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))
+    node = kind(base, None, None, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))
     places = node.placements()
     a, b = restore_factors(tensors[target.a], tensors[target.b], tuple(base.shape), target.axes)
-    return dataclasses.replace(node, a=_placed(a, places.get("a")), b=_placed(b, places.get("b")))
+    arrays = {"a": a, "b": b}
+    if target.magnitude:
+        arrays["magnitude"] = tensors[target.magnitude].reshape([base.shape[axis] for axis in node.places(OUT)])
+    return dataclasses.replace(node, **{name: _placed(array, places.get(name)) for name, array in arrays.items()})
 
 
 def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
@@ -190,7 +252,8 @@ def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
 def _method(config: Mapping[str, Any], plan: Plan, stacks: Stacks) -> LoRA:
     r, alpha = config["r"], config["lora_alpha"]
     targets = {stacks.whole(path): target for path, target in plan.targets.items()}
-    return LoRA(
+    kind = DoRA if config.get("use_dora") else LoRA
+    return kind(
         rank=r,
         alpha=alpha,
         targets=rooted(list(targets)),

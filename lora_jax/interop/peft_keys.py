@@ -9,7 +9,8 @@ from .names import BIAS, WEIGHT
 
 PREFIX = "base_model.model."
 
-# A linear layer's factors are modules there, an embedding's are parameters.
+# A linear layer's factors are modules there, an embedding's are parameters. DoRA's magnitudes have one name in both.
+_MAGNITUDE = ".lora_magnitude_vector"
 _FACTORS = {
     ".lora_A.weight": ("a", False),
     ".lora_B.weight": ("b", False),
@@ -22,11 +23,11 @@ _COPIES = ("original_module", "modules_to_save")
 
 
 class FactorKey(NamedTuple):
-    """A factor's tensor: `role` is `"a"` or `"b"`."""
+    """A factor's tensor: `role` is `"a"`, `"b"` or `"magnitude"`; of the last, nothing says if it's an embedding's."""
 
     module: str
     role: str
-    embedding: bool
+    embedding: bool | None
 
 
 class LeafKey(NamedTuple):
@@ -65,10 +66,10 @@ def parse_key(name: str, where: str) -> FactorKey | LeafKey:
     for suffix, (role, embedding) in _FACTORS.items():
         if body.endswith(suffix) and body != suffix:
             return FactorKey(body.removesuffix(suffix), role, embedding)
+    if body.endswith(_MAGNITUDE) and body != _MAGNITUDE:
+        return FactorKey(body.removesuffix(_MAGNITUDE), "magnitude", None)
     if body.endswith("lora_B.bias"):
         raise AdapterError(f"{where}: '{name:.200}' is a bias beside `lora_B` (`lora_bias`), which has no place here")
-    if ".lora_magnitude_vector" in body:
-        raise AdapterError(f"{where}: '{name:.200}' is DoRA's (`use_dora`), which this lora_jax doesn't have")
     module, _, part = body.rpartition(".")
     if ".lora_" in body:
         raise AdapterError(
@@ -94,8 +95,10 @@ def _unwrapped(module: str) -> tuple[str, str]:
     return module, ""
 
 
-def factor_key(module: str, role: str, *, embedding: bool) -> str:
+def factor_key(module: str, role: str, *, embedding: bool | None) -> str:
     """The name of a factor's tensor, the inverse of `parse_key`."""
+    if role == "magnitude":
+        return f"{PREFIX}{module}{_MAGNITUDE}"
     suffix = next(suffix for suffix, found in _FACTORS.items() if found == (role, embedding))
     return f"{PREFIX}{module}{suffix}"
 

@@ -26,6 +26,7 @@ class Target(NamedTuple):
 
     a: str
     b: str
+    magnitude: str | None
     axes: str
     rank: int
     alpha: float
@@ -113,6 +114,11 @@ class Planner:
     def share_factors(self, path: str, plan: Plan) -> None:
         """The factors of a tied leaf are those of its first module, and their transposes those of the others."""
         first, *others = self.require_shared(path)
+        if self.config.get("use_dora"):
+            raise self.error(
+                f"`{path}` is {' and '.join((first, *others))} at once, and with `use_dora` each has magnitudes of its "
+                f"own. {_UNTIE}"
+            )
         lacking = [module for module in (first, *others) if module not in self.factors]
         if lacking:
             raise self.error(
@@ -141,17 +147,30 @@ class Planner:
 
     def target(self, module: str) -> tuple[str, Target]:
         pair = self.factors[module]
-        first = next(iter(pair.values()))
-        a, b = (factor_key(module, role, embedding=first.embedding) for role in ("a", "b"))
+        embedding = any(key.embedding for key in pair.values())
+        a, b, magnitude = (factor_key(module, role, embedding=embedding) for role in ("a", "b", "magnitude"))
         missing = [name for name in (a, b) if name not in self.header]
-        if missing or len({key.embedding for key in pair.values()}) > 1:
-            raise self.error(f"the factors of {module:.200} are no pair: '{(missing or [a])[0]:.200}' is missing")
+        if missing:
+            raise self.error(f"the factors of {module:.200} are no pair: '{missing[0]:.200}' is missing")
+        has, dora = magnitude in self.header, bool(self.config.get("use_dora"))
+        if has != dora:
+            raise self.error(
+                f"'{magnitude:.200}' is {'there' if has else 'missing'}, and `use_dora` of {CONFIG} is "
+                f"{str(dora).lower()}: save or copy the adapter again"
+            )
         path = self.leaf(module, WEIGHT, a)
         if self.is_saved(module):
             raise self.error(f"{module} has factors, and `modules_to_save` says that it is trained in full")
-        labels = self.labels(path, module, embedding=first.embedding)
+        labels = self.labels(path, module, embedding=embedding)
         rank = self.rank(path, module, a, b, labels)
-        return path, Target(a, b, labels, rank, self.alpha(module))
+        if dora:
+            _, fan_out = factor_sizes(tuple(self.leaves[path].shape), labels)
+            shape = self.header[magnitude].shape
+            if shape != (fan_out,):
+                raise self.error(
+                    f"'{magnitude}' has the shape {shape}, expected {(fan_out,)} beside `{path}` {self.shape(path)}"
+                )
+        return path, Target(a, b, magnitude if dora else None, labels, rank, self.alpha(module))
 
     def labels(self, path: str, module: str, *, embedding: bool) -> str:
         leaf = self.leaves[path]

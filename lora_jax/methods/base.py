@@ -33,8 +33,9 @@ class Method:
     def __post_init__(self) -> None:
         require_selector(self.also_train, "also_train")
 
-    def __init_subclass__(cls) -> None:
-        Method.registry[cls.__name__] = cls
+    def __init_subclass__(cls, *, abstract: bool = False) -> None:
+        if not abstract:
+            Method.registry[cls.__name__] = cls
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
         """The leaves that the method replaces, by path; none unless it changes weights."""

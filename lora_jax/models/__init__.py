@@ -6,6 +6,8 @@ logits = model.apply(model.params, input_ids, attention_mask)
 
 from .bert import BertConfig as BertConfig
 from .cache import Cache as Cache
+from .checkpoint_task import absent_leaves as absent_leaves
+from .checkpoint_task import checkpoint_task as checkpoint_task
 from .config import ModelConfig as ModelConfig
 from .distilbert import DistilBertConfig as DistilBertConfig
 from .families import read_model_config as read_model_config
@@ -31,4 +33,6 @@ from .rope import Rope as Rope
 from .saving import save_pretrained as save_pretrained
 from .stacking import stack_layers as stack_layers
 from .stacking import unstack_layers as unstack_layers
+from .tokenizer import SpecialTokens as SpecialTokens
 from .tokenizer import load_tokenizer as load_tokenizer
+from .tokenizer import read_special_tokens as read_special_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,23 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..files import FileError
-from ..interop.names import Names
 from ..paths import leaves_by_path, path_key
 from .checkpoint import Located, locate_tensors, read_tensors
 from .config import ModelConfig
 from .decoder import DecoderConfig
 from .encoder import Remat
 from .families import family_of, read_model_config
-from .family import Family, Task
+from .family import HEAD, WORDS, Family, Task
 from .heads import Pooling
 from .hub import find_base
 from .model import Model, check_options, difference, skeleton
-from .names import is_kernel
 from .progress import Progress
 from .reading import read_leaves
 from .stacking import is_stacked, layer_path
-
-_WORDS, _HEAD = "embeddings/word/embedding", "lm_head/kernel"
 
 
 def load(
@@ -103,9 +99,9 @@ def load(
     tensors = locate_tensors(folder)
     names = family.names.modern(tensors)
     _check_sizes(config, {name: tensors[held].info.shape for name, held in names.items()}, folder)
-    words = family.names.tensor(_WORDS)
+    words = family.names.tensor(WORDS)
     if untied and words in names:
-        names.setdefault(family.names.tensor(_HEAD), names[words])
+        names.setdefault(family.names.tensor(HEAD), names[words])
     outputs = _count_outputs(family, task, num_labels, tensors, names, folder)
     apply, shapes = skeleton(
         config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype, remat=remat, scan_layers=scan_layers
@@ -114,7 +110,7 @@ def load(
     parts = {path: _parts(path, leaf) for path, leaf in expected.items()}
     single = {name: leaf for part in parts.values() for name, leaf in part.items()}
     held = _match(family, single, tensors, names, folder)
-    if task == "causal-lm" and _HEAD not in expected:
+    if task == "causal-lm" and HEAD not in expected:
         _check_tied(family, tensors, names, folder)
 
     made_of = {path: [held[part] for part in parts[path]] for path in parts if parts[path].keys() <= held.keys()}
@@ -132,8 +128,8 @@ def load(
         apply=apply,
         params=params,
         config=config,
-        names=_names(family, single, task),
-        fan_in_fan_out=_fan_in_fan_out(family, single),
+        names=family.leaf_modules(single, task),
+        fan_in_fan_out=family.fan_in_fan_out(single),
         task=task,
         pooling=pooling,
     )
@@ -258,24 +254,10 @@ def _tied(config: ModelConfig, tie: bool | None, task: Task) -> ModelConfig:
     return dataclasses.replace(config, tie_word_embeddings=tie)
 
 
-def _names(family: Family, paths: Iterable[str], task: Task) -> Names:
-    """The names of the leaves; the embeddings are the head as well, where that is tied to them."""
-    names: dict[str, str | tuple[str, ...]] = {}
-    names |= family.names.module_names(paths, prefix=family.names.prefix if task else "")
-    if task == "causal-lm" and _HEAD not in names:
-        names[_WORDS] = family.names.module(_WORDS, prefix=family.names.prefix), family.names.module(_HEAD)
-    return names
-
-
-def _fan_in_fan_out(family: Family, paths: Iterable[str]) -> tuple[str, ...]:
-    kept = [path for path in paths if is_kernel(path) and not family.names.is_transposed(path)]
-    return tuple(sorted({family.names.module(path).rpartition(".")[2] for path in kept}))
-
-
 def _check_tied(family: Family, tensors: dict[str, Located], names: Mapping[str, str], folder: Path) -> None:
     """A checkpoint may hold the head that it ties to the embeddings; then it must be the same."""
     head = names.get(family.names.tensor(f"{family.logits}/kernel"))
-    word = names[family.names.tensor(_WORDS)]
+    word = names[family.names.tensor(WORDS)]
     if head is None or head == word:
         return
     arrays = dict(read_tensors(tensors, [word, head]))

@@ -51,7 +51,7 @@ class Evaluated:
 
     Attributes:
         split: `"dev"` or `"test"`.
-        metrics: as `metrics.measure` gives them.
+        metrics: as `Task.measure` gives them.
         best: whether this is the best checkpoint so far; `None` for `test`.
     """
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import lora_jax as lj
+from lora_jax import files
 
-from .errors import RunFolderError
-from .predict import load_adapter
+from .adapter_source import load_source
 
 
 def merge_adapter(
@@ -21,7 +21,7 @@ def merge_adapter(
     """Folds an adapter into its base and writes the merged model for `transformers`.
 
     Args:
-        adapter: a run's folder, or the `adapter` folder in it.
+        adapter: a run's folder, the `adapter` folder in it, or one that `lj.save_adapter` or PEFT wrote.
         output: a new or empty folder.
         base: where the base is now, if not where it was.
         max_shard_size: see `lj.models.save_pretrained`.
@@ -31,22 +31,15 @@ def merge_adapter(
         `output`.
 
     Raises:
-        RunFolderError: `output` holds files.
+        FileError: `output` holds files.
+        ValueError: see `load_source`.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunFolderError(f"`output` {output} isn't a new or empty folder: choose another.")
-    loaded = load_adapter(adapter, base=base, progress=progress)
-    merged = lj.merge_params(loaded.params)
-    saved = loaded.task_file
-    labels = list(saved.task.labels) or None
-    lj.models.save_pretrained(
-        output,
-        loaded.model,
-        merged,
-        source=base or saved.base,
-        labels=labels,
-        max_shard_size=max_shard_size,
-        progress=progress,
-    )
+    files.require_new_folder(output, "output")  # told before the model is loaded
+    source = load_source(adapter, base=base, progress=progress)
+    merged = lj.merge_params(source.params)
+    labels = list(source.task_file.task.labels) if source.task_file is not None else None
+    options = {"labels": labels or None, "max_shard_size": max_shard_size, "progress": progress}
+    with files.new_folder(output, "output") as staging:
+        lj.models.save_pretrained(staging, source.model, merged, source=source.base, **options)
     return output

@@ -14,7 +14,7 @@ from .events import Evaluated, Event, Note, StepDone
 
 _PLAIN_SECONDS = 10.0
 _WINDOW = 20  # steps that the shown loss and accuracy are means of
-_RATES = ("accuracy", "macro_f1", "matthews", "pearson", "spearman")
+_RATES = ("accuracy", "token_accuracy", "macro_f1", "matthews", "pearson", "spearman")
 
 
 class LiveProgress:

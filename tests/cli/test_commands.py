@@ -17,7 +17,7 @@ from lora_jax.cli.main import main, make_parser
 from lora_jax.training import load_predictor
 from lora_jax.training.config import TrainConfig, read_yaml
 
-COMMANDS = ("train", "eval", "predict", "merge", "inspect", "demo")
+COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "demo")
 
 
 def run(*arguments) -> int:
@@ -169,13 +169,26 @@ def test_predict_of_pairs_needs_fields(finished, tmp_path, capsys):
     assert "takes pairs: give JSONL with the fields 'text' and 'b'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--prompt", "text"), "`prompt` is for causal-lm, and `task` is classification"),
+        (("--top-k", 3), "`top_k` is for adapters of a causal-lm, and this one is of a classification"),
+        (("--generate",), "`generate` is for adapters of a causal-lm"),
+    ],
+)
+def test_an_adapter_with_labels_writes_nothing(flags, message, finished, data, capsys):
+    assert run("eval", "--adapter", finished.output, "--test", data["test"], *flags) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_eval_names_an_unknown_label(finished, tmp_path, capsys):
     (tmp_path / "a.tsv").write_text("text\tlabel\ngood\tpos\nbad\tawful\n")
     assert run("eval", "--adapter", finished.output, "--test", tmp_path / "a.tsv") == 2
     assert "a.tsv, row 2 has the label 'awful'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "full"])
+@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "dora", "ia3", "vera", "full"])
 def test_inspect_foretells_what_is_saved(method, base, data, options, tmp_path, capsys):
     flags = ("--base", base, "--method", method, "--train", data["train"])
     assert run("inspect", *flags, "--json") == 0
@@ -219,7 +232,7 @@ def test_inspect_an_adapter(finished, capsys):
         (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`rank` must be an integer of at least 1"),
         (("train", "--train", "a", "--output", "x", "--method", "bitfit", "--rank", "4"), "no option of bitfit"),
         (("train", "--config", "gone.yaml"), "gone.yaml doesn't exist"),
-        (("merge", "--adapter", "gone", "--output", "x"), "gone holds no adapter of a run"),
+        (("merge", "--adapter", "gone", "--output", "x"), "`adapter` gone doesn't exist"),
         (("inspect", "--targets", "qurey"), "`targets`"),
         (("inspect", "--rank", "5000"), "`rank` 5000 is larger than"),
     ],

@@ -265,7 +265,8 @@ STACKED = Setting(
 def trained(setting: Setting, rng: Rng) -> tuple[Any, lj.LoRA]:
     """A random adapter: some targets, ranks and scales of their own, some leaves in full."""
     targets = tuple(name for name in setting.targets if rng.integers(3)) or setting.targets[:1]
-    method = lj.LoRA(
+    kind = lj.LoRA if setting is TIED or rng.integers(4) else lj.DoRA  # a tied leaf has no one magnitude
+    method = kind(
         rank=int(rng.integers(1, 4)),
         alpha=choice(rng, (1, 4, 2.5, 16)),
         targets=targets,
@@ -293,7 +294,7 @@ def peft(setting: Setting) -> Kind:
     def check(folder: Path, params: Any) -> None:
         merged = lj.merge_params(params)
         assert_shapes(merged, setting.base)
-        if setting is PLAIN:
+        if setting is PLAIN and not read_peft_config(folder).get("use_dora"):
             _assert_peft_agrees(folder, merged)
         # Out and in again it is the same.
         params, method = import_peft(folder, setting.base, names=setting.names)

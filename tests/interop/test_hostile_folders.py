@@ -200,7 +200,7 @@ def floats(*shape: int) -> np.ndarray:
             {f"{PREFIX}{QUERY}.lora_A.default.weight": floats(2, 8)},
             "If it has an adapter's name in it, save the adapter",
         ),
-        ({f"{PREFIX}{QUERY}.lora_magnitude_vector": floats(6)}, r"is DoRA's \(`use_dora`\)"),
+        ({f"{PREFIX}{QUERY}.lora_magnitude_vector": floats(6)}, "is there, and `use_dora` of .* is false"),
         ({f"{PREFIX}{QUERY}.lora_B.bias": floats(6)}, "is a bias beside `lora_B`"),
         ({f"{PREFIX}{QUERY}.lora_diag": floats(2)}, "is no tensor of a plain LoRA"),
         ({f"{PREFIX}{HEAD}.running_mean": floats(3)}, "is neither a factor nor a `weight` or `bias`"),
@@ -316,7 +316,8 @@ def test_an_error_leaves_the_base_as_it_was(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "is of the type 'IA3', and only LORA can be read"),
         ({"peft_type": None}, "`peft_type` must be a string"),
         # What can't be represented.
-        ({"use_dora": True}, "`use_dora`: DoRA, whose magnitudes this lora_jax doesn't have"),
+        ({"use_dora": True}, "query.lora_magnitude_vector' is missing, and `use_dora` of .* is true"),
+        ({"use_dora": 1}, "`use_dora` must be true or false"),
         ({"use_qalora": True}, "`use_qalora`: QALoRA"),
         ({"lora_bias": True}, "`lora_bias`: a bias beside `lora_B`"),
         ({"alora_invocation_tokens": [1, 2]}, "`alora_invocation_tokens`: aLoRA"),

@@ -104,6 +104,21 @@ def test_tied_embeddings_in_full(tmp_path: Path) -> None:
     assert back.method.also_train == ("/words/embedding",)
 
 
+def test_magnitudes_of_tied_embeddings_are_refused(tmp_path: Path) -> None:
+    """DoRA has one for each column of the lookup there, and one for each word of the output."""
+    method = lj.DoRA(rank=2, alpha=2, targets=("words", "up"))
+    params = lj.attach(tied_base(), method, key=KEY)
+    with pytest.raises(lj.AdapterError, match=rf"is {WORDS} and {HEAD} at once, and PEFT has magnitudes for each: "):
+        export_peft(tmp_path, params, method, names=TIED)
+    magnitudes = {
+        f"{PREFIX}{module}.lora_magnitude_vector": np.ones(size, np.float32) for module, size in SIZES.items()
+    }
+    folder = write(tmp_path / "theirs", tied_pairs(**magnitudes), use_dora=True)
+    with pytest.raises(lj.AdapterError, match=rf"is {WORDS} and {HEAD} at once, and with `use_dora` each has magni"):
+        import_peft(folder, tied_base(), names=TIED)
+
+
+SIZES = {WORDS: 4, HEAD: 7, UP: 5}
 A, B = f"{PREFIX}{HEAD}.lora_A.weight", f"{PREFIX}{HEAD}.lora_B.weight"
 WORDS_A, WORDS_B = f"{PREFIX}{WORDS}.lora_embedding_A", f"{PREFIX}{WORDS}.lora_embedding_B"
 
@@ -213,15 +228,15 @@ def apart(tree: Any) -> dict[str, Any]:
     return {**tree, "layers": layers}
 
 
-METHOD = lj.LoRA(
-    rank=2, alpha=4, targets=("query", "up"), rank_overrides={"up": 3}, also_train=("norm", "query/bias"), dropout=0.1
-)
+SETTINGS: dict[str, Any] = {"rank": 2, "alpha": 4, "targets": ("query", "up"), "rank_overrides": {"up": 3}}
+SETTINGS |= {"also_train": ("norm", "query/bias"), "dropout": 0.1}
 
 
-def test_a_stack_goes_out_as_its_layers_do_and_comes_back(tmp_path: Path) -> None:
-    base = stacked_base()
-    params = moved(lj.attach(base, METHOD, key=KEY, uses=USES), METHOD)
-    folder = export_peft(tmp_path / "stacked", params, METHOD, names=NAMES)
+@pytest.mark.parametrize("kind", [lj.LoRA, lj.DoRA])
+def test_a_stack_goes_out_as_its_layers_do_and_comes_back(tmp_path: Path, kind: Any) -> None:
+    base, method = stacked_base(), kind(**SETTINGS)
+    params = moved(lj.attach(base, method, key=KEY, uses=USES), method)
+    folder = export_peft(tmp_path / "stacked", params, method, names=NAMES)
 
     # The same factors beside single layers, and written from there.
     single = import_peft(folder, apart(base), names=NAMES)

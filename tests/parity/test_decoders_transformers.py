@@ -258,6 +258,19 @@ def test_beam_search_token_by_token(tmp_path: Path, family: str, beams: int, pen
     assert penalty > 1 or int(found.lengths.min()) < 10  # a row has ended
 
 
+@pytest.mark.parametrize(("beams", "size"), [(1, 2), (3, 2), (3, 3), (1, 1)])
+def test_no_run_of_tokens_comes_twice(tmp_path: Path, beams: int, size: int):
+    folder = write(tmp_path, "gpt2")
+    batch = {"input_ids": np.random.default_rng(2).integers(4, VOCABULARY, (3, 6))}
+    batch["attention_mask"] = np.ones_like(batch["input_ids"])
+    model, other = models.load(folder, task="causal-lm"), reference(folder)
+    other.generation_config.eos_token_id = None
+    options: dict[str, Any] = {"num_beams": beams, "max_new_tokens": 30, "pad_token_id": 3}
+    found = models.generate(model, model.params, **batch, **options, no_repeat_ngram_size=size)
+    assert_equal_tokens(found, generated(other, batch, **options, no_repeat_ngram_size=size), 3)
+    assert (found.tokens != models.generate(model, model.params, **batch, **options).tokens).any()
+
+
 def test_an_adapted_model_generates_what_its_merged_folder_does_there(tmp_path: Path):
     base = write(tmp_path / "base", "gpt2")
     model = models.load(base, task="causal-lm", scan_layers=True)

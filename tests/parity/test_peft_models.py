@@ -273,7 +273,7 @@ METHODS: dict[str, dict[str, Any]] = {
 OURS = [
     *((family, kind, False) for family in ("roberta", "distilbert", "gpt2", "llama") for kind in METHODS),
     *((family, "all linear and more", False) for family in ("xlm-roberta", "mistral", "qwen2", "qwen3")),
-    *((family, "attention", True) for family in DECODERS),
+    *((family, "attention", True) for family in ("gpt2", "qwen3")),
 ]
 HEADS = {**dict.fromkeys(ENCODERS, "classifier"), **dict.fromkeys(DECODERS[1:], "lm_head")}
 
@@ -320,22 +320,23 @@ TIED = {"gpt2-tied": ("transformer.wte", "lm_head"), "qwen2-tied": ("model.embed
 every_tie = pytest.mark.parametrize("family", TIED)
 
 
-@every_tie
 @pytest.mark.parametrize(
-    "settings",
+    ("family", "entry", "uses"),
     [
-        {entry: uses}
-        for entry in ("target_modules", "modules_to_save")
-        for uses in (["words"], ["head"], ["words", "head"])
+        ("gpt2-tied", "target_modules", ["words"]),
+        ("gpt2-tied", "target_modules", ["head"]),
+        ("gpt2-tied", "modules_to_save", ["words", "head"]),
+        ("qwen2-tied", "target_modules", ["words", "head"]),
+        ("qwen2-tied", "modules_to_save", ["words"]),
+        ("qwen2-tied", "modules_to_save", ["head"]),
     ],
-    ids=str,
 )
 def test_one_use_of_tied_embeddings_is_refused_and_goes_into_an_untied_model(
-    bases: Bases, tmp_path: Path, family: str, settings: dict[str, list[str]]
+    bases: Bases, tmp_path: Path, family: str, entry: str, uses: list[str]
 ) -> None:
     """PEFT adapts or copies each of the two alone; one leaf can't be both."""
     words, head = TIED[family]
-    settings = {name: [{"words": words, "head": head}[entry] for entry in list_] for name, list_ in settings.items()}
+    settings = {entry: [{"words": words, "head": head}[use] for use in uses]}
     other = {"target_modules": ["c_attn" if family == "gpt2-tied" else "q_proj"]}
     theirs = peft_adapter(bases(family), family, tmp_path / "theirs", **{**other, **settings})
     tied = load(bases, family)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.files import FileError
 from lora_jax.training import TrainingError, load_predictor
 from lora_jax.training.merging import merge_adapter
 from lora_jax.training.predict import Predictor, load_adapter
@@ -51,7 +52,7 @@ def test_merged_folder_gives_the_same_outputs(finished, predictor, tmp_path):
     np.testing.assert_allclose(merged.outputs(TEXTS), predictor.outputs(TEXTS), atol=1e-5)
     labels = json.loads((folder / "config.json").read_text())["id2label"]
     assert labels == {"0": "neg", "1": "pos"}
-    with pytest.raises(TrainingError, match=r"isn't a new or empty folder"):
+    with pytest.raises(FileError, match=r"isn't a new or empty folder"):
         merge_adapter(finished.output, folder)
 
 

@@ -81,7 +81,7 @@ def test_compiling_does_not_count_as_pace():
     for length, pause in ((8, 0.2), (8, 0.01), (8, 0.01), (16, 0.2), (16, 0.01)):
         meter.dispatch((4, length))
         time.sleep(pause)
-        meter.count(tokens=20, slots=32, loss=1.0, correct=2.0, rows=4.0)
+        meter.count(tokens=20, slots=32, loss=1.0, correct=2.0, count=4.0)
     meter.stop()
     assert 5.4 < meter.seconds < 10
     assert meter.step_ms is not None

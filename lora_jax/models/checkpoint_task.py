@@ -1,0 +1,67 @@
+"""What a checkpoint itself says of its task, and what a model has that its checkpoint hasn't."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..paths import leaves_by_path
+from .checkpoint import locate_tensors
+from .families import family_of, read_model_config
+from .family import Family, Task
+from .hub import find_base
+from .model import Model
+
+
+class CheckpointTask(NamedTuple):
+    """What to pass to `load` as `task` and `num_labels`."""
+
+    task: Task
+    num_labels: int | None
+
+
+def task_of_outputs(family: Family, outputs: int | None) -> CheckpointTask:
+    """The task of a head with so many outputs: one is a regression's, `None` stands for no head.
+
+    A decoder's head gives logits over the vocabulary, however many.
+    """
+    if family.is_decoder:
+        return CheckpointTask("causal-lm", None)
+    if outputs is None:
+        return CheckpointTask(None, None)
+    return CheckpointTask("regression", None) if outputs == 1 else CheckpointTask("classification", outputs)
+
+
+def checkpoint_task(source: str | os.PathLike[str]) -> CheckpointTask:
+    """The task of a Hugging Face folder, from the head that its checkpoint has.
+
+    Args:
+        source: as for `load`.
+
+    Raises:
+        FileError: see `load`.
+    """
+    folder = find_base(source)
+    family = family_of(read_model_config(folder))
+    shapes = {name: located.info.shape for name, located in locate_tensors(folder).items()}
+    return task_of_outputs(family, head_outputs(family, shapes))
+
+
+def head_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]], *, prefix: str = "") -> int | None:
+    """The outputs of the head among tensors with Hugging Face names, `None` if there is none; `prefix` is before it."""
+    shape = shapes.get(prefix + family.names.tensor(f"{family.logits}/kernel"))
+    return shape[0] if shape else None
+
+
+def absent_leaves(model: Model, source: str | os.PathLike[str]) -> list[str]:
+    """The leaves of a model that its base has no tensor for, and `load` has drawn: a head, a BERT's pooler.
+
+    What they are isn't known to anyone else who loads the base, so an exchange has to take them along, trained or not.
+    """
+    family = family_of(model.config)
+    if not family.draws_heads:
+        return []
+    names = family.names
+    held = names.modern(locate_tensors(find_base(source)))
+    return [path for path in leaves_by_path(model.params) if names.tensor(path) not in held]
