@@ -62,7 +62,7 @@ def measure_costs(prepared: Prepared, rows: Rows, listen: Listener) -> Costs:
             costs[key] = {
                 "run": run.id,
                 "step_memory": _step_memory(prepared.run_config(run), batch),
-                "tokens": batch.input_ids.shape[1],
+                "tokens": batch.inputs["input_ids"].shape[1],
             }
         for key, times in _latencies(prepared, runs, batch).items():
             costs[key]["latency_ms"] = {str(size): 1000 * statistics.median(taken) for size, taken in times.items()}
