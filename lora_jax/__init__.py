@@ -40,6 +40,10 @@ from .methods import IA3Weight as IA3Weight
 from .methods import LoRA as LoRA
 from .methods import LoRAWeight as LoRAWeight
 from .methods import Method as Method
+from .methods import NormTuning as NormTuning
+from .methods import RandomMask as RandomMask
+from .methods import RandomSubspace as RandomSubspace
+from .methods import TopLayers as TopLayers
 from .methods import VeRA as VeRA
 from .methods import VeRAWeight as VeRAWeight
 from .optimizer import make_optimizer as make_optimizer

@@ -127,9 +127,7 @@ def _truncated(path: str, node: LoRAWeight, rank: int | None, energy: float | No
         if not np.isfinite(array).all():
             raise ValueError(f"the factor `{name}` of `{path}` holds NaN or infinity; load an earlier checkpoint")
     members = math.prod(a.shape[:stack])
-    q_a, r_a = np.linalg.qr(np.swapaxes(a.reshape(members, node.rank, -1), 1, 2))
-    q_b, r_b = np.linalg.qr(np.swapaxes(b.reshape(members, node.rank, -1), 1, 2))
-    u, sigma, vt = np.linalg.svd(r_a @ np.swapaxes(r_b, 1, 2), full_matrices=False)
+    left, sigma, right = svd_of_product(a.reshape(members, node.rank, -1), b.reshape(members, node.rank, -1))
     floor = (_FLOAT32_EPS**2) * np.square(sigma).sum(-1)
     kept = rank_for(sigma, floor, rank, energy)
     kept = node.rank if energy is None and rank is not None and rank >= node.rank else kept
@@ -139,9 +137,21 @@ def _truncated(path: str, node: LoRAWeight, rank: int | None, energy: float | No
         same = node if kept == node.rank else dataclasses.replace(node, a=node.a[cut], b=node.b[cut])
         return same, LowRankFit(node.rank, kept, 0.0, 1.0)
     root = np.sqrt(sigma[:, :kept, None])
-    new_a = root * np.swapaxes(q_a @ u[:, :, :kept], 1, 2)
-    new_b = root * (vt[:, :kept] @ np.swapaxes(q_b, 1, 2))
+    new_a = root * np.swapaxes(left[:, :, :kept], 1, 2)
+    new_b = root * right[:, :kept]
     return with_factors(node, new_a, new_b), fit_of(node.rank, kept, sigma)
+
+
+def svd_of_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The SVD of `aᵀ b` for each member, `a (members, r, in)` and `b (members, r, out)`, by QR of both.
+
+    Returns:
+        `left (members, in, r)`, the singular values `(members, r)`, `right (members, r, out)`.
+    """
+    q_a, r_a = np.linalg.qr(np.swapaxes(a, 1, 2))
+    q_b, r_b = np.linalg.qr(np.swapaxes(b, 1, 2))
+    u, sigma, vt = np.linalg.svd(r_a @ np.swapaxes(r_b, 1, 2), full_matrices=False)
+    return q_a @ u, sigma, vt @ np.swapaxes(q_b, 1, 2)
 
 
 def rank_for(sigma: np.ndarray, floor: np.ndarray, rank: int | None, energy: float | None) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from .paths import flatten_with_paths
-from .weights import AdaptedWeight, is_adapted, is_traced, placement, wider
+from .weights import AdaptedWeight, is_adapted, is_traced, lend, placement, wider
 
 
 def merge_params(params: Any, *, dtype: Any = None) -> Any:
@@ -41,7 +41,7 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` must be a floating type, got {dtype!r}")
     paths, leaves, treedef = flatten_with_paths(params)
-    leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in leaves]
+    leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in lend(leaves)]
     _refuse_not_finite(dict(zip(paths, leaves, strict=True)))
     merged = [_merged(leaf, dtype) if is_adapted(leaf) else leaf for leaf in leaves]
     return jax.tree.unflatten(treedef, merged)
@@ -73,6 +73,10 @@ def _merged(node: AdaptedWeight, dtype: Any) -> jax.Array:
     dtype = node.dtype if dtype is None else jnp.dtype(dtype)
     if is_traced(node):
         return _fold(node, dtype)
+    if node.merged_on_entry:
+        # Its seed is part of the node's type: compiled as a whole it would be so for each leaf anew.
+        merged, place = _fold(node, dtype), placement(node.base)
+        return merged if place is None else jax.device_put(merged, place)
     return _compiled_fold(placement(node.base))(node, dtype=dtype)
 
 

@@ -83,7 +83,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     table = dict(zip(paths, leaves, strict=True))
     if len(table) != len(paths):
         twice = sorted({path for path in paths if paths.count(path) > 1})
-        raise ValueError(f"these leaf paths stand for more than one leaf: {_listed(twice)}; rename one of the keys")
+        raise ValueError(f"these leaf paths stand for more than one leaf: {listed(twice)}; rename one of the keys")
     return table
 
 
@@ -173,7 +173,7 @@ def select(
             raise SelectionError(_nothing_matched(argument, name, selector, leaves, eligible))
         if not usable:
             shown = [f"{path} {shape_text(leaves[path])}" for path in sorted(matched)]
-            raise SelectionError(f"`{argument}` entry {name} matches no {kind}, only {_listed(shown)}")
+            raise SelectionError(f"`{argument}` entry {name} matches no {kind}, only {listed(shown)}")
         chosen |= usable
     return [path for path in leaves if path in chosen]
 
@@ -197,7 +197,7 @@ def _nothing_matched(
             "; a string is a regular expression for the whole leaf path, "
             f"to choose by name write a sequence: ({selector!r},)"
         )
-    return f"`{argument}` entry {name} matches no leaf{hint}. Nearest paths: {_listed(near)}"
+    return f"`{argument}` entry {name} matches no leaf{hint}. Nearest paths: {listed(near)}"
 
 
 def nearest(name: str, paths: Iterable[str], count: int = 5) -> list[str]:
@@ -213,6 +213,7 @@ def nearest(name: str, paths: Iterable[str], count: int = 5) -> list[str]:
     return [path for score, path in scored[:count] if score > 0.5]
 
 
-def _listed(items: Sequence[str], most: int = 8) -> str:
+def listed(items: Sequence[str], most: int = 8) -> str:
+    """The first of `items`, and how many more there are."""
     rest = len(items) - most
     return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -79,6 +79,10 @@ class AdaptedWeight:
     # Those of `fields` that a task saves, and those among them that a node may do without.
     saved: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
+    # Those of `fields` that one node of a tree holds for all of its class that come after it, see `lend`.
+    shared: ClassVar[tuple[str, ...]] = ()
+    # Whether functions are given the merged array, because there is no way to compute with the parts.
+    merged_on_entry: ClassVar[bool] = False
     # Every registered node class by the name under which an adapter file knows it.
     registry: ClassVar[dict[str, type[AdaptedWeight]]] = {}
 
@@ -335,6 +339,21 @@ def register(cls: type[Node]) -> type[Node]:
 def is_adapted(node: Any) -> bool:
     """Whether `node` is an adapted weight; pass it as `is_leaf` to treat such nodes as leaves."""
     return isinstance(node, AdaptedWeight)
+
+
+def lend(leaves: Sequence[Any]) -> list[Any]:
+    """A tree's leaves, each adapted weight with the shared arrays that an earlier one of its class holds."""
+    held: dict[tuple[type, str], Any] = {}
+    lent = []
+    for leaf in leaves:
+        for name in leaf.shared if is_adapted(leaf) else ():
+            own = getattr(leaf, name)
+            if own is None:
+                leaf = dataclasses.replace(leaf, **{name: held.get((type(leaf), name))})
+            else:
+                held[type(leaf), name] = own
+        lent.append(leaf)
+    return lent
 
 
 def placement(leaf: Any) -> Sharding | None:

@@ -59,6 +59,13 @@ class Case:
             "bitfit": self.bitfit,
             "full": lambda: lj.FullFineTune(also_train=self.head),
             "frozen": lambda: lj.Frozen(also_train=self.head),
+            "random_entries": lambda: lj.RandomMask(size=0.2, also_train=self.head),
+            "random_rows": lambda: lj.RandomMask(size=0.3, kind="rows", also_train=self.head),
+            "random_columns": lambda: lj.RandomMask(size=0.3, kind="columns", also_train=self.head),
+            "subspace": lambda: lj.RandomSubspace(dimension=24, also_train=self.head),
+            "structured_subspace": lambda: lj.RandomSubspace(dimension=24, structure_aware=True, also_train=self.head),
+            "norms": lambda: lj.NormTuning(also_train=self.head),
+            "top_layers": lambda: lj.TopLayers(count=1, also_train=self.head),
         }[name]()
 
     @functools.cached_property

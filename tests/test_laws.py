@@ -50,6 +50,10 @@ PAIRS = [(name, method) for name in TABLE for method in ("lora", "bitfit")]
 PAIRS += [(name, method) for name in ("plain", "nnx_mlp") for method in ("full", "frozen")]
 RELATIVES = ("pissa", "lora_fa", "dora", "ia3", "vera")
 PAIRS += [(name, method) for name in ("plain", "linen_scanned") for method in RELATIVES]
+PAIRS += [("linen_scanned", "random_entries"), ("linen_scanned", "subspace")]
+PAIRS += [("plain", "random_rows"), ("plain", "structured_subspace")]
+# Models that have norms, and layers.
+PAIRS += [("nnx_attention", "norms"), ("bert", "norms"), ("equinox", "top_layers"), ("bert", "top_layers")]
 
 every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
 every_model = pytest.mark.parametrize("name", TABLE)
@@ -546,6 +550,19 @@ def test_law_8_bitfit_s_counts_are_the_paper_s(sizes: dict[str, int], biases: in
     assert count.per_label["bias"].params == biases
     assert round(100 * biases / count.total, 2) == percent
     assert count.trainable == biases + 2 * width + 2
+
+
+@pytest.mark.parametrize(
+    ("method", "formula"),
+    [
+        (lj.NormTuning(), 25 * 2 * 768),  # two norms a layer, one of the embeddings; scale and shift
+        (lj.TopLayers(count=2), 2 * (4 * (768 + 1) * 768 + (768 + 1) * 3072 + (3072 + 1) * 768 + 4 * 768)),
+        (lj.FullFineTune(targets=("attention/query",)), 12 * 768 * 768 + 12 * 768),
+    ],
+)
+def test_law_8_a_selection_s_count_is_its_formula(method: lj.Method, formula: int) -> None:
+    params = bert_shapes(BERT_BASE)
+    assert lj.count_params(params, lj.label_params(params, method)).trainable == formula
 
 
 def test_law_8_lora_s_count_is_its_formula() -> None:

@@ -71,7 +71,7 @@ def test_another_method_s_factors_are_frozen() -> None:
 def test_a_method_that_trains_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Frozen\(also_train=\(\)\) trains nothing: name leaves in `also_train`"):
         lj.trainable_mask(base(), lj.Frozen())
-    with pytest.raises(ValueError, match="trains nothing"):
+    with pytest.raises(lj.SelectionError, match=r'`targets="all"` found no leaf of a floating type. It has'):
         lj.label_params({"n": jnp.ones(2, jnp.int32)}, lj.FullFineTune())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..matmul import STRATEGIES, Strategy
 from ..paths import flatten_with_paths
-from ..weights import AdaptedWeight, Unfactorable, is_adapted
+from ..weights import AdaptedWeight, Unfactorable, is_adapted, lend
 from . import jax_compat
 from .jax_compat import Equation, Program
 
@@ -155,8 +155,12 @@ def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...],
     """Calls `fn` with adapted weights anywhere in its arguments."""
     paths, leaves, treedef = [], [], None
     paths, leaves, treedef = _flatten_arguments(args, kwargs)
+    if not any(map(is_adapted, leaves)):
+        return fn(*args, **kwargs)
+    leaves = [_entering(walker, path, leaf) for path, leaf in zip(paths, lend(leaves), strict=True)]
     places = [index for index, leaf in enumerate(leaves) if is_adapted(leaf)]
     if not places:
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
         return fn(*args, **kwargs)
     result: dict[str, Any] = {}
 
@@ -177,6 +181,15 @@ def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...],
     for place, output in zip(result["places"], outputs, strict=True):
         whole[place] = walker.materialize(output, None, "the function returns it")
     return jax.tree.unflatten(result["treedef"], whole)
+
+
+def _entering(walker: Walker, path: str, leaf: Any) -> Any:
+    """What goes into the function. A merge that is the method's own way is reported and isn't warned of."""
+    if not is_adapted(leaf) or not leaf.merged_on_entry:
+        return leaf
+    reason = f"a {type(leaf).__name__} is merged before the function is called"
+    walker.report(Encounter(path, "call", False, "the function's call", reason))
+    return leaf.merge()
 
 
 def is_array(value: Any) -> bool:
@@ -215,6 +228,7 @@ def adapt(
         fn: any function of pytrees that JAX can trace.
         on_materialize: where a weight has to be merged, `"warn"` (`MaterializeWarning`, with the leaf path, the
             operation and the source line), `"error"` (`MaterializeError`) or `"silent"`. `explain` shows every place.
+            Methods that have no other way (`RandomMask`, `RandomSubspace`) say so themselves, and don't warn.
         matmul: for experiments, the strategy of every matmul that can follow it: `"low_rank_first"` or
             `"merged_weight"`. By default `matmul.choose_strategy` decides by sizes, dtype and backend.
 

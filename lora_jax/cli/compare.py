@@ -40,7 +40,14 @@ in the output folder:
   runs/            adapters of the chosen learning rates
   data/            rows that were drawn: held-out dev, training slices"""
 
-PRESETS = ("paper-lora-targets", "paper-lora-rank", "paper-bitfit-terms", "paper-methods", "low-data")
+PRESETS = (
+    "paper-lora-targets",
+    "paper-lora-rank",
+    "paper-bitfit-terms",
+    "paper-methods",
+    "intrinsic-dimension",
+    "low-data",
+)
 _OWN = ("output", "methods", "ranks", "rate_factors", "grid", "preset", "seeds", "train_rows", "dev_share", "data_seed")
 _OWN += ("minutes", "retry_failed", "plan")
 
@@ -57,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate-factors", nargs="+", type=float, metavar="F", help="of each method's default rate (default: 1 0.33 3)"
     )
     grid.add_argument("--grid", metavar="FILE", help="YAML with a list of methods and their options")
-    grid.add_argument("--preset", choices=PRESETS, help="an ablation of a paper, beside its figures")
+    grid.add_argument(
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help="an ablation of a paper, beside its figures: " + ", ".join(PRESETS),
+    )
     grid.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     grid.add_argument(
         "--minutes",

@@ -25,7 +25,12 @@ _METHOD_FLAGS = {
     "init": "init",
     "freeze_a": "freeze_a",
     "feedforward": "feedforward",
+    "count": "count",
+    "size": "size",
+    "kind": "kind",
+    "dimension": "dimension",
 }
+_BASELINES = ("norms", "top-layers", "random-mask", "random-subspace")
 
 
 def add_column_arguments(parser: argparse._ActionsContainer) -> None:
@@ -76,9 +81,10 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     _add(
         method,
         "--method",
-        choices=("frozen", "bitfit", "lora", "dora", "ia3", "vera", "full"),
+        choices=("frozen", "bitfit", "lora", "dora", "ia3", "vera", "full", *_BASELINES),
         help="the head alone, biases, low-rank factors (lora is the default; dora trains magnitudes as well), learned\n"
-        "scales, vectors between shared random factors, or everything",
+        "scales, vectors between shared random factors, or everything; and baselines: the norms' scales and\n"
+        "shifts, the last layers, numbers chosen by chance, a random subspace",
     )
     _add(method, "--rank", type=int, metavar="R", help="LoRA, DoRA, VeRA: the rank (default: 8; of VeRA 256)")
     _add(method, "--alpha", type=float, metavar="A", help="LoRA, DoRA: updates are scaled by A/R (default: 16)")
@@ -113,6 +119,16 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="IA3: those of --targets whose input is scaled, not the output (default: mlp/down)",
     )
+    _add(method, "--count", type=int, metavar="N", help="top-layers: how many (default: 2)")
+    _add(
+        method,
+        "--size",
+        type=_size,
+        metavar="K",
+        help="random-mask: how many numbers, their share as 0.01, or bitfit for as many as biases (default)",
+    )
+    _add(method, "--kind", choices=("uniform", "rows", "columns"), help="random-mask: numbers (default), or lines")
+    _add(method, "--dimension", type=int, metavar="D", help="random-subspace: of its vector (default: 1000)")
 
 
 def add_base_argument(parser: argparse._ActionsContainer) -> None:
@@ -272,6 +288,15 @@ def _rate(text: str) -> float | dict[str, float]:
         return float(text)
     pairs = [entry.partition("=") for entry in text.split(",")]
     return {label.strip(): float(value) for label, _, value in pairs}
+
+
+def _size(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text  # the method refuses what it doesn't know
 
 
 def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:

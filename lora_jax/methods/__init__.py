@@ -10,5 +10,9 @@ from .ia3 import IA3 as IA3
 from .ia3 import IA3Weight as IA3Weight
 from .lora import LoRA as LoRA
 from .low_rank import LoRAWeight as LoRAWeight
+from .norm_tuning import NormTuning as NormTuning
+from .random_mask import RandomMask as RandomMask
+from .random_subspace import RandomSubspace as RandomSubspace
+from .top_layers import TopLayers as TopLayers
 from .vera import VeRA as VeRA
 from .vera import VeRAWeight as VeRAWeight

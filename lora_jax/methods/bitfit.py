@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar
 
-from ..paths import BIAS_NAMES, SelectionError, Selector, is_bias_name, leaf_name, select
-from .base import Method, is_trainable, require_selector, rooted
+from ..paths import BIAS_NAMES, is_bias_name
+from .base import is_trainable
+from .selection import Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BitFit(Method):
+class BitFit(Selection):
     """Trains bias terms, all of them or a subset, and the head; every weight stays as pretrained.
 
     For every layer `y = W x + b` only `b` moves, and so do the shifts of the normalizations. Nothing is added to the
@@ -26,7 +27,7 @@ class BitFit(Method):
 
     Raises:
         SelectionError: (when used) an entry matches no bias, or `"all"` finds none; the message lists the one-axis
-            leaves.
+            leaves, and says how layers without biases get some.
 
     Example:
         >>> import lora_jax as lj
@@ -43,38 +44,15 @@ class BitFit(Method):
         name matches whole path segments.
     """
 
-    targets: Selector = "all"
+    label: ClassVar[str] = "bias"
+    kind: ClassVar[str] = "bias"
+    sought: ClassVar[str] = f"leaf named {', '.join(sorted(BIAS_NAMES))}"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_selector(self.targets, "targets")
+    def members(self, leaves: Mapping[str, Any]) -> list[str]:
+        return [path for path, leaf in leaves.items() if is_trainable(path, leaf) and is_bias_name(path)]
 
-    def selected(self, leaves: Mapping[str, Any]) -> list[str]:
-        """Paths of the chosen biases."""
-        if self.targets != "all":
-            return select(leaves, self.targets, argument="targets", eligible=self._is_bias, kind="bias")
-        found = [path for path, leaf in leaves.items() if is_trainable(path, leaf) and is_bias_name(path)]
-        if not found:
-            vectors = [path for path, leaf in leaves.items() if is_trainable(path, leaf) and len(leaf.shape) == 1]
-            raise SelectionError(
-                f'`targets="all"` found no leaf named {", ".join(sorted(BIAS_NAMES))}. Leaves with one axis: '
-                f"{', '.join(vectors) or 'none'}; name those that are biases in `targets`"
-            )
-        return found
-
-    def _is_bias(self, path: str, leaf: Any) -> bool:
-        if not is_trainable(path, leaf):
-            return False
-        if is_bias_name(path):
-            return True
-        # A name that means a whole module must not sweep up its other vectors: a normalization's scale, say.
-        named = (
-            callable(self.targets) or isinstance(self.targets, str) or leaf_name(path) in map(leaf_name, self.targets)
+    def way_out(self, leaves: Mapping[str, Any]) -> str:
+        return (
+            f"{super().way_out(leaves)}. Layers without biases can be given some of zeros, which change nothing at the "
+            "start: those of the bundled models by `lj.models.load(..., zero_biases=True)`, your own in their function"
         )
-        return named and len(leaf.shape) == 1
-
-    def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        return dict.fromkeys(self.selected(leaves), "bias")
-
-    def resolved(self, leaves: Mapping[str, Any]) -> Self:
-        return dataclasses.replace(super().resolved(leaves), targets=rooted(self.selected(leaves)))

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from .base import Method, is_trainable
+from .base import is_trainable
+from .selection import Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FullFineTune(Method):
-    """Trains every leaf of a floating type.
+class FullFineTune(Selection):
+    """Trains every leaf of a floating type, or those at and below what is named.
 
     Args:
+        targets: `"all"`, or the parts to train, `("attention",)` say; see `paths.select`.
         also_train: leaves labelled `"head"` rather than `"full"`, so that an optimizer can treat them differently.
+
+    Raises:
+        SelectionError: (when used) an entry matches no leaf of a floating type.
 
     Example:
         >>> import lora_jax as lj
@@ -22,5 +27,13 @@ class FullFineTune(Method):
         {'head': 'head', 'w': 'full'}
     """
 
-    def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        return {path: "full" for path, leaf in leaves.items() if is_trainable(path, leaf)}
+    label: ClassVar[str] = "full"
+    kind: ClassVar[str] = "trainable leaf"
+    sought: ClassVar[str] = "leaf of a floating type"
+    below: ClassVar[bool] = True
+
+    def members(self, leaves: Mapping[str, Any]) -> list[str]:
+        return [path for path, leaf in leaves.items() if is_trainable(path, leaf)]
+
+    def way_out(self, leaves: Mapping[str, Any]) -> str:
+        return f"It has {len(leaves)} leaves: pass the model's parameters"

@@ -87,7 +87,9 @@ class WeightMethod(Method, abstract=True):
             raise SelectionError(
                 f"`targets` and `also_train` both select {', '.join(both)}: train it in full or by factors"
             )
-        return self.nodes([Target(path, leaves[path], _labels(path, leaves[path], uses)) for path in chosen], key=key)
+        return self.nodes(
+            [Target(path, leaves[path], axis_labels(path, leaves[path], uses)) for path in chosen], key=key
+        )
 
     def own_nodes(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """The method's adapted weights in a tree, by path."""
@@ -128,7 +130,8 @@ def matching(entry: str, targets: list[Target], argument: str) -> list[str]:
     return matched
 
 
-def _labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
+def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
+    """One label for each axis of a weight: what `uses` says, or in and out where there are two."""
     use = (uses or {}).get(path)
     if use is not None and use.labels is not None:
         require(

@@ -20,6 +20,8 @@ class ModelConfig(abc.ABC):
     """
 
     model_type: ClassVar[str]
+    # Entries of Hugging Face's `config.json` that give linear layers biases, and which layers those are.
+    bias_entries: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
@@ -35,6 +37,18 @@ class ModelConfig(abc.ABC):
     @abc.abstractmethod
     def with_dropout(self, rate: float) -> Self:
         """The same with one rate for all dropout."""
+
+    def with_biases(self) -> Self:
+        """The same with a bias on every linear layer, for families that have layers without."""
+        raise ValueError(
+            f"`zero_biases` is for models whose layers lack biases, and those of a {self.model_type} have them all: "
+            "leave it out."
+        )
+
+    def is_added_bias(self, path: str) -> bool:
+        """Whether the leaf at `path` is a bias that only `with_biases` has put there."""
+        del path
+        return False
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -29,6 +30,9 @@ from .layers import ACTIVATIONS, RMSNorm, Table, key_for, linear
 from .names import NameTable
 from .rope import Rope, rotate, rotation
 
+_ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "output"))
+_MLP = tuple(f"mlp/{name}" for name in ("gate", "up", "down"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
@@ -43,6 +47,9 @@ class LlamaConfig(DecoderConfig):
 
     model_type: ClassVar[str] = "llama"
     bounded_positions: ClassVar[bool] = False
+    bias_entries: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
+    # Linear layers that always have biases.
+    fixed_biases: ClassVar[tuple[str, ...]] = ()
 
     vocab_size: int
     hidden_size: int
@@ -58,6 +65,8 @@ class LlamaConfig(DecoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
+    # Biases on all linear layers, whatever the checkpoint has; transformers has no such entry.
+    all_biases: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +83,7 @@ class LlamaConfig(DecoderConfig):
         self._check_choice("hidden_act", ACTIVATIONS)
         self._check_positive("rms_norm_eps")
         self._check_rate("attention_dropout")
-        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        for name in ("attention_bias", "mlp_bias", "all_biases", "tie_word_embeddings"):
             self._check_flag(name)
 
     @classmethod
@@ -104,17 +113,23 @@ class LlamaConfig(DecoderConfig):
     def with_dropout(self, rate: float) -> Self:
         return dataclasses.replace(self, attention_dropout=rate)
 
+    def with_biases(self) -> Self:
+        return dataclasses.replace(self, all_biases=True)
+
+    def has_bias(self, module: str) -> bool:
+        """Whether a linear layer, `attention/query` or another, has a bias."""
+        return self.all_biases or module in self.held_biases
+
+    @property
+    def held_biases(self) -> tuple[str, ...]:
+        """The linear layers whose biases are in the checkpoint."""
+        set_by_entries = (modules for entry, modules in self.bias_entries.items() if getattr(self, entry))
+        return (*self.fixed_biases, *itertools.chain.from_iterable(set_by_entries))
+
+    def is_added_bias(self, path: str) -> bool:
+        return path.endswith("/bias") and not path.endswith(tuple(f"/{module}/bias" for module in self.held_biases))
+
     # Where the members of the family differ.
-
-    @property
-    def query_bias(self) -> bool:
-        """Whether query, key and value have biases."""
-        return self.attention_bias
-
-    @property
-    def output_bias(self) -> bool:
-        """Whether the output of attention has a bias."""
-        return self.attention_bias
 
     @property
     def head_norms(self) -> bool:
@@ -132,6 +147,7 @@ class MistralConfig(LlamaConfig):
     """Llama's, and a sliding window for all layers or none (`null`)."""
 
     model_type: ClassVar[str] = "mistral"
+    bias_entries: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     max_position_embeddings: int = 4096 * 32
     num_key_value_heads: int | None = 8
@@ -163,6 +179,8 @@ class Qwen2Config(LlamaConfig):
     """
 
     model_type: ClassVar[str] = "qwen2"
+    bias_entries: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    fixed_biases: ClassVar[tuple[str, ...]] = _ATTENTION[:3]
 
     max_position_embeddings: int = 32768
     num_key_value_heads: int | None = 32
@@ -205,14 +223,6 @@ class Qwen2Config(LlamaConfig):
         _refuse_biases(config, ("mlp_bias",), cls.model_type)
 
     @property
-    def query_bias(self) -> bool:
-        return True
-
-    @property
-    def output_bias(self) -> bool:
-        return False
-
-    @property
     def windows(self) -> tuple[int | None, ...]:
         if not self.use_sliding_window:
             return super().windows
@@ -227,16 +237,10 @@ class Qwen3Config(Qwen2Config):
     """Qwen2's, with norms of queries and keys, and without biases unless `attention_bias`."""
 
     model_type: ClassVar[str] = "qwen3"
+    bias_entries: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention_bias": _ATTENTION}
+    fixed_biases: ClassVar[tuple[str, ...]] = ()
 
     head_dim: int | None = 128
-
-    @property
-    def query_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def output_bias(self) -> bool:
-        return self.attention_bias
 
     @property
     def head_norms(self) -> bool:
@@ -328,10 +332,10 @@ class Attention(nnx.Module):
         self.scale = head**-0.5
         self.dropout = config.attention_dropout
         self.norm = norm(width)
-        self.query = dense(width, queries * head, bias=config.query_bias)
-        self.key = dense(width, keys * head, bias=config.query_bias)
-        self.value = dense(width, keys * head, bias=config.query_bias)
-        self.output = dense(queries * head, width, bias=config.output_bias)
+        self.query = dense(width, queries * head, bias=config.has_bias("attention/query"))
+        self.key = dense(width, keys * head, bias=config.has_bias("attention/key"))
+        self.value = dense(width, keys * head, bias=config.has_bias("attention/value"))
+        self.output = dense(queries * head, width, bias=config.has_bias("attention/output"))
         self.query_norm = norm(head) if config.head_norms else None
         self.key_norm = norm(head) if config.head_norms else None
 
@@ -359,14 +363,12 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = config.hidden_size, config.intermediate_size
-        dense = functools.partial(
-            linear, deviation=config.initializer_range, bias=config.mlp_bias, dtype=dtype, rngs=rngs
-        )
+        dense = functools.partial(linear, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
         self.activation = ACTIVATIONS[config.hidden_act]
         self.norm = RMSNorm(width, epsilon=config.rms_norm_eps, dtype=dtype, rngs=rngs)
-        self.gate = dense(width, inner)
-        self.up = dense(width, inner)
-        self.down = dense(inner, width)
+        self.gate = dense(width, inner, bias=config.has_bias("mlp/gate"))
+        self.up = dense(width, inner, bias=config.has_bias("mlp/up"))
+        self.down = dense(inner, width, bias=config.has_bias("mlp/down"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm(x)

@@ -39,6 +39,7 @@ def load(
     pooling: Pooling = "first",
     remat: Remat | None = None,
     scan_layers: bool = False,
+    zero_biases: bool = False,
     tie_word_embeddings: bool | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -65,6 +66,9 @@ def load(
         scan_layers: stacks a decoder's layers into one tree, `layers/…` with a leading axis, and runs them in a
             `lax.scan`: compiling takes as long for eighty layers as for one. `stack_layers` and `unstack_layers` turn
             one form into the other. `lj.LoRA` then needs `uses=lj.trace_weights(model.apply, params, input_ids)`.
+        zero_biases: gives every linear layer of a Llama, Mistral, Qwen2 or Qwen3 that has no bias one of zeros, for
+            `lj.BitFit` to train; nothing computed changes by it. `save_pretrained` says which of them, once trained,
+            transformers has a place for.
         tie_word_embeddings: whether a decoder's head is its embeddings; as the checkpoint has it if `None`. `False`
             makes it a leaf of its own, with the same values where the checkpoint ties them: so that one of the two can
             be adapted without the other, as PEFT does.
@@ -92,6 +96,7 @@ def load(
     dtype = _float_dtype(dtype)
     folder = find_base(source)
     config = read_model_config(folder)
+    config = config.with_biases() if zero_biases else config
     family = family_of(config)
     check_options(family, task=task, pooling=pooling, scan_layers=scan_layers)
     untied = _is_tied(config) and tie_word_embeddings is False
@@ -109,7 +114,8 @@ def load(
     expected = leaves_by_path(shapes)
     parts = {path: _parts(path, leaf) for path, leaf in expected.items()}
     single = {name: leaf for part in parts.values() for name, leaf in part.items()}
-    held = _match(family, single, tensors, names, folder)
+    in_checkpoint = {path: leaf for path, leaf in single.items() if not config.is_added_bias(path)}
+    held = _match(family, in_checkpoint, tensors, names, folder)
     if task == "causal-lm" and HEAD not in expected:
         _check_tied(family, tensors, names, folder)
 

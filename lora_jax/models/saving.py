@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..files import replacing, write_json, write_safetensors, write_text
-from ..paths import leaves_by_path
+from ..paths import leaves_by_path, listed
 from ..weights import is_adapted
 from .checkpoint import INDEX, locate_tensors, read_config, read_tensors
 from .families import family_of
@@ -69,7 +69,8 @@ def save_pretrained(
 
     Raises:
         ValueError: adapted weights, another model's tree, a wrong number of labels, the base's own folder, a base of
-            another family, a size that is none.
+            another family, a size that is none; trained biases (`load(zero_biases=True)`) where transformers has none,
+            each named.
         FileError: the base isn't found, or the disk is full. An earlier model in the folder is then as it was: every
             file is complete on disk before the first takes its place, and `config.json` comes last, so that a kill in
             between leaves a folder that doesn't load.
@@ -86,9 +87,9 @@ def save_pretrained(
             f"`source` {base} is a {source_config.get('model_type')!r:.50}, and the model a "
             f"{model.config.model_type!r}: pass the base that it was loaded from."
         )
-    leaves = _check_params(model, params)
+    leaves, bias_entries = _with_biases_known_there(model, _check_params(model, params))
     files = shard(_tensors(model, leaves) | _unused_pooler(model, base), limit)
-    config = _config(model, source_config, leaves, labels)
+    config = _config(model, source_config, leaves, labels) | bias_entries
     companions = [name for name in _COMPANIONS if (base / name).is_file()]
     described = [INDEX] if len(files) > 1 else []
 
@@ -115,6 +116,31 @@ def _check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
         if jnp.shape(leaf) != jnp.shape(expected[path]):
             raise ValueError(f"`params` at {path} has shape {jnp.shape(leaf)}, not {jnp.shape(expected[path])}.")
     return leaves
+
+
+def _with_biases_known_there(model: Model, leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    """The leaves to write, and the entries of `config.json` that announce the biases which the base lacks.
+
+    Those that are zero still need not be written: transformers computes the same without.
+    """
+    added = {path for path in leaves if model.config.is_added_bias(path)}
+    learned = {path for path in added if np.any(leaves[path])}
+    written: set[str] = set()
+    entries: dict[str, bool] = {}
+    for entry, modules in model.config.bias_entries.items():
+        group = {path for path in added if path.endswith(tuple(f"/{module}/bias" for module in modules))}
+        if group & learned:
+            entries[entry] = True
+            written |= group
+    if lost := sorted(learned - written):
+        kind = model.config.model_type
+        places = ", ".join(module for modules in model.config.bias_entries.values() for module in modules)
+        raise ValueError(
+            f"`params` has trained biases where transformers' {kind} has none: {listed(lost)}. It knows "
+            f"{f'those of {places}' if places else 'no others than the base has'}: train those alone, or keep these "
+            "with `lora_jax.save_adapter`."
+        )
+    return {path: leaf for path, leaf in leaves.items() if path not in added - written}, entries
 
 
 def _tensors(model: Model, leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Which method for a task: `compare(Comparison(...))` from Python, `lora-jax compare` from a shell."""
+"""Which method for which task, and what training did.
+
+`compare(Comparison(...))` from Python, `lora-jax compare` from a shell; `analysis` and `lora-jax analyze`.
+"""
 
 from __future__ import annotations
 

@@ -23,11 +23,24 @@ GRID: tuple[Mapping[str, Any], ...] = (
     {"name": "lora", "rank": 8, "targets": "all-linear"},
     {"name": "full"},
 )
-# What a comparison takes where an entry doesn't say. A Gaussian start has standard deviation 1/r, so that a rate which
-# suits one rank is too high for a lower one; this start, of the authors' code and of PEFT, is the same for every rank.
-_ACROSS_RANKS: Mapping[str, Mapping[str, Any]] = {"lora": {"init": "kaiming"}}
+# What a comparison takes where an entry doesn't say, beside an alpha of twice the rank. A Gaussian start has standard
+# deviation 1/r, so that a rate which suits one rank is too high for a lower one; this start, of the authors' code and
+# of PEFT, is the same for every rank.
+_ACROSS_RANKS: Mapping[str, Mapping[str, Any]] = {"lora": {"init": "kaiming"}, "dora": {"init": "kaiming"}}
 RATE_FACTORS = (1.0, 1 / 3, 3.0)
-TITLES = {"frozen": "head only", "bitfit": "BitFit", "lora": "LoRA", "full": "full fine-tuning"}
+TITLES = {
+    "frozen": "head only",
+    "bitfit": "BitFit",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "ia3": "(IA)³",
+    "vera": "VeRA",
+    "full": "full fine-tuning",
+    "norms": "norms",
+    "top-layers": "last layers",
+    "random-mask": "random mask",
+    "random-subspace": "random subspace",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +90,10 @@ def make_candidate(
     x: float | None = None,
     train_rows: int | None = None,
 ) -> Candidate:
-    """A candidate of plain options; what isn't said is as `lora-jax train` has it, but for LoRA's start: `"kaiming"`.
+    """A candidate of plain options.
+
+    What isn't said is as `lora-jax train` has it, but for LoRA's start, `"kaiming"`, and its `alpha`, twice the rank:
+    one rate then suits all ranks.
 
     Args:
         method: as `training.method_options.make_method` takes it.
@@ -114,10 +130,12 @@ def describe(options: Mapping[str, Any]) -> str:
         words[0] += f" r={options['rank']}"
     if "rank" in usual or options.get("targets") != usual.get("targets"):
         words.append(_names(options.get("targets")))
+    if options.get("alpha") is not None and options.get("rank") is not None and options["alpha"] != 2 * options["rank"]:
+        words.append(f"alpha {options['alpha']:g}")
     words += [
         f"{key} {_names(value)}"
         for key, value in options.items()
-        if key not in ("name", "rank", "targets") and value != usual.get(key)
+        if key not in ("name", "rank", "targets", "alpha") and value != usual.get(key)
     ]
     return ", ".join(words)
 
@@ -177,7 +195,12 @@ def read_grid(path: str | Path) -> tuple[Candidate, ...]:
 
 def _made(method: Mapping[str, Any] | str) -> Any:
     options = {"name": method} if isinstance(method, str) else method
-    return make_method({**_ACROSS_RANKS.get(options.get("name", "lora"), {}), **options})
+    name = options.get("name", "lora")
+    usual = dict(_ACROSS_RANKS.get(name, {}))
+    rank = options.get("rank")
+    if isinstance(rank, int) and "alpha" in DEFAULTS.get(name, {}):
+        usual["alpha"] = 2.0 * rank
+    return make_method({**usual, **options})
 
 
 def _of_name(name: str) -> list[Mapping[str, Any]]:

@@ -182,6 +182,12 @@ def _axis_chart(outcome: Outcome, preset: Preset, name: str) -> Chart | None:
     figure, panels = _new(3.7 + 2.2 * len(columns), 1 + len(columns), sharex=True)
     looks = _looks(outcome.summaries)
     _draw_series(panels[0], summaries, looks, lambda s: s.candidate.x, split, quality, lines=True)
+    for s in outcome.summaries:
+        if s.candidate.x is None and s.scores[split]:  # no place on the axis: a level to compare with
+            level = float(np.mean([quality.shown(value) for value in s.scores[split]]))
+            panels[0].axhline(
+                level, color=looks[s.candidate.series][0], linestyle="--", label=_short(s.candidate.label)
+            )
     panels[0].set_ylabel(f"{split} {quality.title}")
     if preset.published is not None:
         panels[0].set_title("here", fontsize=11, loc="left")

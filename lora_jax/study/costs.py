@@ -13,7 +13,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import files
-from lora_jax.training.batching import Batch, BatchPlan
+from lora_jax.training.batching import AnyBatch, BatchPlan
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.events import Event, Listener, Note
 from lora_jax.training.loop import step_of
@@ -62,7 +62,7 @@ def measure_costs(prepared: Prepared, rows: Rows, listen: Listener) -> Costs:
             costs[key] = {
                 "run": run.id,
                 "step_memory": _step_memory(prepared.run_config(run), batch),
-                "tokens": batch.input_ids.shape[1],
+                "tokens": batch.inputs["input_ids"].shape[1],
             }
         for key, times in _latencies(prepared, runs, batch).items():
             costs[key]["latency_ms"] = {str(size): 1000 * statistics.median(taken) for size, taken in times.items()}
@@ -70,7 +70,7 @@ def measure_costs(prepared: Prepared, rows: Rows, listen: Listener) -> Costs:
     return costs
 
 
-def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> Batch:
+def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> AnyBatch:
     """One for all candidates: of those, the one with the most rows has the longest."""
     run = max(runs.values(), key=lambda run: run.candidate.train_rows or math.inf)
     made = prepare_run(prepared.run_config(run), _unheard)
@@ -80,7 +80,7 @@ def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> Batch:
     return train.batch(BatchPlan(longest, made.buckets[-1]), size)
 
 
-def _step_memory(config: TrainConfig, batch: Batch) -> int | None:
+def _step_memory(config: TrainConfig, batch: AnyBatch) -> int | None:
     run = prepare_run(config, _unheard)
     memory = step_of(run, config).lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
     if memory is None:  # a backend that doesn't tell
@@ -94,7 +94,9 @@ def _step_memory(config: TrainConfig, batch: Batch) -> int | None:
     )
 
 
-def _latencies(prepared: Prepared, runs: Mapping[str, PlannedRun], batch: Batch) -> dict[str, dict[int, list[float]]]:
+def _latencies(
+    prepared: Prepared, runs: Mapping[str, PlannedRun], batch: AnyBatch
+) -> dict[str, dict[int, list[float]]]:
     """Seconds of calls. One candidate's parameters are held at a time: full fine-tuning leaves a whole model."""
     batches = {
         size: jax.device_put(jax.tree.map(lambda x, n=size: np.resize(x, (n, *x.shape[1:])), batch)) for size in BATCHES
@@ -104,7 +106,7 @@ def _latencies(prepared: Prepared, runs: Mapping[str, PlannedRun], batch: Batch)
     for _ in range(_ROUNDS):
         for key, run in runs.items():
             loaded = load_adapter(prepared.run_folder(run))
-            forward = forward or make_forward(lj.adapt(loaded.model.apply))
+            forward = forward or make_forward(lj.adapt(loaded.model.apply), prepared.splits.task)
             params = lj.merge_params(loaded.params)
             for size in BATCHES:
                 times[key][size] += _seconds(forward, params, batches[size])
@@ -115,7 +117,7 @@ def _unheard(event: Event) -> None:
     """What preparing tells was told when the run was trained."""
 
 
-def _seconds(forward: Forward, params: Any, batch: Batch) -> list[float]:
+def _seconds(forward: Forward, params: Any, batch: AnyBatch) -> list[float]:
     taken = []
     for _ in range(_WARM_UP + _CALLS):
         start = time.perf_counter()

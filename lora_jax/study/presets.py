@@ -61,12 +61,12 @@ _MODULES = {"q": "query", "k": "key", "v": "value", "o": "attention/output"}
 
 
 def _lora(letters: str, rank: int, **options: Any) -> Candidate:
-    # alpha is the default's whatever the rank, as in the paper, section 4.1.
+    # One alpha whatever the rank, as in the paper, section 4.1.
     targets = [_MODULES[letter] for letter in letters]
     kinds = ",".join(letters)
     series = f"LoRA, {kinds}"
     return make_candidate(
-        {"name": "lora", "rank": rank, "targets": targets},
+        {"name": "lora", "rank": rank, "alpha": 16.0, "targets": targets},
         label=f"LoRA, {kinds}, r={rank}",
         series=series,
         mark=f"r={rank}",
@@ -117,11 +117,36 @@ def _bitfit_terms(rows: int) -> tuple[Candidate, ...]:
         make_candidate({"name": "bitfit", "targets": targets}, label=label, series="BitFit")
         for label, targets in _TERMS.items()
     ]
-    return (*terms, *_known([{"name": "frozen"}, {"name": "full"}]))
+    masks = [
+        make_candidate({"name": "random-mask", "kind": kind}, label=label, series="random mask")
+        for kind, label in (("uniform", "as many random numbers"), ("rows", "as many, in random rows"))
+    ]
+    return (*terms, *masks, *_known([{"name": "frozen"}, {"name": "full"}]))
 
 
 def _methods(rows: int) -> tuple[Candidate, ...]:
-    return (*_known([{"name": "frozen"}, {"name": "bitfit"}]), _lora("qv", 8), *_known([{"name": "full"}]))
+    relatives = [{"name": name} for name in ("dora", "ia3", "vera")]
+    return (
+        *_known([{"name": "frozen"}, {"name": "bitfit"}]),
+        _lora("qv", 8),
+        *_known([*relatives, {"name": "norms"}, {"name": "full"}]),
+    )
+
+
+_DIMENSIONS = (10, 30, 100, 300, 1000, 3000, 10_000)
+
+
+def _intrinsic_dimension(rows: int) -> tuple[Candidate, ...]:
+    subspaces = [
+        make_candidate(
+            {"name": "random-subspace", "dimension": dimension},
+            series="random subspace",
+            mark=f"d={dimension:,}",
+            x=float(dimension),
+        )
+        for dimension in _DIMENSIONS
+    ]
+    return (*subspaces, *_known([{"name": "frozen"}, {"name": "full"}]))
 
 
 # From a few dozen rows on, by factors of about three.
@@ -189,12 +214,14 @@ PRESETS: dict[str, Preset] = {
             ("query and MLP-up biases", "MLP-up biases"),
             ("MLP-up biases", "query biases"),
             ("query biases", "head only"),
+            ("all biases", "as many random numbers"),
+            ("all biases", "as many, in random rows"),
         ),
         order_source=_BITFIT,
     ),
     "paper-methods": Preset(
         title="Do the methods reach full fine-tuning?",
-        question="The head alone, biases, low-rank factors and everything.",
+        question="The head alone, biases, low-rank factors and their relatives, norms, and everything.",
         candidates=_methods,
         published=Published(
             source=f"{_LORA}, table 2",
@@ -206,6 +233,14 @@ PRESETS: dict[str, Preset] = {
                 "LoRA, q,v, r=8": (87.5, 95.1, 87.2),
             },
         ),
+    ),
+    "intrinsic-dimension": Preset(
+        title="How many dimensions does the task need?",
+        question="Training within a random subspace, beside the head alone and everything (dashed). The dimension at "
+        "which 90 % of full fine-tuning's quality is reached is called the task's intrinsic dimension: "
+        "Aghajanyan and others, 2021, arXiv 2012.13255.",
+        candidates=_intrinsic_dimension,
+        axis=Axis("dimension of the subspace"),
     ),
     "low-data": Preset(
         title="What do few rows do to each method?",

@@ -19,6 +19,10 @@ METHODS: dict[str, type] = {
     "ia3": lj.IA3,
     "vera": lj.VeRA,
     "full": lj.FullFineTune,
+    "norms": lj.NormTuning,
+    "top-layers": lj.TopLayers,
+    "random-mask": lj.RandomMask,
+    "random-subspace": lj.RandomSubspace,
 }
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -29,18 +33,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ia3": {"targets": "keys-values-mlp", "also_train": ("classifier",)},
     "vera": {"rank": 256, "targets": "all-linear", "also_train": ("classifier",)},
     "full": {"also_train": ("classifier",)},
+    "norms": {"targets": "all", "also_train": ("classifier",)},
+    "top-layers": {"count": 2, "also_train": ("classifier",)},
+    "random-mask": {"size": "bitfit", "also_train": ("classifier",)},
+    "random-subspace": {"dimension": 1000, "also_train": ("classifier",)},
 }
 
-
-_RATES = {"frozen": 5e-3, "bitfit": 3e-3, "ia3": 1e-2, "vera": 1e-2, "full": 1e-4}
-_CAUSAL_LM_RATES = {
-    "frozen": 1e-3,
-    "bitfit": 6e-4,
-    "lora": 2e-4,
-    "dora": 2e-4,
-    "ia3": 2e-3,
-    "vera": 2e-3,
-    "full": 2e-5,
+# Of AdamW. LoRA's and DoRA's are those of PEFT's start on all linear layers.
+_RATES = {
+    "frozen": 5e-3,
+    "bitfit": 3e-3,
+    "lora": 1e-3,
+    "dora": 1e-3,
+    "ia3": 1e-2,
+    "vera": 1e-2,
+    "full": 1e-4,
+    "norms": 3e-3,
+    "top-layers": 1e-4,
+    "random-mask": 1e-3,
+    "random-subspace": 1e-2,
 }
 
 # A decoder's head is its own, and is there already.
@@ -97,15 +108,16 @@ def default_learning_rate(method: Any, task: str = "classification") -> float:
     """
     name = method_name(method)
     if task == "causal-lm":
-        return _CAUSAL_LM_RATES[name]
+        return _RATES[name] / 5
+    rate = _RATES[name]
     if name in ("lora", "dora"):
         targets = method.targets
         few = not isinstance(targets, str) and not callable(targets) and len(targets) <= 2
-        rate = 2e-3 if few else 1e-3
+        rate = 2 * rate if few else rate
         # A Gaussian `a` starts some four times as large, so that the same rate moves the product further: 1e-3 on all
         # linear layers has diverged with it (SST-2).
         return rate if method.init == "kaiming" else rate / 2
-    return _RATES[name]
+    return rate
 
 
 def _tuples(value: Any) -> Any:

@@ -28,6 +28,8 @@ from .task_file import TASK_FILE, TaskFile, read_task
 if TYPE_CHECKING:
     import tokenizers
 
+_AHEAD = 4  # batches that are dispatched before one is waited for
+
 Forward = Callable[[Any, AnyBatch], jax.Array]
 
 
@@ -47,8 +49,12 @@ def predict_outputs(forward: Forward, params: Any, rows: Rows, *, buckets: Seque
     buckets = cover(buckets, int(lengths.max()), rows.max_length)
     size = min(rows.largest_batch, 1 << (rows.rows - 1).bit_length())
     plans = plan_in_order(lengths, buckets, batch_size=size)
-    # All are dispatched before any is read, so that the device doesn't wait for the host.
-    parts = [forward(params, rows.batch(plan, size)) for plan in plans]
+    parts: list[jax.Array] = []
+    for plan in plans:
+        parts.append(forward(params, rows.batch(plan, size)))
+        # Some are dispatched ahead, so that the device doesn't wait for the host; not all, as each takes memory.
+        if len(parts) > _AHEAD:
+            parts[-1 - _AHEAD].block_until_ready()
     outputs = np.empty((rows.rows, *parts[0].shape[1:]), np.float32)
     for plan, part in zip(plans, parts, strict=True):
         outputs[plan.rows] = np.asarray(part, np.float32)[: len(plan.rows)]

@@ -17,7 +17,7 @@ from lora_jax.cli.main import main, make_parser
 from lora_jax.training import load_predictor
 from lora_jax.training.config import TrainConfig, read_yaml
 
-COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "demo")
+COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "analyze", "demo")
 
 
 def run(*arguments) -> int:
@@ -188,7 +188,7 @@ def test_eval_names_an_unknown_label(finished, tmp_path, capsys):
     assert "a.tsv, row 2 has the label 'awful'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "dora", "ia3", "vera", "full"])
+@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "dora", "ia3", "vera", "full", "random-subspace"])
 def test_inspect_foretells_what_is_saved(method, base, data, options, tmp_path, capsys):
     flags = ("--base", base, "--method", method, "--train", data["train"])
     assert run("inspect", *flags, "--json") == 0

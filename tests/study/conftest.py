@@ -82,6 +82,7 @@ class FakeTraining:
             waiting_share=0.0,
             padding_share=0.0,
             truncated={},
+            dropped={},
             resumed_from=None,
             history=[],
         )

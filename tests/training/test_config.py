@@ -25,6 +25,8 @@ def config(**options):
         {"method": {"name": "dora", "rank": 4, "alpha_overrides": {"query": 2}}},
         {"method": {"name": "ia3", "targets": ["key", "mlp/down"], "feedforward": ["mlp/down"]}},
         {"method": {"name": "vera", "projection_seed": 3}},
+        {"method": {"name": "random-mask", "size": 0.01, "kind": "rows"}},
+        {"method": {"name": "top-layers", "count": 1, "within": "encoder/layers"}},
         {"lr": {"lora_a": 1e-3, "lora_b": 4e-3, "head": 1e-3}, "clip_norm": None, "task": "regression"},
     ],
 )
@@ -54,6 +56,10 @@ def test_yaml_numbers_without_a_point(tmp_path):
         ("ia3", 1e-2),
         ("vera", 1e-2),
         ("full", 1e-4),
+        ("norms", 3e-3),
+        ("top-layers", 1e-4),
+        ("random-mask", 1e-3),
+        ("random-subspace", 1e-2),
     ],
 )
 def test_learning_rate_follows_the_method(method, rate):

@@ -1,0 +1,91 @@
+"""The Fastfood transform: a random projection that is computed from a seed and takes no memory of its own."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..draws import permutation, signs_and_normals
+
+# The Walsh-Hadamard matrix of 2^m rows is a Kronecker product of smaller ones. To multiply with factors of 2^5 rows
+# takes m / 5 passes over memory, where butterflies take m.
+_FACTOR = 5
+
+
+def padded_length(dimension: int) -> int:
+    """The power of two, at least `dimension`, that a block of the transform has rows and columns."""
+    return 1 << (dimension - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def fastfood(vector: jax.Array, seed: jax.Array, *, count: int) -> jax.Array:
+    """`V x` with a random matrix `V (count, d)` of blocks `H G Π H B`, in `O(count · log d)`.
+
+    With `L` the power of two from `d` on: `B` is a diagonal of random signs, `H` the Walsh-Hadamard matrix `(L, L)` of
+    entries ±1, `Π` a random permutation and `G` a diagonal of standard normal numbers; `x` is filled up with zeros.
+    `⌈count / L⌉` blocks stand on each other, and the first `count` rows are taken. An entry of `V` has mean 0 and
+    variance `L`.
+
+    All of it is computed again from `seed` in the backward pass too, where `Vᵀ` is applied: nothing of the size of
+    `count` is kept.
+
+    Args:
+        vector: `x (d,)`, float32.
+        seed: of `B`, `G` and `Π`.
+        count: how many rows.
+
+    Returns:
+        `(count,)`, float32.
+
+    Example:
+        >>> fastfood(jnp.ones(3), jnp.uint32(0), count=10).shape
+        (10,)
+
+    Reference:
+        Le, Sarlós, Smola, "Fastfood: Approximating Kernel Expansions in Loglinear Time", ICML 2013, equation 4.
+
+    Deviations:
+        `Π` is the same in all blocks, so that it moves whole rows in memory; `B` and `G` are each block's own. The
+        diagonal `S`, which gives the rows the lengths of a Gaussian kernel's, is left out, as in Li et al. (2018).
+    """
+
+    @jax.checkpoint
+    def transform(vector: jax.Array) -> jax.Array:
+        length = padded_length(vector.shape[0])
+        blocks = -(-count // length)
+        # One stream for all but the permutation.
+        signs, normals = signs_and_normals(seed, (length, blocks), stream=0)
+        filled = jnp.pad(vector, (0, length - vector.shape[0]))
+        mixed = hadamard(signs * filled[:, None])[permutation(seed, length, stream=1)]
+        return hadamard(normals * mixed).reshape(-1)[:count]
+
+    return transform(vector)
+
+
+def hadamard(columns: jax.Array) -> jax.Array:
+    """`H x` for each column, `H` being the Walsh-Hadamard matrix in Sylvester's order; the rows are a power of two.
+
+    Example:
+        >>> hadamard(jnp.array([[1.0], [2.0]])).ravel().tolist()
+        [3.0, -1.0]
+    """
+    rows, width = columns.shape
+    done, left = 1, rows.bit_length() - 1
+    while left:
+        power = min(_FACTOR, left)
+        size = 2**power
+        split = columns.reshape(done, size, -1, width)
+        columns = jnp.einsum("ij,djrw->dirw", _sylvester(power), split, precision=lax.Precision.HIGHEST)
+        done, left = done * size, left - power
+    return columns.reshape(rows, width)
+
+
+def _sylvester(power: int) -> np.ndarray:
+    matrix = np.ones((1, 1), np.float32)
+    for _ in range(power):
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
