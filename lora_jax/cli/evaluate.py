@@ -78,6 +78,8 @@ def _score_labelled(
     from lora_jax.training.predict import load_predictor
     from lora_jax.training.task import LabelledTask
 
+    from .weights_progress import WeightsProgress
+
     refuse_generation(args, saved.task.kind)
     if args.generate:
         raise ConfigError(f"`generate` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
@@ -86,7 +88,8 @@ def _score_labelled(
     )
     assert isinstance(saved.task, LabelledTask)
     saved.task.encode(examples)  # an unknown label is told before the model is loaded
-    predictor = load_predictor(args.adapter, base=getattr(args, "base", None))
+    with WeightsProgress() as progress:
+        predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
     encoded = predictor.encode(examples.texts, examples.pairs)
     counts = {"rows": encoded.rows, "truncated": encoded.truncated, "max_length": predictor.max_length}
     return counts, predictor.evaluate(examples)
@@ -101,6 +104,8 @@ def _score_language(
     from lora_jax.training.errors import ConfigError
     from lora_jax.training.generation_metrics import with_references
 
+    from .weights_progress import WeightsProgress
+
     options = generation_options(args)
     base = getattr(args, "base", None)
     special = lj.models.read_special_tokens(base or saved.base)
@@ -108,7 +113,8 @@ def _score_language(
     if not args.generate and (args.predictions is not None or args.limit is not None):
         raise ConfigError("`predictions` and `limit` are for what is written: pass `--generate` too.")
     prompts = with_references(pairs_of(documents))[: args.limit] if args.generate else []
-    completer = load_completer(args.adapter, base=base)
+    with WeightsProgress() as progress:
+        completer = load_completer(args.adapter, base=base, progress=progress)
     rows, metrics = completer.evaluate(documents)
     counts = {"rows": rows.texts, "truncated": rows.truncated, "dropped": rows.dropped, "max_length": rows.max_length}
     if args.generate:

@@ -20,6 +20,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from lora_jax.models import Progress
     from lora_jax.training.completer import Completer
     from lora_jax.training.data import Columns
     from lora_jax.training.predict import Prediction
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]
     Answer = Callable[[list[Row]], Iterable[Row]]
+    Load = Callable[[Progress], Answer]
 
 NAME = "predict"
 HELP = "label texts, or continue prompts, from lines, JSONL or a data file"
@@ -64,11 +66,14 @@ def run(args: argparse.Namespace) -> None:
     from lora_jax.training.predict import adapter_folder
     from lora_jax.training.task_file import read_task
 
+    from .weights_progress import WeightsProgress
+
     saved = read_task(adapter_folder(args.adapter))
     wanted = _complete if saved.task.kind == "causal-lm" else _label
     rows, load = wanted(args, saved, given_columns(args, saved))
     first = list(itertools.islice(rows, 1))  # a missing file is told before the model is loaded
-    answer = load()
+    with WeightsProgress() as progress:
+        answer = load(progress)
     rows = itertools.chain(first, rows)
     while chunk := list(itertools.islice(rows, _CHUNK)):
         for row in answer(chunk):
@@ -76,14 +81,14 @@ def run(args: argparse.Namespace) -> None:
         sys.stdout.flush()
 
 
-def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row], Callable[[], Answer]]:
+def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row], Load]:
     from lora_jax.training.predict import load_predictor
 
     refuse_generation(args, saved.task.kind)
     text, pair = columns.text, columns.text_pair
 
-    def load() -> Answer:
-        predictor = load_predictor(args.adapter, base=getattr(args, "base", None))
+    def load(progress: Progress) -> Answer:
+        predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
 
         def answer(chunk: list[Row]) -> Iterable[Row]:
             pairs = [row[pair] for row in chunk] if pair is not None else None
@@ -96,9 +101,7 @@ def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple
     return _rows(args, text, pair), load
 
 
-def _complete(
-    args: argparse.Namespace, saved: TaskFile, columns: Columns
-) -> tuple[Iterator[Row], Callable[[], Answer]]:
+def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row], Load]:
     from lora_jax.training.completer import load_completer
     from lora_jax.training.errors import ConfigError
 
@@ -107,8 +110,8 @@ def _complete(
     options = generation_options(args)
     column = columns.messages or columns.prompt or columns.text
 
-    def load() -> Answer:
-        completer = load_completer(args.adapter, base=getattr(args, "base", None))
+    def load(progress: Progress) -> Answer:
+        completer = load_completer(args.adapter, base=getattr(args, "base", None), progress=progress)
 
         def answer(chunk: list[Row]) -> Iterable[Row]:
             prompts = _prompts([row[column] for row in chunk], columns, completer)

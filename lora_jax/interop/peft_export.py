@@ -22,10 +22,11 @@ from ..methods.starts import FROM_WEIGHT
 from ..paths import leaves_by_path
 from ..weights import AdaptedWeight, is_adapted, is_traced
 from .layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
-from .names import BIAS, NameTable, kind, selects
+from .names import BIAS, Names, NameTable, kind, selects
 from .patterns import PatternError, Patterns, literal
 from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, scale_of, variants
 from .peft_keys import factor_key, leaf_key
+from .stacks import Stacks
 
 # Heads that PEFT saves in full by itself, and looks for when it loads, whatever `modules_to_save` says.
 _HEADS = {
@@ -37,9 +38,10 @@ _TASKS = (*_HEADS, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
 class _Factored(NamedTuple):
-    """One weight with factors: its module there, its rank and its alpha."""
+    """One weight with factors: its module there, what else it is tied to, its rank and its alpha."""
 
     module: str
+    tied_to: tuple[str, ...]
     node: LoRAWeight | DoRAWeight
     embedding: bool
     rank: int
@@ -59,7 +61,7 @@ def export_peft(
     params: Any,
     method: Method,
     *,
-    names: Mapping[str, str],
+    names: Names,
     base_name: str | None = None,
     task_type: str | None = None,
     uses: Mapping[str, Any] | None = None,
@@ -72,21 +74,22 @@ def export_peft(
     Writes `adapter_config.json` and `adapter_model.safetensors`; both are complete on disk before either takes its
     place. Targets are listed by their full names, and other ranks and alphas in `rank_pattern` and `alpha_pattern`.
     Leaves trained in full become `modules_to_save`, and biases `bias="lora_only"` where only those of the adapted
-    modules are trained, else `bias="all"`.
+    modules are trained, else `bias="all"`. A leaf that is embedding and output at once goes out with
+    `ensure_weight_tying`, by which PEFT changes both uses as one.
 
     Args:
         folder: made if it doesn't exist.
         params: the tree from `attach`, trained.
         method: the `LoRA` or `DoRA` that it was trained with.
-        names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own; what is trained
-            must be in it.
+        names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own, see
+            `import_peft`; what is trained must be in it.
         base_name: what PEFT calls the base (`base_model_name_or_path`): a hub name or a folder.
         task_type: `"SEQ_CLS"`, `"CAUSAL_LM"`, …: with it PEFT knows the model's class, and with `"SEQ_CLS"` it expects
             the head in the file, so the head is written, trained or not.
         uses: from `trace_weights`; needed where a leaf that is written in full has more than two axes, or a weight is
             stored `(out, in)`, as Equinox does.
-        fan_in_fan_out: modules (their names, or what follows a dot in them) that store `(in, out)` there: GPT-2's
-            `("c_attn", "c_proj", "c_fc")`.
+        fan_in_fan_out: modules (their names, or what follows a dot in them) that store `(in, out)` there: a bundled
+            model's `fan_in_fan_out`, for GPT-2 `("c_attn", "c_proj", "c_fc")`.
         dtype: of the tensors; those of the tree if `None`.
         config: entries of another `adapter_config.json` to keep where the tree doesn't decide them, from
             `read_peft_config`: what was imported goes out as it came in.
@@ -132,6 +135,8 @@ def export_peft(
         raise AdapterError(
             f"`params` lacks base weights or factors, at {', '.join(partial[:5])}: pass `lj.combine(trainable, frozen)`"
         )
+    stacks = Stacks(names, leaves)
+    leaves, uses = stacks.apart(leaves), stacks.uses(uses)
     table = NameTable(names, leaves)
     conv1d = frozenset(fan_in_fan_out)
     factored = {path: _factored(path, leaf, table, uses, method) for path, leaf in leaves.items() if is_adapted(leaf)}
@@ -140,7 +145,7 @@ def export_peft(
     dropouts = {target.node.dropout for target in factored.values()}
     if len(dropouts) > 1:
         raise AdapterError(f"`params` has factors with several dropouts, {sorted(dropouts)}, and PEFT has one")
-    labels = leaves_by_path(label_params(params, method))
+    labels = stacks.apart(leaves_by_path(label_params(params, method)), lambda label, _: label)
     trained = [path for path, label in labels.items() if path not in factored and label != FROZEN]
     for path in trained:
         table.module(path)  # refuses what has no name
@@ -149,16 +154,21 @@ def export_peft(
     whole = _whole(trained, factored, table, task_type)
 
     targets = {target.module for target in factored.values()}
+    shared = {module for target in factored.values() for module in target.tied_to}
     tensors: dict[str, np.ndarray] = {}
     for target in factored.values():
-        for role, array in zip(("a", "b"), export_factors(target.node), strict=True):
-            tensors[factor_key(target.module, role, embedding=target.embedding)] = array
+        a, b = export_factors(target.node)
+        tensors[factor_key(target.module, "a", embedding=target.embedding)] = a
+        tensors[factor_key(target.module, "b", embedding=target.embedding)] = b
+        for other in target.tied_to:
+            tensors[factor_key(other, "a", embedding=False)] = b.T
+            tensors[factor_key(other, "b", embedding=False)] = a.T
         if isinstance(target.node, DoRAWeight):
             tensors[factor_key(target.module, "magnitude", embedding=None)] = np.asarray(target.node.magnitude).ravel()
     for path in whole.paths:
-        module = table.module(path)
-        layout = leaf_layout(path, leaves[path], uses, conv1d=selects(conv1d, module))
-        tensors[leaf_key(module, kind(path), wrapped=module in targets)] = layout.export(leaves[path])
+        for module in (table.module(path), *table.tied_to(path)):
+            layout = leaf_layout(path, leaves[path], uses, conv1d=selects(conv1d, module))
+            tensors[leaf_key(module, kind(path), wrapped=module in targets)] = layout.export(leaves[path])
     if dtype is not None:
         tensors = {name: array.astype(jnp.dtype(dtype)) for name, array in tensors.items()}
     _require_finite(tensors)
@@ -177,8 +187,11 @@ def export_peft(
         "modules_to_save": whole.entries or None,
         "fan_in_fan_out": bool(kept.get("fan_in_fan_out")) or any(selects(conv1d, module) for module in targets),
         "init_lora_weights": kept.get("init_lora_weights", True),
-        **_selection(kept, targets, table, whole),
+        **(_listed(sorted(targets | shared)) if shared else _selection(kept, targets, table, whole)),
     }
+    tied = bool(shared) or any(table.tied_to(path) for path in whole.paths)
+    if tied or "ensure_weight_tying" in kept:  # older versions of PEFT don't know the entry
+        description["ensure_weight_tying"] = tied
     folder = Path(folder)
     with replacing(folder, (WEIGHTS, CONFIG)) as staging:
         write_safetensors(staging / WEIGHTS, tensors, {"format": "pt"})
@@ -194,6 +207,11 @@ def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | 
     if is_traced(node):
         raise AdapterError(f"`{path}` is abstract: export outside of `jax.jit`")
     module = table.module(path)
+    if table.tied_to(path) and not isinstance(node, LoRAWeight):
+        raise AdapterError(
+            f"`{path}` is {' and '.join((module, *table.tied_to(path)))} at once, and PEFT has magnitudes for each: "
+            "leave it to LoRA, or give each a leaf of its own, `lj.models.load(..., tie_word_embeddings=False)`"
+        )
     require_no_stack(path, node.axes)
     if node.ndim == 2 or path in (uses or {}):
         labels = axis_labels(path, node, uses)
@@ -208,7 +226,7 @@ def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | 
         alpha = _plain(method.alpha)
     if not alpha > 0:
         raise AdapterError(f"the scale of `{path}` is {node.scale!r}, and a positive one is expected")
-    return _Factored(module, node, is_embedding(path, uses), rank, alpha)
+    return _Factored(module, table.tied_to(path), node, is_embedding(path, uses), rank, alpha)
 
 
 def _lacks_arrays(node: AdaptedWeight) -> bool:
@@ -230,7 +248,9 @@ def _whole(
             f"with `task_type={task_type!r}` PEFT looks for a head, {' or '.join(implied)}, and `names` has none: name "
             "its leaves, or leave `task_type` out"
         )
-    entries = {_entry(module) for module in heads} | found
+    # PEFT knows a tied embedding by the name of what it is tied to.
+    tied = {other for path in trained for other in table.tied_to(path)}
+    entries = {_entry(module) for module in heads} | found | tied
     saved = [module for module in table.modules if is_saved(entries, module)]
     both = sorted(targets.intersection(saved))
     if both:
@@ -271,13 +291,14 @@ def _patterns(factored: Mapping[str, _Factored], method: LoRA) -> dict[str, Any]
         stabilized = method.scaling == "rank_stabilized"
         scale = scale_of(method.alpha, method.rank, rank_stabilized=stabilized)
         rank, alpha = 2 * rank, alpha_of(scale, 2 * rank, rank_stabilized=stabilized)
-    ranks = {target.module: target.rank for target in targets if target.rank != rank}
-    alphas = {target.module: target.alpha for target in targets if target.alpha != alpha}
+    modules = {module: target for target in targets for module in (target.module, *target.tied_to)}
+    ranks = {module: target.rank for module, target in modules.items() if target.rank != rank}
+    alphas = {module: target.alpha for module, target in modules.items() if target.alpha != alpha}
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": _keys(ranks, [target.module for target in targets]),
-        "alpha_pattern": _keys(alphas, [target.module for target in targets]),
+        "rank_pattern": _keys(ranks, list(modules)),
+        "alpha_pattern": _keys(alphas, list(modules)),
     }
 
 
@@ -301,13 +322,16 @@ def _selection(kept: Mapping[str, Any], targets: Collection[str], table: NameTab
     chosen = {**kept, "modules_to_save": whole.entries}
     if set(listed_targets(chosen, table.modules) or ()) == set(targets):
         return {name: kept.get(name) for name in SELECTION}
-    listed: list[str] | str = sorted(targets)
-    if set(
-        listed_targets({**chosen, **dict.fromkeys(SELECTION), "target_modules": listed}, table.modules) or ()
-    ) != set(targets):
+    listed = _listed(sorted(targets))
+    if set(listed_targets({**chosen, **listed}, table.modules) or ()) != set(targets):
         # One name is the end of another: an expression for whole names tells them apart.
-        listed = "|".join(map(re.escape, listed))
-    return {**dict.fromkeys(SELECTION), "target_modules": listed}
+        return _listed("|".join(map(re.escape, sorted(targets))))
+    return listed
+
+
+def _listed(targets: list[str] | str) -> dict[str, Any]:
+    """Targets, and nothing else that chooses among them."""
+    return {**dict.fromkeys(SELECTION), "target_modules": targets}
 
 
 def _require_finite(tensors: Mapping[str, np.ndarray]) -> None:

@@ -17,8 +17,9 @@ _FACTORS = {
     ".lora_embedding_A": ("a", True),
     ".lora_embedding_B": ("b", True),
 }
-# Wrapped modules keep what they had under these names.
-_HOLDERS = ("base_layer", "original_module", "modules_to_save")
+# A module with factors keeps what it had under this name; one that is saved in full, its biases under these.
+_BASE = "base_layer"
+_COPIES = ("original_module", "modules_to_save")
 
 
 class FactorKey(NamedTuple):
@@ -56,6 +57,8 @@ def parse_key(name: str, where: str) -> FactorKey | LeafKey:
         FactorKey(module='layer.0.query', role='a', embedding=False)
         >>> parse_key("base_model.model.layer.0.query.base_layer.bias", "")
         LeafKey(module='layer.0.query', part='bias', holder='base_layer')
+        >>> parse_key("base_model.model.classifier.modules_to_save.default.dense.bias", "")
+        LeafKey(module='classifier.dense', part='bias', holder='modules_to_save')
     """
     body = name.removeprefix(PREFIX)
     if body == name:
@@ -73,14 +76,23 @@ def parse_key(name: str, where: str) -> FactorKey | LeafKey:
             f"{where}: '{name:.200}' is no tensor of a plain LoRA. If it has an adapter's name in it, save the adapter "
             "with `model.save_pretrained(folder)` in PEFT, which takes the name out"
         )
-    holder = module.rpartition(".")[2]
-    if holder in _HOLDERS:
-        module = module.removesuffix(f".{holder}")
-    else:
-        holder = ""
+    module, holder = _unwrapped(module)
     if part not in (WEIGHT, BIAS) or not module:
         raise AdapterError(f"{where}: the tensor '{name:.200}' is neither a factor nor a `weight` or `bias`")
     return LeafKey(module, part, holder)
+
+
+def _unwrapped(module: str) -> tuple[str, str]:
+    """A module's name without what PEFT put into it, and what that was, `""` if it was nothing."""
+    if module.endswith(f".{_BASE}"):
+        return module.removesuffix(f".{_BASE}"), _BASE
+    for holder in _COPIES:
+        wrapped, found, inside = f"{module}.".partition(f".{holder}.")
+        if found:
+            if holder == "modules_to_save":  # in a head of several layers the adapter's name comes first
+                inside = inside.partition(".")[2]
+            return f"{wrapped}.{inside}".removesuffix("."), holder
+    return module, ""
 
 
 def factor_key(module: str, role: str, *, embedding: bool | None) -> str:

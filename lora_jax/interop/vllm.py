@@ -60,6 +60,8 @@ def vllm_problems(
         problems.append(f"`modules_to_save` is {saved}, and vLLM takes no module trained in full.")
     if config["bias"] != "none":
         problems.append(f"`bias` is {config['bias']!r}, and vLLM takes no trained biases.")
+    if config.get("ensure_weight_tying"):
+        problems.append("`ensure_weight_tying` is set, and vLLM doesn't read it.")
     if "target_modules" not in config:
         problems.append("`target_modules` is missing, and vLLM reads it.")
     for name in ("rank_pattern", "alpha_pattern"):

@@ -26,6 +26,7 @@ from .loading import load as load
 from .model import Model as Model
 from .model import Skeleton as Skeleton
 from .model import skeleton as skeleton
+from .progress import Progress as Progress
 from .roberta import RobertaConfig as RobertaConfig
 from .roberta import XlmRobertaConfig as XlmRobertaConfig
 from .rope import Rope as Rope

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..interop.names import Names
 from ..paths import leaf_paths, leaves_by_path
 from ..weights import is_adapted, is_traced
 from .cache import Cache, empty_cache
@@ -47,18 +48,21 @@ class Model:
         params: a nested dict of arrays with string keys. With `scan_layers` each leaf below `layers` holds all layers.
         config: sizes and settings; a `BertConfig`, `LlamaConfig`, … by the kind of model.
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
-            `bert.encoder.layer.0.attention.self.query`. With `scan_layers` they are the names of
-            `unstack_layers(params)`.
+            `bert.encoder.layer.0.attention.self.query`. Embeddings that are the head as well have both modules. With
+            `scan_layers` they are the names of `unstack_layers(params)`, which `lj.interop` takes for either form.
         task: `"classification"`, `"regression"`, `"causal-lm"`, or `None` for hidden states.
         pooling: what the head sees, `"first"` or `"mean"`.
+        fan_in_fan_out: the modules, by their last segments, that store `(in, out)` in a checkpoint: GPT-2's `c_attn`,
+            `c_proj` and `c_fc`. For `lj.interop`.
     """
 
     apply: Callable[..., Any]
     params: dict[str, Any]
     config: Any  # a `ModelConfig`: which, and so which sizes it has, is known when a folder is read
-    names: Mapping[str, str]
+    names: Names
     task: Task
     pooling: Pooling
+    fan_in_fan_out: tuple[str, ...] = ()
 
 
 class Skeleton(NamedTuple):

@@ -166,14 +166,16 @@ class Completer:
         return self._config.max_length - options.max_new_tokens + 1
 
 
-def load_completer(folder: str | Path, *, base: str | None = None) -> Completer:
+def load_completer(
+    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+) -> Completer:
     """The adapter of a language model's run, ready to score and to write. Args as `load_adapter`.
 
     Example:
         completer = load_completer("out")
         completer.complete(["name[Blue Spice], eatType[pub]\\n"])[0].text
     """
-    loaded = load_adapter(folder, base=base)
+    loaded = load_adapter(folder, base=base, progress=progress)
     saved = loaded.task_file
     if saved.task.kind != "causal-lm":
         raise TrainingError(f"`adapter` {folder} is of a {saved.task.kind}: `load_predictor` is for it.")

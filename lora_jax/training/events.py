@@ -14,6 +14,14 @@ class Note:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsRead:
+    """So many bytes of the base's weights are read, of so many."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone:
     """One optimizer step.
 
@@ -53,5 +61,5 @@ class Evaluated:
     best: bool | None = None
 
 
-Event = Note | StepDone | Evaluated
+Event = Note | WeightsRead | StepDone | Evaluated
 Listener = Callable[[Event], None]

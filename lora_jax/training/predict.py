@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
+from lora_jax.adapters import read_description
 from lora_jax.interop.peft_config import CONFIG as PEFT_CONFIG
+from lora_jax.models.family import HEAD
 
 from .batching import AnyBatch, Rows, plan_in_order
 from .buckets import cover
@@ -142,12 +144,15 @@ class LoadedAdapter(NamedTuple):
     folder: Path
 
 
-def load_adapter(folder: str | Path, *, base: str | None = None) -> LoadedAdapter:
+def load_adapter(
+    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+) -> LoadedAdapter:
     """Loads the adapter of a run and the base that it belongs to.
 
     Args:
         folder: a run's folder, or the `adapter` folder in it.
         base: where the base is now, if not where it was when the adapter was trained.
+        progress: told of the base's weights as they are read, see `lj.models.load`.
     """
     folder = adapter_folder(folder)
     saved = read_task(folder)
@@ -157,19 +162,29 @@ def load_adapter(folder: str | Path, *, base: str | None = None) -> LoadedAdapte
         num_labels=saved.task.num_labels,
         dtype=saved.dtype,
         pooling=saved.pooling,
+        tie_word_embeddings=False if _has_head(folder) else None,
+        progress=progress,
     )
     adapter = lj.load_adapter(folder, model.params)
     return LoadedAdapter(model, adapter.params, adapter.method, saved, folder)
 
 
-def load_predictor(folder: str | Path, *, base: str | None = None) -> Predictor:
+def _has_head(folder: Path) -> bool:
+    """Whether a decoder's head was a leaf of its own, be it that the base ties it to the embeddings."""
+    description = read_description(folder)
+    return HEAD in description["base"] or HEAD in description["tensors"]
+
+
+def load_predictor(
+    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+) -> Predictor:
     """What `lora-jax predict` uses: the adapter of a run, ready to classify. Args as `load_adapter`.
 
     Example:
         predictor = load_predictor("out")
         predictor.predict(["where is my order?"])[0].label
     """
-    loaded = load_adapter(folder, base=base)
+    loaded = load_adapter(folder, base=base, progress=progress)
     task = loaded.task_file.task
     if not isinstance(task, LabelledTask):
         raise TrainingError(f"`adapter` {folder} is of a {task.kind}, which has no labels: `load_completer` is for it.")

@@ -15,7 +15,7 @@ from lora_jax.models.model import Model, skeleton
 from .batching import Rows, TrainingBatches
 from .buckets import choose_buckets
 from .config import TrainConfig
-from .events import Listener, Note
+from .events import Listener, Note, WeightsRead
 from .labelled import LabelledData
 from .language import LanguageData
 from .optimizer import make_optimizer
@@ -96,6 +96,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         seed=config.seed,
         pooling=config.pooling,
         remat=config.remat,
+        progress=lambda done, total: listen(WeightsRead(done=done, total=total)),
     )
     tokenizer = lj.models.load_tokenizer(config.base)
     assert config.max_length is not None  # resolved when the config was made

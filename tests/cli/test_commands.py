@@ -112,6 +112,8 @@ def test_train_eval_predict_merge(options, data, tmp_path, capsys, monkeypatch):
 
     assert run("merge", "--adapter", output, "--output", tmp_path / "merged") == 0
     assert "model.safetensors" in capsys.readouterr().out
+    assert run("merge", "--adapter", output, "--output", tmp_path / "parts", "--max-shard-size", "20kB") == 0
+    assert "model.safetensors.index.json" in capsys.readouterr().out
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good great\n\nbad poor hate\n")))

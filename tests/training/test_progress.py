@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax.training.events import Evaluated, Note, StepDone
+from lora_jax.training.events import Evaluated, Note, StepDone, WeightsRead
 from lora_jax.training.meter import Meter
 from lora_jax.training.progress import LiveProgress, format_bytes, format_seconds
 
@@ -55,6 +55,12 @@ def test_one_live_line_in_a_terminal():
     text = shown(step(1), step(2, accuracy=None, loss=3.0), terminal=True)
     assert "step 2/100  loss 2.000" in text
     assert text.count("\n") <= 2
+
+
+def test_weights_are_shown_in_a_terminal_alone():
+    events = [WeightsRead(done=done, total=2_000_000) for done in (0, 1_000_000, 2_000_000)]
+    assert "weights  1 MB of 2 MB" in shown(*events, step(1), terminal=True)
+    assert shown(*events, terminal=False) == ""
 
 
 def test_formats():
