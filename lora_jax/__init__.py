@@ -30,9 +30,13 @@ from .masks import label_params as label_params
 from .masks import partition as partition
 from .masks import trainable_mask as trainable_mask
 from .merging import merge_params as merge_params
+from .methods import IA3 as IA3
 from .methods import BitFit as BitFit
+from .methods import DoRA as DoRA
+from .methods import DoRAWeight as DoRAWeight
 from .methods import Frozen as Frozen
 from .methods import FullFineTune as FullFineTune
+from .methods import IA3Weight as IA3Weight
 from .methods import LoRA as LoRA
 from .methods import LoRAWeight as LoRAWeight
 from .methods import Method as Method
@@ -40,6 +44,8 @@ from .methods import NormTuning as NormTuning
 from .methods import RandomMask as RandomMask
 from .methods import RandomSubspace as RandomSubspace
 from .methods import TopLayers as TopLayers
+from .methods import VeRA as VeRA
+from .methods import VeRAWeight as VeRAWeight
 from .optimizer import make_optimizer as make_optimizer
 from .paths import SelectionError as SelectionError
 from .paths import leaf_paths as leaf_paths

@@ -87,10 +87,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
             f"`params` lacks the base weights, at {', '.join(partial[:5])}: save `lj.combine(trainable, frozen)`, so "
             "that the base can be told from another"
         )
-    tensors: dict[str, np.ndarray] = {}
-    for path, leaf in leaves.items():
-        for name, array in _trained_arrays(path, leaf, labels[path]).items():
-            tensors[name] = np.asarray(array)
+    tensors = {name: np.asarray(array) for name, array in saved_arrays(params, method).items()}
     _require_finite(tensors, "cannot save")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,8 +161,9 @@ def load_adapter(
         )
 
     trained: dict[str, Any] = {}
+    shared: dict[Any, Any] = {}
     for path, static in description["adapted"].items():
-        trained[path] = _node(path, static, _base_leaf(path, leaves, folder), tensors, folder)
+        trained[path] = _node(path, static, _base_leaf(path, leaves, folder), tensors, folder).regrown(shared)
     used = {f"{path}/{name}" for path in description["adapted"] for name in trained[path].fields}
     for name, array in tensors.items():
         if name in used:
@@ -239,10 +237,19 @@ def _leaves(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=is_adapted)
 
 
-def _trained_arrays(path: str, leaf: Any, label: Any) -> dict[str, Any]:
-    if not is_adapted(leaf):
-        return {} if label == FROZEN else {path: leaf}
-    return {f"{path}/{name}": getattr(leaf, name) for name in leaf.fields if getattr(label, name) not in (None, FROZEN)}
+def saved_arrays(params: Any, method: Method) -> dict[str, Any]:
+    """What `save_adapter` writes, by the names in the file; `params` may be abstract.
+
+    A frozen factor belongs to the adapter as a trained one does: it is no part of the base.
+    """
+    leaves, found = leaves_by_path(params), {}
+    for (path, leaf), label in zip(leaves.items(), _leaves(label_params(params, method)), strict=True):
+        if is_adapted(leaf):
+            arrays = {f"{path}/{name}": getattr(leaf, name) for name in leaf.saved}
+            found |= {name: array for name, array in arrays.items() if array is not None}
+        elif label != FROZEN:
+            found[path] = leaf
+    return found
 
 
 def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,17 +300,11 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
 
 def _require_agreement(params: Any, method: Method, tensors: Mapping[str, Any], folder: Path) -> None:
     """What is on disk must be what the method trains: a description may have been edited."""
-    leaves = leaves_by_path(params)
     try:
-        labels = _leaves(label_params(params, method))
+        saved = saved_arrays(params, method)
     except ValueError as error:
         raise AdapterError(f"{folder}: its method does not fit the base: {error}") from None
-    trains = {
-        name
-        for (path, leaf), label in zip(leaves.items(), labels, strict=True)
-        for name in _trained_arrays(path, leaf, label)
-    }
-    differing = sorted(trains ^ set(tensors))
+    differing = sorted(set(saved) ^ set(tensors))
     if differing:
         raise AdapterError(
             f"{folder}: its method does not train what its tensors are; they differ at {', '.join(differing[:8])}"
@@ -340,7 +341,7 @@ def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], 
         node = cls(base, **dict.fromkeys(cls.fields), **values)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: the description of `{path}` does not fit {cls.__name__}: {error}") from None
-    arrays = {name: tensors[f"{path}/{name}"] for name in cls.fields if f"{path}/{name}" in tensors}
+    arrays = {name: tensors[f"{path}/{name}"] for name in cls.saved if f"{path}/{name}" in tensors}
     missing = [f"{path}/{name}" for name in cls.saved if name not in arrays and name not in cls.optional]
     if missing:
         raise AdapterError(f"{folder} lacks {', '.join(missing)}")

@@ -144,7 +144,7 @@ def _factored(
     path: str, node: LoRAWeight, tuned: Any, rank: int | None, energy: float | None
 ) -> tuple[LoRAWeight, LowRankFit]:
     """The node's factors of rank 1 replaced by those of the difference."""
-    full = min(math.prod(node.shape[axis] for axis in _places(node, label)) for label in (IN, OUT))
+    full = min(math.prod(node.shape[axis] for axis in node.places(label)) for label in (IN, OUT))
     most = full if rank is None else min(rank, full)
     a, b, sigma, floor = [], [], [], []
     for base, new in zip(_members(node, node.base), _members(node, tuned), strict=True):
@@ -182,14 +182,10 @@ def _balanced_factors(delta: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndar
 
 def _members(node: LoRAWeight, array: Any) -> Iterator[np.ndarray]:
     """The `(in, out)` matrices of a weight: one, or as many as its stack has members."""
-    inside, outside, stack = (_places(node, label) for label in (IN, OUT, STACK))
+    inside, outside, stack = (node.places(label) for label in (IN, OUT, STACK))
     matrices = np.asarray(array).transpose(*stack, *inside, *outside)
     sizes = (math.prod(node.shape[axis] for axis in axes) for axes in (stack, inside, outside))
     return iter(matrices.reshape(*sizes))
-
-
-def _places(node: LoRAWeight, label: str) -> list[int]:
-    return [axis for axis, own in enumerate(node.axes) if own == label]
 
 
 def _some(paths: list[str], most: int = 8) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 # By the names that the format gives them; those that NumPy (with `ml_dtypes`) and JAX both have.
 _DTYPES: dict[str, np.dtype] = {
@@ -42,6 +42,7 @@ _DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # More than this `safetensors` does not read either.
 _LARGEST_HEADER = 100_000_000
@@ -56,6 +57,10 @@ class TensorInfo(NamedTuple):
 
     dtype: np.dtype
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_safetensors_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
@@ -155,14 +160,22 @@ def _tensor_info(path: Path, name: str, tensor: Any) -> TensorInfo:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    written: Callable[[int], None] | None = None,
 ) -> None:
     """Writes a safetensors file, atomically; equal tensors give equal bytes.
 
+    The `safetensors` package puts a file together in memory. This takes memory for one tensor at a time.
+
     Args:
         path: the file; its folder must exist.
-        tensors: `{name: array}`, NumPy or JAX.
+        tensors: `{name: array}`: NumPy's, JAX's, or anything with `shape`, `dtype` and `__array__`, which is asked for
+            its values when it is its turn.
         metadata: strings to keep in the header.
+        written: called with the bytes of each tensor after it is written.
 
     Raises:
         FileError: a dtype that the format lacks, or a full disk. An earlier file at `path` is then as it was.
@@ -171,12 +184,36 @@ def write_safetensors(
     if "__metadata__" in tensors:
         raise FileError(f"{path}: `__metadata__` is no tensor name; pass it as `metadata`.")
     dtypes = {name: _storable_dtype(path, name, tensor) for name, tensor in tensors.items()}
-    arrays = {name: np.asarray(tensor, dtype=dtypes[name], order="C") for name, tensor in tensors.items()}
-    try:
-        data = safetensors.numpy.save(arrays, metadata=dict(metadata) if metadata else None)
-    except (safetensors.SafetensorError, TypeError) as error:
-        raise FileError(f"{path}: these tensors can't be written ({error}).") from error
-    _write_atomically(path, lambda file: file.write(data), needed=len(data))
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise FileError(f"{path}: `metadata` must map strings to strings, not {metadata!r:.200}.")
+    # The widest first, so that every tensor starts at a multiple of its dtype's size.
+    infos = {name: TensorInfo(dtypes[name], tuple(tensors[name].shape)) for name in tensors}
+    order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
+    header = _header({name: infos[name] for name in order}, metadata)
+
+    def write(file: BufferedWriter) -> None:
+        file.write(header)
+        for name in order:
+            array = np.asarray(tensors[name], dtype=dtypes[name], order="C")
+            if array.shape != infos[name].shape:
+                raise FileError(f"{path}: tensor '{name}' has values of shape {array.shape}, not {infos[name].shape}.")
+            file.write(array.reshape(-1).view(np.uint8).data)  # NumPy hands out no bfloat16 as a buffer
+            if written is not None:
+                written(array.nbytes)
+
+    _write_atomically(path, write, needed=len(header) + sum(info.nbytes for info in infos.values()))
+
+
+def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, info in infos.items():
+        end = begin + info.nbytes
+        entries[name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _storable_dtype(path: Path, name: str, tensor: Any) -> np.dtype:
@@ -298,12 +335,20 @@ def within_folder(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(folder: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Path]:
+def replacing(
+    folder: str | os.PathLike[str], names: Sequence[str], *, obsolete: Callable[[str], bool] | None = None
+) -> Iterator[Path]:
     """A new folder to write the files `names` in; at the end of the block they take their places in `folder`.
 
     All are complete on disk before the first takes its place, so that a full disk leaves earlier ones whole. The last
     is the one that readers begin with: an earlier one goes first and the new one comes last, so that a kill in between
     leaves a folder that doesn't load, rather than files of two writes.
+
+    Args:
+        folder: made if it doesn't exist.
+        names: of the files that the block writes.
+        obsolete: tells by its name a file of an earlier write that would be read beside or before the new ones: it
+            goes.
 
     Raises:
         FileError: `folder` cannot be made, or cannot hold files.
@@ -318,6 +363,9 @@ def replacing(folder: str | os.PathLike[str], names: Sequence[str]) -> Iterator[
     try:
         yield staging
         (folder / names[-1]).unlink(missing_ok=True)
+        for path in list(folder.iterdir()) if obsolete is not None else ():
+            if obsolete is not None and path.name not in names and obsolete(path.name):
+                path.unlink()
         for name in names:
             os.replace(staging / name, folder / name)
     finally:

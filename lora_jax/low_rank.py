@@ -14,6 +14,7 @@ import numpy as np
 
 from .methods import LoRA, LoRAWeight
 from .methods.base import is_number
+from .methods.starts import FROM_WEIGHT
 from .paths import flatten_with_paths, leaves_by_path
 from .weights import STACK, is_adapted, is_traced
 
@@ -90,9 +91,12 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
     fits, replaced = {}, {}
     for path, node in nodes.items():
         _require_plain(path, node)
-        replaced[path], fits[path] = _truncated(path, node, rank, energy)
-    new = rebuilt(params, replaced)
+        # Of a start from the weight, what counts is the difference from it: one pair of twice the rank.
+        replaced[path], fits[path] = _truncated(path, node.one_pair(), rank, energy)
+    if method.init in FROM_WEIGHT:
+        method = dataclasses.replace(method, init="gaussian")
     scale = _scale(method, method.alpha, method.rank)
+    new = rebuilt(params, replaced)
     usual = most_frequent(fit.rank for fit in fits.values())
     alpha = scale * (usual if method.scaling == "standard" else math.sqrt(usual))
     return Truncated(new, relabelled(method, new, usual, alpha), fits)

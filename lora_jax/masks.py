@@ -150,7 +150,7 @@ def count_params(params: Any, labels: Any) -> ParamCount:
         labels: strings in the structure of `params`, from `label_params`.
 
     Returns:
-        A `ParamCount`; `total` includes the factors of adapted weights.
+        A `ParamCount`; `total` includes the factors of adapted weights, and no projection that a seed determines.
 
     Raises:
         ValueError: the structures differ.
@@ -164,7 +164,7 @@ def count_params(params: Any, labels: Any) -> ParamCount:
     paths, leaves, treedef = flatten_with_paths(params)
     sizes: dict[str, LabelCount] = {}
     for leaf, label in zip(leaves, _matching_leaves("labels", labels, paths, leaves, treedef), strict=True):
-        for array, name in zip(jax.tree.leaves(leaf), jax.tree.leaves(label), strict=True):
+        for array, name in _parameters(leaf, label):
             if not hasattr(array, "shape"):
                 continue  # an Equinox model's activation function, a Python number: no parameter
             before = sizes.get(name, LabelCount(0, 0))
@@ -175,6 +175,14 @@ def count_params(params: Any, labels: Any) -> ParamCount:
     trainable = sum(count.params for count in trained)
     percent = 100 * trainable / total if total else 0.0
     return ParamCount(trainable, total, percent, sum(count.bytes for count in trained), dict(sorted(sizes.items())))
+
+
+def _parameters(leaf: Any, label: Any) -> list[tuple[Any, str]]:
+    """Arrays with their labels; of an adapted weight without what its settings determine: no file holds that."""
+    if not is_adapted(leaf):
+        return [(leaf, label)]
+    pairs = [(getattr(leaf, name), getattr(label, name)) for name in ("base", *leaf.saved)]
+    return [(array, name) for array, name in pairs if array is not None]
 
 
 def _size(array: Any) -> int:

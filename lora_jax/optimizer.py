@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from .methods.base import FROZEN
+from .methods.base import FROZEN, is_number
 
 if TYPE_CHECKING:
     import optax
 
 
 def make_optimizer(
-    tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation], labels: Any
+    tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+    labels: Any,
+    *,
+    rate_ratios: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An `optax.multi_transform` that updates what is trained and keeps no state for the rest.
 
@@ -22,16 +26,21 @@ def make_optimizer(
     trainable part alone, no gradient of a frozen leaf is ever computed, and clipping by global norm or
     `optax.MultiSteps` around the optimizer see trained leaves only.
 
+    LoRA+ trains `B` with a rate `λ` times that of `A`: `rate_ratios={"lora_b": 16.0}` with the paper's `λ`. A ratio
+    multiplies the updates of its label, which for any optimizer whose last step is to multiply by the learning rate
+    (Optax's `sgd`, `adam`, `adamw` with its decay; with schedules, too) is to multiply that rate.
+
     Args:
         tx: one transformation for all that is trained, or `{label: transformation}`, for settings of their own (a
             higher rate for `lora_b`, no weight decay on `bias`). Frozen leaves get `optax.set_to_zero()`.
         labels: from `label_params`.
+        rate_ratios: `{label: factor of the learning rate}`; 1 for a label that isn't in it.
 
     Returns:
         The Optax transformation.
 
     Raises:
-        ValueError: a label has no transformation.
+        ValueError: a label has no transformation; a ratio is negative or not finite, or of a label that isn't trained.
 
     Example:
         >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}
@@ -39,6 +48,10 @@ def make_optimizer(
         >>> updates, _ = tx.update(params, tx.init(params), params)
         >>> updates["w"].tolist(), updates["b"].tolist()
         ([0.0, 0.0], [-1.0, -1.0])
+
+    Reference:
+        Hayou, Ghosh, Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv:2402.12354,
+        section 4; the ratio `2⁴` is that of section 5.
     """
     import optax  # on first use: who only merges or serves needs none, and its import takes a while
 
@@ -50,6 +63,14 @@ def make_optimizer(
         raise ValueError(
             f"`tx` has no transformation for the labels {', '.join(missing)}; it has {', '.join(sorted(given))}"
         )
+
+    for name, ratio in (rate_ratios or {}).items():
+        if name not in names or name == FROZEN:
+            trained = ", ".join(label for label in names if label != FROZEN)
+            raise ValueError(f"`rate_ratios` has the label {name!r}, and what is trained is labelled {trained}")
+        if not is_number(ratio, float) or not 0 <= ratio < math.inf:
+            raise ValueError(f"`rate_ratios` must have finite numbers from 0, got {ratio!r} for {name!r}")
+        transforms[name] = optax.chain(transforms[name], optax.scale(ratio))
 
     def labels_of(tree: Any) -> Any:
         # The trainable part holds `None` where the whole tree has frozen leaves; their labels go with them.

@@ -118,6 +118,10 @@ class AdaptedWeight:
     def size(self) -> int:
         return self.base.size
 
+    def places(self, label: str) -> list[int]:
+        """The base's axes of one label."""
+        return [axis for axis, own in enumerate(self.axes) if own == label]
+
     def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         """What is wrong with arrays of these shapes as this node's own, `None` if nothing is."""
         private: dict[str, int] = {}
@@ -137,8 +141,20 @@ class AdaptedWeight:
             private.update({letter: shape[dims.index(None)] for letter in letters})
         return None
 
+    def prepared(self) -> AdaptedWeight:
+        """The node that works in this one's place: what depends on the arrays alone is computed once a call."""
+        return self
+
+    def regrown(self, shared: dict[Any, Any]) -> Self:
+        """This node with those of its arrays that no file holds, because its settings determine them.
+
+        `shared` has what the nodes before it made, by what determines it: equal arrays are in memory once.
+        """
+        del shared
+        return self
+
     # How it acts. `run(base)` computes what the unchanged operation gives for the base, or for another array of its
-    # shape; a matmul's takes the other operand too, since it is differentiated by hand.
+    # shape; that of a matmul, ragged or not, takes the other operand too.
 
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
@@ -152,7 +168,7 @@ class AdaptedWeight:
         raise Unfactorable(f"{type(self).__name__} has no rule for convolutions")
 
     def ragged_dot(
-        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
+        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:
         raise Unfactorable(f"{type(self).__name__} has no rule for ragged matmuls")
 

@@ -51,6 +51,11 @@ class Case:
     def method(self, name: str) -> lj.Method:
         return {
             "lora": self.lora,
+            "pissa": lambda: self.lora(init="pissa"),
+            "dora": lambda: lj.DoRA(rank=2, alpha=3, targets=self.targets, also_train=self.head),
+            "ia3": lambda: lj.IA3(targets=self.targets, feedforward=self.targets[-1:], also_train=self.head),
+            "vera": lambda: lj.VeRA(rank=16, d_initial=0.5, targets=self.targets, also_train=self.head),
+            "lora_fa": lambda: self.lora(freeze_a=True),
             "bitfit": self.bitfit,
             "full": lambda: lj.FullFineTune(also_train=self.head),
             "frozen": lambda: lj.Frozen(also_train=self.head),

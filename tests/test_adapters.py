@@ -346,7 +346,11 @@ def test_tensors_of_another_adapter(folder: Path) -> None:
     [
         (("format",), "other", "describes no lora_jax adapter: its `format` is not 'lora_jax adapter'"),
         (("version",), 2, "has the format version 2, and this lora_jax reads 1: install a newer lora_jax"),
-        (("method", "name"), "DoRA", "this lora_jax has no method 'DoRA', only BitFit, Frozen, FullFineTune, LoRA"),
+        (
+            ("method", "name"),
+            "AdaLoRA",
+            "no method 'AdaLoRA', only BitFit, DoRA, Frozen, FullFineTune, IA3, LoRA, VeRA",
+        ),
         (("method", "rank"), 0, "the description of the method LoRA is not usable: `rank` must be an integer"),
         (("method", "surprise"), 1, "the description of the method LoRA is not usable: .*surprise"),
         (("method", "also_train"), "(h+)+x", "`also_train` of the method must be a list of leaf paths"),

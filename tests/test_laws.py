@@ -45,9 +45,11 @@ from lora_jax.weights import is_adapted
 from .models_table import TABLE, case
 from .tiny_encoders import write_tiny
 
-# In full for LoRA and BitFit; the two that change nothing in the model, on two models.
+# In full for LoRA and BitFit, on two models for every other method; where weights change, one has stacks of them.
 PAIRS = [(name, method) for name in TABLE for method in ("lora", "bitfit")]
 PAIRS += [(name, method) for name in ("plain", "nnx_mlp") for method in ("full", "frozen")]
+RELATIVES = ("pissa", "lora_fa", "dora", "ia3", "vera")
+PAIRS += [(name, method) for name in ("plain", "linen_scanned") for method in RELATIVES]
 PAIRS += [("linen_scanned", "random_entries"), ("linen_scanned", "subspace")]
 PAIRS += [("plain", "random_rows"), ("plain", "structured_subspace")]
 # Models that have norms, and layers.
@@ -56,7 +58,13 @@ PAIRS += [("nnx_attention", "norms"), ("bert", "norms"), ("equinox", "top_layers
 every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
 every_model = pytest.mark.parametrize("name", TABLE)
 in_each_dtype = pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name in TABLE for dtype in ("float32", "bfloat16")]
+    ("name", "dtype", "method"),
+    [(name, dtype, "lora") for name in TABLE for dtype in ("float32", "bfloat16")]
+    + [
+        (name, dtype, method)
+        for name, dtype in (("plain", "float32"), ("plain", "bfloat16"), ("linen_scanned", "float32"))
+        for method in RELATIVES
+    ],
 )
 # Every operation is compiled alone, which takes its time: one model of each way to write one, bfloat16 on one.
 unjitted = pytest.mark.parametrize(
@@ -130,9 +138,9 @@ def _adapted(name: str, dtype: str, method: str) -> Callable[..., Outcome]:
 
 
 @functools.cache
-def merged(name: str, dtype: str) -> Callable[..., Outcome]:
+def merged(name: str, dtype: str, method: str) -> Callable[..., Outcome]:
     apply = case(name, dtype).apply
-    return traced_once(outcome_of(lambda params, x: apply(lj.merge_params(params), x)), "merged", name, dtype)
+    return traced_once(outcome_of(lambda params, x: apply(lj.merge_params(params), x)), "merged", name, dtype, method)
 
 
 @functools.cache
@@ -165,10 +173,11 @@ def counted_compilations() -> Iterator[list[str]]:
 
 
 @in_each_dtype
-def test_law_1_attaching_changes_nothing(name: str, dtype: str) -> None:
+def test_law_1_attaching_changes_nothing(name: str, dtype: str, method: str) -> None:
     """At the start `adapt(f)(attach(p), x) == f(p, x)`."""
     row = case(name, dtype)
-    found = adapted(name, dtype)(*split(row.attach(row.lora()), row.lora()), row.x).output
+    chosen = row.method(method)
+    found = adapted(name, dtype, method)(*split(row.attach(chosen), chosen), row.x).output
     wanted = plain(name, dtype)(row.params, row.x)
     assert found.dtype == wanted.dtype
     assert error(found, wanted) <= row.error()
@@ -187,18 +196,19 @@ def test_law_1_bit_for_bit_without_jit(name: str, dtype: str) -> None:
 
 
 @in_each_dtype
-def test_law_2_adapted_equals_merged(name: str, dtype: str) -> None:
+def test_law_2_adapted_equals_merged(name: str, dtype: str, method: str) -> None:
     """`adapt(f)(p, x) == f(merge_params(p), x)` with B not zero, and so do the gradients of every trainable leaf.
 
     Bfloat16 gradients: 1e-1, for the rounding of merged weights enters twice, in the activations and in the way back.
     """
     row = case(name, dtype)
-    params = row.trained(row.lora())
-    found = adapted(name, dtype)(*split(params, row.lora()), row.x)
-    wanted = merged(name, dtype)(*split(params, row.lora()), row.x)
+    chosen = row.method(method)
+    params = row.trained(chosen)
+    found = adapted(name, dtype, method)(*split(params, chosen), row.x)
+    wanted = merged(name, dtype, method)(*split(params, chosen), row.x)
     assert error(found.output, wanted.output) <= row.error()
     assert error(found.gradients, wanted.gradients) <= (1e-1 if dtype == "bfloat16" else 1e-5)
-    chex.assert_trees_all_equal_dtypes(found.gradients, split(params, row.lora()).trainable)
+    chex.assert_trees_all_equal_dtypes(found.gradients, split(params, chosen).trainable)
     # The law would hold for factors that nobody uses: they matter.
     assert error(plain(name, dtype)(lj.detach(params), row.x), wanted.output) > 0.05
 
@@ -320,7 +330,10 @@ def test_law_5_frozen_leaves_stay_and_the_others_move(name: str, method: str) ->
 
 @every_pair
 def test_law_6_nothing_exists_for_a_frozen_leaf(name: str, method: str, tmp_path: Any) -> None:
-    """Neither gradient nor optimizer state nor byte on disk: every count is that of the trainable numbers."""
+    """Neither gradient nor optimizer state nor byte on disk: every count is that of the trainable numbers.
+
+    A factor that is frozen at its start is no part of the base: it is on disk, and has neither of the others.
+    """
     row = case(name)
     chosen = row.method(method)
     params = row.attach(chosen)
@@ -343,8 +356,23 @@ def test_law_6_nothing_exists_for_a_frozen_leaf(name: str, method: str, tmp_path
         chex.assert_trees_all_equal_shapes(updates, tree)
 
     folder = lj.save_adapter(tmp_path, params, chosen)
-    header = 8 + 200 * len(jax.tree.leaves(trainable))
-    assert count.bytes <= (folder / "adapter.safetensors").stat().st_size <= count.bytes + header
+    starts = _frozen_factors(params, chosen)
+    written = count.bytes + sum(array.nbytes for array in starts)
+    header = 8 + 200 * (len(jax.tree.leaves(trainable)) + len(starts))
+    assert written <= (folder / "adapter.safetensors").stat().st_size <= written + header
+    assert bool(starts) == (method in ("pissa", "lora_fa"))
+
+
+def _frozen_factors(params: Any, method: lj.Method) -> list[Any]:
+    nodes = jax.tree.leaves(params, is_leaf=is_adapted)
+    labels = jax.tree.leaves(lj.label_params(params, method), is_leaf=is_adapted)
+    return [
+        getattr(node, name)
+        for node, label in zip(nodes, labels, strict=True)
+        if is_adapted(node)
+        for name in node.saved
+        if getattr(label, name) == FROZEN
+    ]
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
@@ -400,7 +428,44 @@ def test_law_7_the_step_has_no_dot_of_a_weight_s_shape() -> None:
     assert "dot" in lora
     assert not weight_gradients(lora)
     assert not weight_gradients(compiled_step(lj.BitFit()).as_text())
+    for method in relatives():
+        assert not weight_gradients(compiled_step(method).as_text()), method
     assert len(weight_gradients(compiled_step(lj.FullFineTune()).as_text())) == 3
+
+
+def relatives() -> tuple[lj.Method, ...]:
+    """The other methods that change weights, each over all three layers."""
+    common: Any = {"rank": RANK, "alpha": RANK, "targets": ("kernel",)}
+    return (
+        lj.LoRA(**common, init="pissa"),
+        lj.LoRA(**common, freeze_a=True),
+        lj.DoRA(**common),
+        lj.IA3(targets=("kernel",), feedforward=("/1/kernel",)),
+        lj.VeRA(rank=4 * RANK, targets=("kernel",)),
+    )
+
+
+def test_law_7_the_relatives_need_no_more_than_their_formulas() -> None:
+    """As below. Factors of twice the rank cost twice as much; a frozen `a`, and VeRA's, has no gradient, which saves
+    2·r·in. DoRA's norms take 2·r·in·out for `a W` and 2·in·out for `‖W‖²`, once, and its scale 3 operations an output
+    and token, forward and backward; (IA)³'s as many, at the output or the input."""
+    pairs = list(itertools.pairwise(SIZES))
+    inputs, outputs, products = SIZES[:-1], SIZES[1:], sum(i * o for i, o in pairs)
+    chain = 2 * TOKENS * (2 * products - SIZES[0] * SIZES[1])
+
+    def path(rank: int, *, a_learns: bool = True) -> int:
+        return 2 * TOKENS * rank * ((3 if a_learns else 2) * sum(inputs) + 3 * sum(outputs) - SIZES[0])
+
+    formulas = (
+        chain + path(2 * RANK),
+        chain + path(RANK, a_learns=False),
+        chain + path(RANK) + 2 * (RANK + 1) * products + 3 * TOKENS * sum(outputs),
+        chain + 3 * TOKENS * (outputs[0] + inputs[1] + outputs[2]),
+        chain + path(4 * RANK, a_learns=False),
+    )
+    for method, formula in zip(relatives(), formulas, strict=True):
+        flops = compiled_step(method).cost_analysis()["flops"]
+        assert 0.99 * formula <= flops <= 1.05 * formula, (method, flops / formula)
 
 
 def test_law_7_the_step_needs_no_more_than_its_formula() -> None:

@@ -119,3 +119,47 @@ def test_a_label_s_own_transformation_for_frozen_is_kept() -> None:
     tx = lj.make_optimizer({"frozen": optax.sgd(1.0), "bias": optax.sgd(2.0)}, labels)
     params = {"w": jnp.ones(1), "bias": jnp.ones(1)}
     assert first_updates(tx, params)["w"].tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda rate: optax.sgd(rate), lambda rate: optax.adam(rate), lambda rate: optax.adamw(rate, weight_decay=0.3)],
+    ids=["sgd", "adam", "adamw"],
+)
+def test_lora_plus_multiplies_the_rate_of_b(optimizer: Any) -> None:
+    """In the first step B's update is λ times what it would be with A's rate, to the bits; no other label's changes."""
+    params = tree()
+    labels = lj.label_params(params, METHOD)
+    plus = first_updates(lj.make_optimizer(optimizer(1e-2), labels, rate_ratios={"lora_b": 16.0}), params)
+    plain = first_updates(lj.make_optimizer(optimizer(1e-2), labels), params)
+    both = {name: optimizer(rate) for name, rate in {"lora_a": 1e-2, "lora_b": 16e-2, "head": 1e-2}.items()}
+    rates = first_updates(lj.make_optimizer(both, labels), params)
+    np.testing.assert_array_equal(plus["dense"]["kernel"].b, 16 * plain["dense"]["kernel"].b)
+    np.testing.assert_array_equal(plus["dense"]["kernel"].a, plain["dense"]["kernel"].a)
+    np.testing.assert_array_equal(plus["head"]["kernel"], plain["head"]["kernel"])
+    chex.assert_trees_all_close(plus, rates, rtol=1e-6)
+
+
+def test_a_ratio_follows_a_schedule() -> None:
+    """After some steps of a falling rate the ratio is what it was."""
+    params = tree()
+    labels = lj.label_params(params, METHOD)
+    schedule = optax.linear_schedule(1e-2, 1e-3, 4)
+    after, _ = trained(lj.make_optimizer(optax.sgd(schedule), labels, rate_ratios={"lora_b": 4.0}), params)
+    moves = jax.tree.map(lambda new, old: new - old, after, params)["dense"]["kernel"]
+    np.testing.assert_allclose(moves.b, 4 * moves.a.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [
+        ({"lora_c": 2.0}, "`rate_ratios` has the label 'lora_c', and what is trained is labelled head, lora_a, lora_b"),
+        ({"frozen": 2.0}, "`rate_ratios` has the label 'frozen'"),
+        ({"lora_b": -1.0}, "`rate_ratios` must have finite numbers from 0, got -1.0 for 'lora_b'"),
+        ({"lora_b": "16"}, "`rate_ratios` must have finite numbers from 0, got '16' for 'lora_b'"),
+        ({"lora_b": float("nan")}, "`rate_ratios` must have finite numbers from 0, got nan for 'lora_b'"),
+    ],
+)
+def test_a_ratio_that_means_nothing_is_refused(ratios: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lj.make_optimizer(optax.sgd(1.0), lj.label_params(tree(), METHOD), rate_ratios=ratios)

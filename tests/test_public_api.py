@@ -31,7 +31,8 @@ FUNCTIONS = [
     "truncate_lora",
     "with_dropout",
 ]
-METHODS = ["BitFit", "Frozen", "FullFineTune", "LoRA", "NormTuning", "RandomMask", "RandomSubspace", "TopLayers"]
+METHODS = ["BitFit", "DoRA", "Frozen", "FullFineTune", "IA3", "LoRA"]
+METHODS += ["NormTuning", "RandomMask", "RandomSubspace", "TopLayers", "VeRA"]
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])

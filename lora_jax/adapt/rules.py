@@ -119,7 +119,7 @@ def _ragged_dot(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]
     spec = RaggedDotSpec(weight_contract[0], groups[0], param(eqn, "precision"))
     with jax_compat.context(eqn):
         output = walker.counted(value).node.ragged_dot(
-            other, sizes, spec, lambda base: jax_compat.bind(eqn, other, base, sizes)
+            other, sizes, spec, lambda base, other: jax_compat.bind(eqn, other, base, sizes)
         )
     walker.factored(value, eqn)
     return [output]

@@ -82,11 +82,11 @@ class _Probe(AdaptedWeight):
         return run(self.base)
 
     def ragged_dot(
-        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array], jax.Array]
+        self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:
-        del other, sizes
+        del sizes
         self._note("ragged_dot_general", {spec.weight_contract: IN, spec.weight_group: STACK})
-        return run(self.base)
+        return run(self.base, other)
 
     def times(self, factor: jax.Array) -> _Probe:
         return dataclasses.replace(self, base=self.base * factor)

@@ -177,7 +177,7 @@ def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...],
         return [outputs[index] for index in result["places"]]
 
     body = jax_compat.trace(on_bases, [leaves[place].base for place in places])
-    outputs = walker.run(body, [Traced(leaves[place], paths[place]) for place in places])
+    outputs = walker.run(body, [Traced(leaves[place].prepared(), paths[place]) for place in places])
     whole = result["outputs"]
     for place, output in zip(result["places"], outputs, strict=True):
         whole[place] = walker.materialize(output, None, "the function returns it")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import add_column_arguments, add_method_arguments, make_config
+from .options import TASKS, add_column_arguments, add_method_arguments, make_config
 
 if TYPE_CHECKING:
     from lora_jax.training.inspection import AdapterReport, MethodReport, Tensor
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", default=suppress, help="YAML with options of a run")
     parser.add_argument("--train", metavar="DATA", default=suppress, help="data to count the labels of")
     parser.add_argument("--num-labels", type=int, metavar="N", help="labels, where there is no --train (default: 2)")
-    parser.add_argument("--task", choices=("classification", "regression"), default=suppress, help="labels or numbers")
+    parser.add_argument(
+        "--task", choices=TASKS, default=suppress, help="labels, numbers or the next token (default: classification)"
+    )
     add_column_arguments(parser)
     add_method_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -78,7 +80,7 @@ def _count_labels(config) -> int:
     from lora_jax.training.data import read_examples
     from lora_jax.training.task import make_task
 
-    if config.train == "(none)" or config.task == "regression":
+    if config.train == "(none)" or config.task != "classification":
         return 2
     examples = read_examples(config.train, text=config.text, text_pair=config.text_pair, label=config.label)
     return len(make_task(config.task, examples).labels)

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from ..host_memory import keep_freed_memory
-from . import analyze, convert, demo, evaluate, inspect, merge, predict, train
+from . import analyze, compare, convert, demo, evaluate, inspect, merge, predict, train
 
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
 _EXTRAS = {
@@ -20,6 +20,7 @@ _EXTRAS = {
     "flax",
     "grain",
     "huggingface_hub",
+    "jinja2",
     "matplotlib",
     "orbax",
     "rich",
@@ -36,6 +37,7 @@ examples:
   lora-jax merge --adapter out --output merged         a folder that transformers loads
   lora-jax convert --adapter out --to peft --output p  for peft, transformers and vLLM
   lora-jax inspect --method bitfit                     what would be trained, and its memory
+  lora-jax compare --train data.tsv --output study     which method suits the task
   lora-jax analyze out --output figures                what training changed
 
 `lora-jax COMMAND --help` says more."""
@@ -94,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for module in (train, evaluate, predict, merge, convert, inspect, analyze, demo):
+    for module in (train, evaluate, predict, merge, convert, inspect, compare, analyze, demo):
         command = commands.add_parser(
             module.NAME,
             help=module.HELP,

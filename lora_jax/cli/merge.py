@@ -22,6 +22,12 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, an adapter's, or PEFT's")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of a weights file; larger models are split (5GB)",
+    )
     add_base_argument(parser)
 
 
@@ -30,6 +36,14 @@ def run(args: argparse.Namespace) -> None:
     from lora_jax.training.progress import format_bytes
 
     from .tables import print_facts
+    from .weights_progress import WeightsProgress
 
-    folder = merge_adapter(args.adapter, args.output, base=getattr(args, "base", None))
+    with WeightsProgress() as progress:
+        folder = merge_adapter(
+            args.adapter,
+            args.output,
+            base=getattr(args, "base", None),
+            max_shard_size=args.max_shard_size,
+            progress=progress,
+        )
     print_facts({path.name: format_bytes(path.stat().st_size) for path in sorted(Path(folder).iterdir())})

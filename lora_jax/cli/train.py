@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from lora_jax.training import RunResult
 
 NAME = "train"
-HELP = "fine-tune a base on labelled texts"
+HELP = "fine-tune a base on texts"
 DESCRIPTION = """\
-Fine-tunes a base on labelled texts and saves the adapter.
+Fine-tunes a base on labelled texts, or a language model (--task causal-lm) on plain texts, prompts with completions, or
+conversations; and saves the adapter.
 
 Interrupted at any moment, the same command goes on from the last checkpoint."""
 EPILOG = """\
@@ -22,6 +23,9 @@ examples:
   lora-jax train --train train.csv --dev dev.csv --test test.csv --text sentence --label class --output out
   lora-jax train --train pairs.tsv --text a --text-pair b --label score --task regression --output out
   lora-jax train --train data.tsv --method lora --rank 4 --targets query value --lr 2e-3 --output out
+  lora-jax train --task causal-lm --base gpt2 --train data.jsonl --prompt question --completion answer --output out
+  lora-jax train --task causal-lm --base Qwen/Qwen3-0.6B --train talks.jsonl --messages messages --output out
+  lora-jax train --task causal-lm --base gpt2 --train book.txt --output out
   lora-jax train --config out/config.yaml --seed 1 --output out-1
 
 in the output folder:
@@ -64,6 +68,8 @@ def _show(result: RunResult) -> None:
         "padding": f"{100 * result.padding_share:.1f} % of the places in batches",
         "adapter": f"{result.adapter} ({format_bytes(result.adapter_bytes)})",
     }
+    if dropped := {split: count for split, count in result.dropped.items() if count}:
+        facts["left out"] = ", ".join(f"{count:,} texts of {split}" for split, count in dropped.items())
     if result.waiting_share is not None:
         facts["waiting"] = f"{100 * result.waiting_share:.1f} % of the time, for batches"
     print_facts(facts)

@@ -29,7 +29,7 @@ from ..fingerprint import differences, fingerprint
 from ..paths import flatten_with_paths, leaves_by_path, nearest
 from ..weights import is_adapted, placement
 from .layout import leaf_layout
-from .names import NameTable, selects
+from .names import Names, NameTable, kind, selects
 
 DESCRIPTION, TENSORS = "lora_jax_delta.json", "delta.safetensors"
 FORMAT, VERSION = "lora_jax delta", 1
@@ -40,7 +40,7 @@ def export_delta(
     params: Any,
     base_params: Any,
     *,
-    names: Mapping[str, str],
+    names: Names,
     base_name: str | None = None,
     uses: Mapping[str, Any] | None = None,
     fan_in_fan_out: Sequence[str] = (),
@@ -92,13 +92,14 @@ def export_delta(
     table = NameTable(names, leaves)
     if not changed:
         raise AdapterError("`params` and `base_params` are equal: there is nothing to write")
-    tensors, replaced = {}, {}
+    tensors, replaced, tied = {}, {}, {}
     for path in changed:
         module = table.module(path)
         layout = leaf_layout(path, leaves[path], uses, conv1d=selects(set(fan_in_fan_out), module))
         tensors[table.tensor(path)] = layout.export(leaves[path])
         if path not in absent:
             replaced[table.tensor(path)] = layout.export(before[path])
+        tied[table.tensor(path)] = [f"{other}.{kind(path)}" for other in table.tied_to(path)]
     _require_finite(tensors, "cannot export")
     folder = Path(folder)
     with replacing(folder, (TENSORS, DESCRIPTION)) as staging:
@@ -113,6 +114,7 @@ def export_delta(
                     "shape": list(array.shape),
                     "dtype": str(array.dtype),
                     "base": prints.get(name, {}).get("sample"),
+                    **({"tied": tied[name]} if tied[name] else {}),
                 }
                 for name, array in tensors.items()
             },
@@ -126,7 +128,7 @@ def apply_delta(
     folder: str | os.PathLike[str],
     target: Any,
     *,
-    names: Mapping[str, str] | None = None,
+    names: Names | None = None,
     uses: Mapping[str, Any] | None = None,
     fan_in_fan_out: Sequence[str] = (),
     check_base: Literal["error", "warn", "ignore"] = "error",
@@ -206,10 +208,16 @@ def apply_delta(
     if sha256_file(folder / TENSORS) != description.get("sha256"):
         raise AdapterError(f"{folder / TENSORS} is not the file that {DESCRIPTION} was written with: copy both again")
     if names is None:
-        return {**here, **tensors}
+        listed = description["tensors"]
+        tied = {other: tensors[name] for name in tensors for other in _names(listed[name].get("tied")) if other in here}
+        return {**here, **tensors, **tied}
     new = {path: _leaf(layout.restore(tensors[name]), here[path]) for name, (path, layout) in places.items() if layout}
     _, _, treedef = flatten_with_paths(target)
     return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in here.items()])
+
+
+def _names(value: Any) -> list[str]:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
 def _array(name: str, value: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..adapters import AdapterError
-from ..methods import LoRAWeight
+from ..methods.low_rank import LowRankWeight
 from ..paths import is_weight_name, leaf_name, shape_text
 from ..weights import IN, OUT, STACK
 
@@ -109,15 +109,17 @@ def factor_sizes(shape: tuple[int, ...], labels: str) -> tuple[int, int]:
     return fan_in, fan_out
 
 
-def export_factors(node: LoRAWeight) -> tuple[np.ndarray, np.ndarray]:
-    """`A (r, in)` and `B (out, r)` as PEFT has them.
+def export_factors(node: LowRankWeight) -> tuple[np.ndarray, np.ndarray]:
+    """`A (r, in)` and `B (out, r)` as PEFT has them; of twice the rank where the factors started from the weight.
 
     Example:
-        >>> node = LoRAWeight(np.zeros((6, 2, 4)), np.ones((3, 6)), np.ones((3, 2, 4)), scale=1.0, axes="ioo")
+        >>> import lora_jax as lj
+        >>> node = lj.LoRAWeight(np.zeros((6, 2, 4)), np.ones((3, 6)), np.ones((3, 2, 4)), scale=1.0, axes="ioo")
         >>> [array.shape for array in export_factors(node)]
         [(3, 6), (8, 3)]
     """
-    return np.asarray(node.a).reshape(node.rank, -1), np.asarray(node.b).reshape(node.rank, -1).T
+    pair = node.one_pair()
+    return np.asarray(pair.a).reshape(pair.rank, -1), np.asarray(pair.b).reshape(pair.rank, -1).T
 
 
 def restore_factors(a: np.ndarray, b: np.ndarray, shape: tuple[int, ...], labels: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,10 @@ from ..paths import is_bias_name, nearest
 
 WEIGHT, BIAS = "weight", "bias"
 
+# `{leaf path: Hugging Face module}`. A leaf that is several modules there, an embedding tied to the output, has them
+# all, the embedding first.
+Names = Mapping[str, str | tuple[str, ...]]
+
 
 class NameTable:
     """Leaf paths and Hugging Face names, each found by the other.
@@ -18,7 +22,8 @@ class NameTable:
     `b`, `beta`, `offset`) is the `bias` of its module, any other the `weight`.
 
     Args:
-        names: `{leaf path: Hugging Face module}`; leaves that stay as they are may be missing.
+        names: `{leaf path: Hugging Face module}`; leaves that stay as they are may be missing. A leaf that is several
+            modules there, as an embedding tied to the output is, has them in a tuple, the embedding first.
         leaves: the tree's leaves by path.
 
     Raises:
@@ -29,10 +34,13 @@ class NameTable:
         ...                   {"dense/kernel": ..., "dense/bias": ..., "norm/scale": ...})
         >>> table.tensor("dense/kernel"), table.path("layer.0.dense", BIAS), table.path("layer.0.norm", WEIGHT)
         ('layer.0.dense.weight', 'dense/bias', None)
+        >>> tied = NameTable({"words/embedding": ("model.embed", "lm_head")}, {"words/embedding": ...})
+        >>> tied.module("words/embedding"), tied.path("lm_head", WEIGHT), tied.tied_to("words/embedding")
+        ('model.embed', 'words/embedding', ('lm_head',))
     """
 
-    def __init__(self, names: Mapping[str, str], leaves: Mapping[str, Any]) -> None:
-        if not isinstance(names, Mapping) or not all(isinstance(name, str) and name for name in names.values()):
+    def __init__(self, names: Names, leaves: Mapping[str, Any]) -> None:
+        if not isinstance(names, Mapping) or not all(_modules_of(name) for name in names.values()):
             raise AdapterError(
                 "`names` must map leaf paths to Hugging Face module names, such as "
                 '{"layers/0/query/kernel": "encoder.layer.0.attention.self.query"}; '
@@ -45,21 +53,35 @@ class NameTable:
                 f"`names` has `{unknown[0]}`, and the parameters have no such leaf. "
                 f"Nearest: {', '.join(near) or 'none'}"
             )
-        self._modules = dict(names)
+        self._modules: dict[str, str] = {}
+        self._tied: dict[str, tuple[str, ...]] = {}
         self._paths: dict[tuple[str, str], str] = {}
-        for path, module in names.items():
-            key = module, kind(path)
-            if key in self._paths:
-                raise AdapterError(
-                    f"`names` gives {module}.{key[1]} to both `{self._paths[key]}` and `{path}`: a leaf has a name of "
-                    "its own"
-                )
-            self._paths[key] = path
+        for path, value in names.items():
+            self._modules[path], *others = _modules_of(value)
+            if others:
+                self._tied[path] = tuple(others)
+            for module in (self._modules[path], *others):
+                key = module, kind(path)
+                if key in self._paths:
+                    raise AdapterError(
+                        f"`names` gives {module}.{key[1]} to both `{self._paths[key]}` and `{path}`: a leaf has a name "
+                        "of its own"
+                    )
+                self._paths[key] = path
 
     @property
     def modules(self) -> list[str]:
-        """Every module, once, in the table's order."""
+        """Every module, once, in the table's order; of a tied leaf the first."""
         return list(dict.fromkeys(self._modules.values()))
+
+    @property
+    def ties(self) -> Mapping[str, tuple[str, ...]]:
+        """The tied leaves: what else each of them is."""
+        return self._tied
+
+    def tied_to(self, path: str) -> tuple[str, ...]:
+        """What else a leaf is beside `module(path)`: nothing, unless it is tied."""
+        return self._tied.get(path, ())
 
     def module(self, path: str) -> str:
         """The module of a leaf.
@@ -91,6 +113,13 @@ class NameTable:
         """Modules that look like `module`, for a message."""
         segments = {name.replace(".", "/"): name for name in self.modules}
         return ", ".join(segments[name] for name in nearest(module.replace(".", "/"), segments)) or "none"
+
+
+def _modules_of(value: Any) -> tuple[str, ...]:
+    """One name or several; nothing where it is neither."""
+    several = (value,) if isinstance(value, str) else value
+    good = isinstance(several, tuple | list) and all(isinstance(name, str) and name for name in several)
+    return tuple(several) if good else ()
 
 
 def kind(path: str) -> str:

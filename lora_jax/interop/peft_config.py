@@ -52,7 +52,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
+    "ensure_weight_tying": (_is_flag, "true or false"),
     "target_modules": (
         lambda value: _is_text_or_none(value) or _is_list_of_names(value),
         "a list of names, an expression or null",
@@ -68,7 +70,6 @@ _DEFAULTS = {"lora_dropout": 0.0, "bias": "none", "init_lora_weights": True}
 
 # Variants of LoRA that compute something else than `W + scale · B A`, where the entry is set.
 _VARIANTS = {
-    "use_dora": "DoRA, whose magnitudes this lora_jax doesn't have",
     "use_qalora": "QALoRA, which pools the inputs",
     "lora_bias": "a bias beside `lora_B`",
     "alora_invocation_tokens": "aLoRA, which acts on some tokens only",
@@ -81,7 +82,6 @@ _VARIANTS = {
     "target_parameters": "factors of parameters outside of any module",
     "trainable_token_indices": "single trained rows of an embedding",
     "megatron_config": "Megatron's parallel layers",
-    "ensure_weight_tying": "adapters shared by tied layers",
 }
 # Starts that leave the base as it is. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) train beside a changed base.
 _STARTS = {True, False, None, "gaussian", "eva", "orthogonal", "mica"}
@@ -130,9 +130,19 @@ def read_peft_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for name, (fits, expected) in _FIELDS.items():
         if name in config and not fits(config[name]):
             raise AdapterError(f"{path}: `{name}` must be {expected}, got {config[name]!r:.200}")
+    endless = [name for name, value in config.items() if not _is_finite(value)]
+    if endless:
+        raise AdapterError(f"{path} has a NaN or an infinity, which JSON lacks, in {', '.join(sorted(endless)[:5])}")
     if config["peft_type"] != "LORA":
         raise AdapterError(f"{path} is of the type {config['peft_type']!r:.50}, and only LORA can be read")
     return config
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a JSON value is NaN or infinite: Python reads such, and no other reader has to."""
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def weights_file(folder: str | os.PathLike[str]) -> Path:
@@ -148,7 +158,7 @@ def weights_file(folder: str | os.PathLike[str]) -> Path:
 
 
 def variants(config: Mapping[str, Any]) -> list[str]:
-    """What makes an adapter something else than plain LoRA, each as `entry: what it is`."""
+    """What makes an adapter something else than LoRA or DoRA, each as `entry: what it is`."""
     found = [f"`{name}`: {what}" for name, what in _VARIANTS.items() if config.get(name)]
     start = config.get("init_lora_weights")
     if start not in _STARTS:

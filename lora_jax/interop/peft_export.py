@@ -16,15 +16,17 @@ import numpy as np
 from ..adapters import AdapterError
 from ..files import replacing, write_json, write_safetensors
 from ..masks import label_params
-from ..methods import LoRA, LoRAWeight, Method
+from ..methods import DoRA, DoRAWeight, LoRA, LoRAWeight, Method
 from ..methods.base import FROZEN
+from ..methods.starts import FROM_WEIGHT
 from ..paths import leaves_by_path
 from ..weights import AdaptedWeight, is_adapted, is_traced
 from .layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
-from .names import BIAS, NameTable, kind, selects
+from .names import BIAS, Names, NameTable, kind, selects
 from .patterns import PatternError, Patterns, literal
-from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, variants
+from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, scale_of, variants
 from .peft_keys import factor_key, leaf_key
+from .stacks import Stacks
 
 # Heads that PEFT saves in full by itself, and looks for when it loads, whatever `modules_to_save` says.
 _HEADS = {
@@ -36,10 +38,11 @@ _TASKS = (*_HEADS, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
 class _Factored(NamedTuple):
-    """One weight with factors: its module there, its rank and its alpha."""
+    """One weight with factors: its module there, what else it is tied to, its rank and its alpha."""
 
     module: str
-    node: LoRAWeight
+    tied_to: tuple[str, ...]
+    node: LoRAWeight | DoRAWeight
     embedding: bool
     rank: int
     alpha: float
@@ -58,7 +61,7 @@ def export_peft(
     params: Any,
     method: Method,
     *,
-    names: Mapping[str, str],
+    names: Names,
     base_name: str | None = None,
     task_type: str | None = None,
     uses: Mapping[str, Any] | None = None,
@@ -71,21 +74,22 @@ def export_peft(
     Writes `adapter_config.json` and `adapter_model.safetensors`; both are complete on disk before either takes its
     place. Targets are listed by their full names, and other ranks and alphas in `rank_pattern` and `alpha_pattern`.
     Leaves trained in full become `modules_to_save`, and biases `bias="lora_only"` where only those of the adapted
-    modules are trained, else `bias="all"`.
+    modules are trained, else `bias="all"`. A leaf that is embedding and output at once goes out with
+    `ensure_weight_tying`, by which PEFT changes both uses as one.
 
     Args:
         folder: made if it doesn't exist.
         params: the tree from `attach`, trained.
-        method: the `LoRA` that it was trained with.
-        names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own; what is trained
-            must be in it.
+        method: the `LoRA` or `DoRA` that it was trained with.
+        names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own, see
+            `import_peft`; what is trained must be in it.
         base_name: what PEFT calls the base (`base_model_name_or_path`): a hub name or a folder.
         task_type: `"SEQ_CLS"`, `"CAUSAL_LM"`, …: with it PEFT knows the model's class, and with `"SEQ_CLS"` it expects
             the head in the file, so the head is written, trained or not.
         uses: from `trace_weights`; needed where a leaf that is written in full has more than two axes, or a weight is
             stored `(out, in)`, as Equinox does.
-        fan_in_fan_out: modules (their names, or what follows a dot in them) that store `(in, out)` there: GPT-2's
-            `("c_attn", "c_proj", "c_fc")`.
+        fan_in_fan_out: modules (their names, or what follows a dot in them) that store `(in, out)` there: a bundled
+            model's `fan_in_fan_out`, for GPT-2 `("c_attn", "c_proj", "c_fc")`.
         dtype: of the tensors; those of the tree if `None`.
         config: entries of another `adapter_config.json` to keep where the tree doesn't decide them, from
             `read_peft_config`: what was imported goes out as it came in.
@@ -114,12 +118,16 @@ def export_peft(
     """
     if not isinstance(method, LoRA):
         raise AdapterError(
-            f"PEFT has no format for {type(method).__name__}, only for LoRA: write what it changed with "
+            f"PEFT has no format for {type(method).__name__}, only for LoRA and DoRA: write what it changed with "
             "`export_delta`, or whole files after `lj.merge_params`"
         )
     if task_type is not None and task_type not in _TASKS:
         raise AdapterError(f"`task_type` must be one of {', '.join(_TASKS)} or None, got {task_type!r}")
-    if config is not None and (found := variants(config)):
+    dora = isinstance(method, DoRA)
+    found = variants(config or {})
+    if config is not None and bool(config.get("use_dora")) != dora:
+        found.append(f"`use_dora` is {config.get('use_dora')!r}, and the method is {type(method).__name__}")
+    if found:
         raise AdapterError(f"`config` describes another adapter than this one: {'; '.join(found)}")
     leaves = leaves_by_path(params)
     partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and _lacks_arrays(leaf)]
@@ -127,6 +135,8 @@ def export_peft(
         raise AdapterError(
             f"`params` lacks base weights or factors, at {', '.join(partial[:5])}: pass `lj.combine(trainable, frozen)`"
         )
+    stacks = Stacks(names, leaves)
+    leaves, uses = stacks.apart(leaves), stacks.uses(uses)
     table = NameTable(names, leaves)
     conv1d = frozenset(fan_in_fan_out)
     factored = {path: _factored(path, leaf, table, uses, method) for path, leaf in leaves.items() if is_adapted(leaf)}
@@ -135,7 +145,7 @@ def export_peft(
     dropouts = {target.node.dropout for target in factored.values()}
     if len(dropouts) > 1:
         raise AdapterError(f"`params` has factors with several dropouts, {sorted(dropouts)}, and PEFT has one")
-    labels = leaves_by_path(label_params(params, method))
+    labels = stacks.apart(leaves_by_path(label_params(params, method)), lambda label, _: label)
     trained = [path for path, label in labels.items() if path not in factored and label != FROZEN]
     for path in trained:
         table.module(path)  # refuses what has no name
@@ -144,14 +154,21 @@ def export_peft(
     whole = _whole(trained, factored, table, task_type)
 
     targets = {target.module for target in factored.values()}
+    shared = {module for target in factored.values() for module in target.tied_to}
     tensors: dict[str, np.ndarray] = {}
     for target in factored.values():
-        for role, array in zip(("a", "b"), export_factors(target.node), strict=True):
-            tensors[factor_key(target.module, role, embedding=target.embedding)] = array
+        a, b = export_factors(target.node)
+        tensors[factor_key(target.module, "a", embedding=target.embedding)] = a
+        tensors[factor_key(target.module, "b", embedding=target.embedding)] = b
+        for other in target.tied_to:
+            tensors[factor_key(other, "a", embedding=False)] = b.T
+            tensors[factor_key(other, "b", embedding=False)] = a.T
+        if isinstance(target.node, DoRAWeight):
+            tensors[factor_key(target.module, "magnitude", embedding=None)] = np.asarray(target.node.magnitude).ravel()
     for path in whole.paths:
-        module = table.module(path)
-        layout = leaf_layout(path, leaves[path], uses, conv1d=selects(conv1d, module))
-        tensors[leaf_key(module, kind(path), wrapped=module in targets)] = layout.export(leaves[path])
+        for module in (table.module(path), *table.tied_to(path)):
+            layout = leaf_layout(path, leaves[path], uses, conv1d=selects(conv1d, module))
+            tensors[leaf_key(module, kind(path), wrapped=module in targets)] = layout.export(leaves[path])
     if dtype is not None:
         tensors = {name: array.astype(jnp.dtype(dtype)) for name, array in tensors.items()}
     _require_finite(tensors)
@@ -165,13 +182,16 @@ def export_peft(
         "inference_mode": True,
         "lora_dropout": dropouts.pop(),
         "use_rslora": method.scaling == "rank_stabilized",
-        "use_dora": False,
+        "use_dora": dora,
         "bias": whole.bias,
         "modules_to_save": whole.entries or None,
         "fan_in_fan_out": bool(kept.get("fan_in_fan_out")) or any(selects(conv1d, module) for module in targets),
         "init_lora_weights": kept.get("init_lora_weights", True),
-        **_selection(kept, targets, table, whole),
+        **(_listed(sorted(targets | shared)) if shared else _selection(kept, targets, table, whole)),
     }
+    tied = bool(shared) or any(table.tied_to(path) for path in whole.paths)
+    if tied or "ensure_weight_tying" in kept:  # older versions of PEFT don't know the entry
+        description["ensure_weight_tying"] = tied
     folder = Path(folder)
     with replacing(folder, (WEIGHTS, CONFIG)) as staging:
         write_safetensors(staging / WEIGHTS, tensors, {"format": "pt"})
@@ -180,13 +200,18 @@ def export_peft(
 
 
 def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | None, method: LoRA) -> _Factored:
-    if not isinstance(node, LoRAWeight):
+    if not isinstance(node, LoRAWeight | DoRAWeight):
         raise AdapterError(
             f"`{path}` is a {type(node).__name__}, and PEFT's format has a place for LoRA's factors only"
         )
     if is_traced(node):
         raise AdapterError(f"`{path}` is abstract: export outside of `jax.jit`")
     module = table.module(path)
+    if table.tied_to(path) and not isinstance(node, LoRAWeight):
+        raise AdapterError(
+            f"`{path}` is {' and '.join((module, *table.tied_to(path)))} at once, and PEFT has magnitudes for each: "
+            "leave it to LoRA, or give each a leaf of its own, `lj.models.load(..., tie_word_embeddings=False)`"
+        )
     require_no_stack(path, node.axes)
     if node.ndim == 2 or path in (uses or {}):
         labels = axis_labels(path, node, uses)
@@ -195,17 +220,17 @@ def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | 
                 f"the factors of `{path}` are labelled {node.axes!r}, and `uses` says {labels!r}: attach them with "
                 "`uses` as well, so that `a` stands at the side of the inputs"
             )
-    stabilized = method.scaling == "rank_stabilized"
-    alpha = alpha_of(node.scale, node.rank, rank_stabilized=stabilized)
+    rank = node.one_pair().rank
+    alpha = alpha_of(node.scale, rank, rank_stabilized=method.scaling == "rank_stabilized")
     if math.isclose(alpha, method.alpha, rel_tol=1e-9):
         alpha = _plain(method.alpha)
     if not alpha > 0:
         raise AdapterError(f"the scale of `{path}` is {node.scale!r}, and a positive one is expected")
-    return _Factored(module, node, is_embedding(path, uses), node.rank, alpha)
+    return _Factored(module, table.tied_to(path), node, is_embedding(path, uses), rank, alpha)
 
 
 def _lacks_arrays(node: AdaptedWeight) -> bool:
-    return any(getattr(node, name) is None for name in ("base", *node.saved))
+    return any(getattr(node, name) is None for name in ("base", *node.saved) if name not in node.optional)
 
 
 def _whole(
@@ -223,7 +248,9 @@ def _whole(
             f"with `task_type={task_type!r}` PEFT looks for a head, {' or '.join(implied)}, and `names` has none: name "
             "its leaves, or leave `task_type` out"
         )
-    entries = {_entry(module) for module in heads} | found
+    # PEFT knows a tied embedding by the name of what it is tied to.
+    tied = {other for path in trained for other in table.tied_to(path)}
+    entries = {_entry(module) for module in heads} | found | tied
     saved = [module for module in table.modules if is_saved(entries, module)]
     both = sorted(targets.intersection(saved))
     if both:
@@ -258,15 +285,20 @@ def _entry(module: str) -> str:
 
 def _patterns(factored: Mapping[str, _Factored], method: LoRA) -> dict[str, Any]:
     """`r`, `lora_alpha` and the exceptions from them."""
-    alpha = _plain(method.alpha)
     targets = list(factored.values())
-    ranks = {target.module: target.rank for target in targets if target.rank != method.rank}
-    alphas = {target.module: target.alpha for target in targets if target.alpha != alpha}
+    rank, alpha = int(method.rank), _plain(method.alpha)
+    if method.init in FROM_WEIGHT:  # the scale stays, of factors of twice the rank
+        stabilized = method.scaling == "rank_stabilized"
+        scale = scale_of(method.alpha, method.rank, rank_stabilized=stabilized)
+        rank, alpha = 2 * rank, alpha_of(scale, 2 * rank, rank_stabilized=stabilized)
+    modules = {module: target for target in targets for module in (target.module, *target.tied_to)}
+    ranks = {module: target.rank for module, target in modules.items() if target.rank != rank}
+    alphas = {module: target.alpha for module, target in modules.items() if target.alpha != alpha}
     return {
-        "r": int(method.rank),
+        "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": _keys(ranks, [target.module for target in targets]),
-        "alpha_pattern": _keys(alphas, [target.module for target in targets]),
+        "rank_pattern": _keys(ranks, list(modules)),
+        "alpha_pattern": _keys(alphas, list(modules)),
     }
 
 
@@ -290,13 +322,16 @@ def _selection(kept: Mapping[str, Any], targets: Collection[str], table: NameTab
     chosen = {**kept, "modules_to_save": whole.entries}
     if set(listed_targets(chosen, table.modules) or ()) == set(targets):
         return {name: kept.get(name) for name in SELECTION}
-    listed: list[str] | str = sorted(targets)
-    if set(
-        listed_targets({**chosen, **dict.fromkeys(SELECTION), "target_modules": listed}, table.modules) or ()
-    ) != set(targets):
+    listed = _listed(sorted(targets))
+    if set(listed_targets({**chosen, **listed}, table.modules) or ()) != set(targets):
         # One name is the end of another: an expression for whole names tells them apart.
-        listed = "|".join(map(re.escape, listed))
-    return {**dict.fromkeys(SELECTION), "target_modules": listed}
+        return _listed("|".join(map(re.escape, sorted(targets))))
+    return listed
+
+
+def _listed(targets: list[str] | str) -> dict[str, Any]:
+    """Targets, and nothing else that chooses among them."""
+    return {**dict.fromkeys(SELECTION), "target_modules": targets}
 
 
 def _require_finite(tensors: Mapping[str, np.ndarray]) -> None:

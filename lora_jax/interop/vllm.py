@@ -51,12 +51,17 @@ def vllm_problems(
     config = read_peft_config(folder)
     file = weights_file(folder)
     header = read_safetensors_header(file)
-    problems = [f"vLLM has plain LoRA only, and this is {variant}." for variant in variants(config)]
+    found = variants(config)
+    if config.get("use_dora"):
+        found.append("`use_dora`: DoRA, whose magnitudes vLLM doesn't have")
+    problems = [f"vLLM has plain LoRA only, and this is {variant}." for variant in found]
     if config.get("modules_to_save"):
         saved = ", ".join(config["modules_to_save"][:5])
         problems.append(f"`modules_to_save` is {saved}, and vLLM takes no module trained in full.")
     if config["bias"] != "none":
         problems.append(f"`bias` is {config['bias']!r}, and vLLM takes no trained biases.")
+    if config.get("ensure_weight_tying"):
+        problems.append("`ensure_weight_tying` is set, and vLLM doesn't read it.")
     if "target_modules" not in config:
         problems.append("`target_modules` is missing, and vLLM reads it.")
     for name in ("rank_pattern", "alpha_pattern"):
@@ -72,6 +77,8 @@ def vllm_problems(
         except AdapterError as error:
             problems.append(f"{str(error).removeprefix(f'{file}: ')}.")
             continue
+        if isinstance(key, FactorKey) and key.role == "magnitude" and not config.get("use_dora"):
+            problems.append(f"'{name}' is DoRA's, and vLLM has plain LoRA only.")
         (factors if isinstance(key, FactorKey) else whole).append((name, key))
     problems += _ranks(config["r"], [header[name].shape for name, key in factors if key.role == "a"], max_lora_rank)
     rest = [name for name, key in whole if not (isinstance(key, LeafKey) and key.holder == "base_layer")]

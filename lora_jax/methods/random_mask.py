@@ -16,7 +16,7 @@ from ..draws import leaf_seed, spread_places
 from ..weights import IN, OUT, STACK, register
 from .base import is_number, is_trainable, is_weight, require
 from .bitfit import BitFit
-from .lora import _labels as axis_labels
+from .targets import axis_labels
 from .whole import WholeMethod, WholeWeight, bases
 
 Kind = Literal["uniform", "rows", "columns"]

@@ -26,10 +26,13 @@ from .loading import load as load
 from .model import Model as Model
 from .model import Skeleton as Skeleton
 from .model import skeleton as skeleton
+from .progress import Progress as Progress
 from .roberta import RobertaConfig as RobertaConfig
 from .roberta import XlmRobertaConfig as XlmRobertaConfig
 from .rope import Rope as Rope
 from .saving import save_pretrained as save_pretrained
 from .stacking import stack_layers as stack_layers
 from .stacking import unstack_layers as unstack_layers
+from .tokenizer import SpecialTokens as SpecialTokens
 from .tokenizer import load_tokenizer as load_tokenizer
+from .tokenizer import read_special_tokens as read_special_tokens

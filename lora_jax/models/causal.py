@@ -9,7 +9,13 @@ from .layers import dropout, wide
 
 
 def visible(
-    mask: jax.Array | None, time: int, *, start: jax.Array | int = 0, slots: int, window: int | None = None
+    mask: jax.Array | None,
+    time: int,
+    *,
+    start: jax.Array | int = 0,
+    slots: int,
+    window: int | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Which slots each of `time` tokens attends to: its own and earlier ones, without padding.
 
@@ -20,17 +26,41 @@ def visible(
         slots: how many there are.
         window: to how many slots, its own included, a token attends; `None` for all before it. Slots are counted,
             padding among them, as transformers does.
+        segments: `(batch, slots)` integers: a token attends within its own segment only. All tokens ask at once, so
+            `time` is `slots`. `None` for one segment.
 
     Returns:
-        `(batch, time, slots)` booleans, or `(1, time, slots)` without a mask.
+        `(batch, time, slots)` booleans, or `(1, time, slots)` without a mask and segments.
 
     Example:
         >>> visible(None, 3, slots=3, window=2)[0].astype(int).tolist()
         [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     distance = (start + jnp.arange(time))[:, None] - jnp.arange(slots)[None, :]
-    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return seen[None] if mask is None else seen[None] & mask[:, None, :]
+    seen = (distance >= 0 if window is None else (distance >= 0) & (distance < window))[None]
+    if segments is not None:
+        seen = seen & (segments[:, :, None] == segments[:, None, :])
+    return seen if mask is None else seen & mask[:, None, :]
+
+
+def runs(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The segments of packed rows: each run of equal numbers is one, wherever the number occurs again.
+
+    Args:
+        segments: `(batch, time)` integers.
+
+    Returns:
+        The number of the run that each token is in, and its place there, both counted from 0; `(batch, time)` int32.
+
+    Example:
+        >>> number, place = runs(jnp.array([[7, 7, 7, 2, 2, 7]]))
+        >>> number.tolist(), place.tolist()
+        ([[0, 0, 0, 1, 1, 2]], [[0, 1, 2, 0, 1, 0]])
+    """
+    slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    first = jax.lax.cummax(jnp.where(begins, slots, jnp.int32(0)), axis=1)
+    return jnp.cumsum(begins, axis=1, dtype=jnp.int32), slots - first
 
 
 def attend_visible(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ def _locate_in_parts(folder: Path) -> dict[str, Located]:
     return {name: Located(files[file], headers[file][name]) for name, file in parts.items()}
 
 
-def read_tensors(tensors: dict[str, Located], names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+def read_tensors(tensors: Mapping[str, Located], names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the tensors named, one at a time, file by file."""
     by_file: dict[Path, list[str]] = {}
     for name in names:

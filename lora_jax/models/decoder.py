@@ -6,6 +6,7 @@ Pre-norm layers, causal attention. Shapes: `batch` sequences of `time` tokens, `
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from .cache import Cache
+from .causal import runs, visible
 from .config import ModelConfig
 from .encoder import Remat
 from .layers import Table, key_for
@@ -87,9 +89,13 @@ class Decoder(nnx.Module):
     def embed(self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None) -> jax.Array:
         raise NotImplementedError
 
-    def context(self, mask: jax.Array | None, positions: jax.Array, start: jax.Array | int, slots: int) -> Context:
-        """What the layers see; `positions` are `(batch or 1, time)`, the tokens are in the slots from `start`."""
-        del positions  # GPT-2 has them in its embeddings
+    def context(self, look: Callable[..., jax.Array], positions: jax.Array) -> Context:
+        """What the layers see.
+
+        Args:
+            look: `look(window=None)` is `visible` of these tokens, `(batch or 1, time, slots)`.
+            positions: `(batch or 1, time)`.
+        """
         raise NotImplementedError
 
     def settings(self) -> np.ndarray | None:
@@ -104,6 +110,7 @@ class Decoder(nnx.Module):
         cache: Cache | None,
         key: jax.Array | None,
         *,
+        segments: jax.Array | None = None,
         last_only: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states `(batch, time, d)` or logits `(batch, time, vocabulary)`, and the cache with these tokens.
@@ -111,19 +118,25 @@ class Decoder(nnx.Module):
         Args:
             input_ids: `(batch, time)` integers.
             mask: `(batch, time)` booleans, false where there is padding; `None` for no padding.
-            positions: `(batch, time)` integers; `None` counts the slots.
+            positions: `(batch, time)` integers; `None` counts the slots, in each segment anew.
             cache: of the tokens before; `None` for none.
             key: of the dropout; `None` for none.
+            segments: `(batch, time)` integers: each run of equal ones is a text of its own. `None` for one text a row;
+                without a cache only.
             last_only: only of the last token, `(batch, 1, …)`.
         """
         time = input_ids.shape[1]
         start: jax.Array | int = 0 if cache is None else cache.used
-        if positions is None:
-            positions = (start + jnp.arange(time))[None]
+        places = (start + jnp.arange(time))[None]
+        if segments is not None:
+            segments, places = runs(segments)
+        positions = places if positions is None else positions
         if cache is not None:
             cache = cache.with_tokens(mask, time)
             mask = cache.mask
-        context = self.context(mask, positions, start, time if cache is None else cache.slots)
+        slots = time if cache is None else cache.slots
+        look = functools.partial(visible, mask, time, start=start, slots=slots, segments=segments)
+        context = self.context(look, positions)
         x = self.embed(input_ids, positions, key)
         x, cache = run_layers(
             self.layers, x, context, cache, key_for(key, "layers"), settings=self.settings(), remat=self.remat

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..interop.names import Names
 from .config import ModelConfig
-from .names import NameTable
+from .names import NameTable, is_kernel
 
 Task = Literal["classification", "regression", "causal-lm"] | None
+
+# A decoder's embeddings, and its head where that is no part of them.
+WORDS, HEAD = "embeddings/word/embedding", "lm_head/kernel"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +47,24 @@ class Family:
     @property
     def is_decoder(self) -> bool:
         return "causal-lm" in self.architectures
+
+    def leaf_modules(self, paths: Iterable[str], task: Task) -> Names:
+        """The Hugging Face module of every leaf; of embeddings that are the head as well, both.
+
+        Args:
+            paths: of all leaves, those of the layers side by side.
+            task: of the model.
+        """
+        names: dict[str, str | tuple[str, ...]] = {}
+        names |= self.names.module_names(paths, prefix=self.names.prefix if task else "")
+        if task == "causal-lm" and HEAD not in names:
+            names[WORDS] = self.names.module(WORDS, prefix=self.names.prefix), self.names.module(HEAD)
+        return names
+
+    def fan_in_fan_out(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """The modules, by their last segments, that store a linear layer's weight as here, `(in, out)`."""
+        kept = [path for path in paths if is_kernel(path) and not self.names.is_transposed(path)]
+        return tuple(sorted({self.names.module(path).rpartition(".")[2] for path in kept}))
 
 
 def encoder_architectures(name: str) -> dict[Task, str]:

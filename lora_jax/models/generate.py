@@ -15,6 +15,7 @@ import numpy as np
 from ..weights import is_traced
 from .cache import Cache
 from .model import Model
+from .next_token import forbid_repeats, keep_probable
 
 # Stands for -∞ in sums of log-probabilities.
 _NEVER = -1e9
@@ -42,6 +43,7 @@ class _Options:
     top_p: float | None
     num_beams: int
     length_penalty: float
+    no_repeat_ngram_size: int | None
     ends: tuple[int, ...]
     padding: int
 
@@ -58,6 +60,7 @@ def generate(
     top_p: float | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    no_repeat_ngram_size: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     key: jax.Array | None = None,
@@ -85,6 +88,7 @@ def generate(
         num_beams: more than 1 searches for the row of the highest `log p / length ** length_penalty`, keeping so many
             beginnings at each step.
         length_penalty: see `num_beams`; above 0 favours longer rows.
+        no_repeat_ngram_size: no run of so many tokens comes twice in a row, prompt included; `None` for any.
         eos_token_id: the token, or tokens, that end a text; `None` for none.
         pad_token_id: what fills a row after its end; the first of `eos_token_id` if `None`.
         key: of the drawing.
@@ -106,7 +110,8 @@ def generate(
 
     **Deviations.** transformers fills a row after its end with the end-of-text if the token of padding is 0, in beam
     search; here with padding always. It takes tokens of padding in a prompt for padding where no mask is given; here
-    every token counts. Beams are searched as with its `early_stopping=False`.
+    every token counts. For `no_repeat_ngram_size` it counts padding as tokens; here it is none. Beams are searched as
+    with its `early_stopping=False`.
     """
     ends = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     options = _Options(
@@ -116,6 +121,7 @@ def generate(
         top_p=top_p,
         num_beams=num_beams,
         length_penalty=length_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
         ends=ends,
         padding=(ends[0] if ends else 0) if pad_token_id is None else pad_token_id,
     )
@@ -135,6 +141,9 @@ def _check_options(options: _Options, key: jax.Array | None) -> None:
             raise ValueError(f"`{name}` must be a number, not {number!r}.")
     if options.temperature < 0:
         raise ValueError(f"`temperature` must be 0 (the most probable token) or more, not {options.temperature}.")
+    ngram = options.no_repeat_ngram_size
+    if ngram is not None and (type(ngram) is not int or ngram < 1):
+        raise ValueError(f"`no_repeat_ngram_size` must be an integer of at least 1, not {ngram!r}.")
     if options.top_k is not None and (type(options.top_k) is not int or options.top_k < 1):
         raise ValueError(f"`top_k` must be an integer of at least 1, not {options.top_k!r}.")
     if options.top_p is not None and not 0 < options.top_p <= 1:
@@ -183,7 +192,7 @@ def _run(
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     slots = input_ids.shape[1] + options.max_new_tokens - 1  # the last token isn't run
     logits, cache = apply(params, input_ids, mask, position_ids=positions, cache=slots, last_only=True)
-    prompt = _Prompt(_wide(logits), cache, positions[:, -1])
+    prompt = _Prompt(_wide(logits), cache, positions[:, -1], input_ids, mask)
 
     def run(tokens: jax.Array, step: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits after `tokens`, the `step`-th of each row."""
@@ -199,11 +208,27 @@ def _run(
 
 
 class _Prompt(NamedTuple):
-    """What is known when the prompts have been run: logits of the next token, the cache, the last position."""
+    """What is known when the prompts have been run: logits of the next token, the cache, the last position, tokens."""
 
     logits: jax.Array
     cache: Cache
     positions: jax.Array
+    tokens: jax.Array  # (batch, time), padding on the left
+    mask: jax.Array
+
+    def allowed(self, scores: jax.Array, tokens: jax.Array, step: jax.Array, options: _Options) -> jax.Array:
+        """Scores `(rows, vocabulary)` without the tokens that would repeat; the rows of a prompt lie together."""
+        if options.no_repeat_ngram_size is None:
+            return scores
+        copies = len(scores) // len(self.tokens)
+        before, mask = (jnp.repeat(array, copies, axis=0) for array in (self.tokens, self.mask))
+        return forbid_repeats(
+            scores,
+            jnp.concatenate([before, tokens], axis=1),
+            jnp.pad(mask, ((0, 0), (0, tokens.shape[1])), constant_values=True),
+            before.shape[1] + step,
+            size=options.no_repeat_ngram_size,
+        )
 
 
 _Run = Callable[[jax.Array, jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
@@ -230,6 +255,7 @@ class _Row(NamedTuple):
 
 def _follow(run: _Run, prompt: _Prompt, options: _Options, key: jax.Array | None) -> jax.Array:
     def add(logits: jax.Array, step: jax.Array, tokens: jax.Array, done: jax.Array, cache: Cache) -> _Row:
+        logits = prompt.allowed(logits, tokens, step, options)
         chosen = choose(logits, options, None if key is None else jax.random.fold_in(key, step))
         chosen = jnp.where(done, options.padding, chosen)
         return _Row(step + 1, tokens.at[:, step].set(chosen), chosen, done | _ends(chosen, options), cache)
@@ -253,29 +279,6 @@ def choose(logits: jax.Array, options: _Options, key: jax.Array | None) -> jax.A
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = keep_probable(logits / options.temperature, top_k=options.top_k, top_p=options.top_p)
     return jax.random.categorical(key, logits).astype(jnp.int32)
-
-
-def keep_probable(logits: jax.Array, *, top_k: int | None, top_p: float | None) -> jax.Array:
-    """Logits `(batch, vocabulary)` with `-∞` for the tokens that `top_k`, then `top_p` leave out.
-
-    Example:
-        >>> logits = jnp.log(jnp.array([[0.5, 0.2, 0.3]]))
-        >>> jnp.isfinite(keep_probable(logits, top_k=2, top_p=None)).tolist()
-        [[True, False, True]]
-        >>> jnp.isfinite(keep_probable(logits, top_k=None, top_p=0.4)).tolist()
-        [[True, False, False]]
-    """
-    if top_k is not None:
-        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if top_p is not None and top_p < 1:
-        # From the least probable on: what sums to no more than 1 - p goes.
-        order = jnp.argsort(logits, axis=-1)
-        below = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1)), axis=-1)
-        dropped = (below <= 1 - top_p).at[:, -1].set(False)
-        rows = jnp.arange(logits.shape[0])[:, None]
-        logits = jnp.where(jnp.zeros_like(dropped).at[rows, order].set(dropped), -jnp.inf, logits)
-    return logits
 
 
 # ---------------------------------------------------------------------------------------------- several, as beam search
@@ -305,7 +308,9 @@ def _search(run: _Run, prompt: _Prompt, options: _Options) -> jax.Array:
     def add(logits: jax.Array, state: _Beams) -> _Beams:
         """With one more token, from logits `(batch, k, vocabulary)`."""
         length = state.step + 1
-        totals = state.scores[:, :, None] + jax.nn.log_softmax(logits)
+        scores = jax.nn.log_softmax(logits).reshape(-1, vocabulary)
+        scores = prompt.allowed(scores, state.tokens.reshape(-1, most), state.step, options)
+        totals = state.scores[:, :, None] + scores.reshape(logits.shape)
         totals, places = jax.lax.top_k(totals.reshape(batch, -1), candidates)
         parents, chosen = places // vocabulary, (places % vocabulary).astype(jnp.int32)
         tokens = _pick(state.tokens, parents).at[:, :, state.step].set(chosen)

@@ -6,7 +6,7 @@ Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from .cache import Cache
-from .causal import attend_visible, visible
+from .causal import attend_visible
 from .decoder import Context, Decoder, DecoderConfig, Place, join_heads, make_layers, remembered, split_heads
 from .encoder import Remat
 from .family import Family, decoder_architectures
@@ -123,8 +123,9 @@ class Gpt2(Decoder):
     def embed(self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None) -> jax.Array:
         return self.embeddings(input_ids, positions, key)
 
-    def context(self, mask: jax.Array | None, positions: jax.Array, start: jax.Array | int, slots: int) -> Context:
-        return Context(visible(mask, positions.shape[1], start=start, slots=slots))
+    def context(self, look: Callable[..., jax.Array], positions: jax.Array) -> Context:
+        del positions  # the embeddings have them
+        return Context(look())
 
     def settings(self) -> np.ndarray | None:
         """What the scores of each layer are divided by, beside `√h`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from .cache import Cache
-from .causal import attend_visible, visible
+from .causal import attend_visible
 from .decoder import Context, Decoder, DecoderConfig, Place, join_heads, make_layers, remembered, split_heads
 from .encoder import Remat
 from .family import Family, decoder_architectures
@@ -289,8 +289,7 @@ class Llama(Decoder):
         del positions, key  # the rotation has them; there is no dropout
         return self.embeddings.word(input_ids)
 
-    def context(self, mask: jax.Array | None, positions: jax.Array, start: jax.Array | int, slots: int) -> Context:
-        look = functools.partial(visible, mask, positions.shape[1], start=start, slots=slots)
+    def context(self, look: Callable[..., jax.Array], positions: jax.Array) -> Context:
         turn = rotation(positions, self.config.rope.frequencies(self.config.head_width))
         windows = set(self.config.windows)
         if len(windows) == 1:

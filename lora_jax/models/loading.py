@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,12 +17,15 @@ from ..files import FileError
 from ..paths import leaves_by_path, path_key
 from .checkpoint import Located, locate_tensors, read_tensors
 from .config import ModelConfig
+from .decoder import DecoderConfig
 from .encoder import Remat
 from .families import family_of, read_model_config
-from .family import Family, Task
+from .family import HEAD, WORDS, Family, Task
 from .heads import Pooling
 from .hub import find_base
 from .model import Model, check_options, difference, skeleton
+from .progress import Progress
+from .reading import read_leaves
 from .stacking import is_stacked, layer_path
 
 
@@ -36,6 +40,8 @@ def load(
     remat: Remat | None = None,
     scan_layers: bool = False,
     zero_biases: bool = False,
+    tie_word_embeddings: bool | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, DistilBERT) or a decoder (GPT-2, Llama, Mistral, Qwen2, Qwen3).
 
@@ -63,6 +69,10 @@ def load(
         zero_biases: gives every linear layer of a Llama, Mistral, Qwen2 or Qwen3 that has no bias one of zeros, for
             `lj.BitFit` to train; nothing computed changes by it. `save_pretrained` says which of them, once trained,
             transformers has a place for.
+        tie_word_embeddings: whether a decoder's head is its embeddings; as the checkpoint has it if `None`. `False`
+            makes it a leaf of its own, with the same values where the checkpoint ties them: so that one of the two can
+            be adapted without the other, as PEFT does.
+        progress: called with the bytes read so far and those to read, first with 0 and then after every tensor.
 
     Returns:
         A `Model`. Its `params` hold no leaf without use: BERT's pooler is there for a head with `pooling="first"`
@@ -89,9 +99,14 @@ def load(
     config = config.with_biases() if zero_biases else config
     family = family_of(config)
     check_options(family, task=task, pooling=pooling, scan_layers=scan_layers)
+    untied = _is_tied(config) and tie_word_embeddings is False
+    config = _tied(config, tie_word_embeddings, task)
     tensors = locate_tensors(folder)
     names = family.names.modern(tensors)
     _check_sizes(config, {name: tensors[held].info.shape for name, held in names.items()}, folder)
+    words = family.names.tensor(WORDS)
+    if untied and words in names:
+        names.setdefault(family.names.tensor(HEAD), names[words])
     outputs = _count_outputs(family, task, num_labels, tensors, names, folder)
     apply, shapes = skeleton(
         config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype, remat=remat, scan_layers=scan_layers
@@ -101,21 +116,13 @@ def load(
     single = {name: leaf for part in parts.values() for name, leaf in part.items()}
     in_checkpoint = {path: leaf for path, leaf in single.items() if not config.is_added_bias(path)}
     held = _match(family, in_checkpoint, tensors, names, folder)
-    if task == "causal-lm" and "lm_head/kernel" not in expected:
+    if task == "causal-lm" and HEAD not in expected:
         _check_tied(family, tensors, names, folder)
 
-    values: dict[str, jax.Array] = {}
-    whole = {held[path]: path for path in expected.keys() & held.keys()}
-    for name, array in read_tensors(tensors, [name for name in held.values() if name in whole]):
-        path = whole[name]
-        array = array.T if family.names.is_transposed(path) else array
-        # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
-        values[path] = jnp.array(array.astype(dtype, copy=False), copy=True)
+    made_of = {path: [held[part] for part in parts[path]] for path in parts if parts[path].keys() <= held.keys()}
+    values = read_leaves(family, expected, made_of, tensors, progress)
     for path in expected.keys() - values.keys():
-        if is_stacked(path) and not config.is_added_bias(path):
-            values[path] = _read_stack(family, path, expected[path], [held[part] for part in parts[path]], tensors)
-        else:
-            values[path] = _draw(path, expected[path], config, seed)
+        values[path] = _draw(path, expected[path], config, seed)
     if "pooler/kernel" in expected and "pooler/kernel" not in held:
         warnings.warn(
             f"{folder} has no pooler, so a new one was drawn from `seed`: train it with the head "
@@ -127,7 +134,8 @@ def load(
         apply=apply,
         params=params,
         config=config,
-        names=family.names.module_names(single, prefix=family.names.prefix if task else ""),
+        names=family.leaf_modules(single, task),
+        fan_in_fan_out=family.fan_in_fan_out(single),
         task=task,
         pooling=pooling,
     )
@@ -236,27 +244,33 @@ def _parts(path: str, leaf: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStr
     return {layer_path(path, layer): jax.ShapeDtypeStruct(tuple(shape), leaf.dtype) for layer in range(layers)}
 
 
-def _read_stack(
-    family: Family, path: str, leaf: jax.ShapeDtypeStruct, wanted: list[str], tensors: dict[str, Located]
-) -> jax.Array:
-    stack = np.empty(leaf.shape, leaf.dtype)
-    layers = {name: layer for layer, name in enumerate(wanted)}
-    for name, array in read_tensors(tensors, wanted):
-        stack[layers[name]] = array.T if family.names.is_transposed(path) else array
-    return jnp.array(stack, copy=True)
+def _is_tied(config: ModelConfig) -> bool:
+    return isinstance(config, DecoderConfig) and config.tie_word_embeddings
+
+
+def _tied(config: ModelConfig, tie: bool | None, task: Task) -> ModelConfig:
+    if tie is None:
+        return config
+    if type(tie) is not bool:
+        raise ValueError(f"`tie_word_embeddings` must be true, false or None, not {tie!r}.")
+    if task != "causal-lm":
+        raise ValueError(
+            '`tie_word_embeddings` is for a decoder with its head: pass `task="causal-lm"`, or leave it out.'
+        )
+    return dataclasses.replace(config, tie_word_embeddings=tie)
 
 
 def _check_tied(family: Family, tensors: dict[str, Located], names: Mapping[str, str], folder: Path) -> None:
     """A checkpoint may hold the head that it ties to the embeddings; then it must be the same."""
     head = names.get(family.names.tensor(f"{family.logits}/kernel"))
-    word = names[family.names.tensor("embeddings/word/embedding")]
+    word = names[family.names.tensor(WORDS)]
     if head is None or head == word:
         return
     arrays = dict(read_tensors(tensors, [word, head]))
     if not np.array_equal(arrays[word], arrays[head]):
         raise FileError(
-            f"{folder}: config.json ties the head to the embeddings, and '{head}' differs from '{word}'. To use it, "
-            "set `tie_word_embeddings` to false."
+            f"{folder}: the head is tied to the embeddings, and '{head}' differs from '{word}'. To use it, pass "
+            "`tie_word_embeddings=False`."
         )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..interop.names import Names
 from ..paths import leaf_paths, leaves_by_path
 from ..weights import is_adapted, is_traced
 from .cache import Cache, empty_cache
@@ -35,27 +36,33 @@ class Model:
             `(batch, time, d)` in the dtype of the computation, logits `(batch, num_labels)` or values `(batch,)` in
             float32 or wider. There is dropout if and only if there is a `dropout_key`.
 
-            Of a decoder: `apply(params, input_ids, attention_mask=None, *, position_ids=None, cache=None,
-            last_only=False, dropout_key=None)`. Returns hidden states, or logits `(batch, time, vocabulary)` in float32
-            or wider; with `last_only` those of the last token, `(batch, 1, …)`. Without `position_ids` the places are
-            counted, padding too, as transformers' models do: rotary positions don't mind, but for a GPT-2 padding on
-            the left needs `position_ids`. With a `cache` (a number of slots at first, see `Cache`) the tokens follow
-            those that it holds, `attention_mask` is that of the new tokens, and the cache is returned beside.
+            Of a decoder: `apply(params, input_ids, attention_mask=None, *, position_ids=None, segments=None,
+            cache=None, last_only=False, dropout_key=None)`. Returns hidden states, or logits `(batch, time,
+            vocabulary)` in float32 or wider; with `last_only` those of the last token, `(batch, 1, …)`. Without
+            `position_ids` the places are counted, padding too, as transformers' models do: rotary positions don't mind,
+            but for a GPT-2 padding on the left needs `position_ids`. With `segments`, `(batch, time)` integers, a row
+            is several texts end to end, each a run of equal numbers: a token attends within its own, places are counted
+            there, and the result is that of each text in a row of its own. With a `cache` (a number of slots at first,
+            see `Cache`) the tokens follow those that it holds, `attention_mask` is that of the new tokens, and the
+            cache is returned beside.
         params: a nested dict of arrays with string keys. With `scan_layers` each leaf below `layers` holds all layers.
         config: sizes and settings; a `BertConfig`, `LlamaConfig`, … by the kind of model.
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
-            `bert.encoder.layer.0.attention.self.query`. With `scan_layers` they are the names of
-            `unstack_layers(params)`.
+            `bert.encoder.layer.0.attention.self.query`. Embeddings that are the head as well have both modules. With
+            `scan_layers` they are the names of `unstack_layers(params)`, which `lj.interop` takes for either form.
         task: `"classification"`, `"regression"`, `"causal-lm"`, or `None` for hidden states.
         pooling: what the head sees, `"first"` or `"mean"`.
+        fan_in_fan_out: the modules, by their last segments, that store `(in, out)` in a checkpoint: GPT-2's `c_attn`,
+            `c_proj` and `c_fc`. For `lj.interop`.
     """
 
     apply: Callable[..., Any]
     params: dict[str, Any]
     config: Any  # a `ModelConfig`: which, and so which sizes it has, is known when a folder is read
-    names: Mapping[str, str]
+    names: Names
     task: Task
     pooling: Pooling
+    fan_in_fan_out: tuple[str, ...] = ()
 
 
 class Skeleton(NamedTuple):
@@ -159,15 +166,22 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
         attention_mask: jax.Array | None = None,
         *,
         position_ids: jax.Array | None = None,
+        segments: jax.Array | None = None,
         cache: Cache | int | None = None,
         last_only: bool = False,
         dropout_key: jax.Array | None = None,
     ) -> Any:
         _check_params(params, paths)
-        input_ids, mask, positions = _check_tokens(input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        input_ids, mask, positions, segments = _check_tokens(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, segments=segments
+        )
+        if segments is not None and not jnp.issubdtype(segments.dtype, jnp.integer):
+            raise ValueError(f"`segments` must be integers, not {segments.dtype}.")
+        if segments is not None and cache is not None:
+            raise ValueError("`segments` are for rows that are run at once: leave out the `cache`, or the segments.")
         cache = _check_cache(config, input_ids, cache, dtype)
         model = nnx.merge(graph, _with_layer_numbers(params))
-        result, cache = model(input_ids, mask, positions, cache, dropout_key, last_only=last_only)
+        result, cache = model(input_ids, mask, positions, cache, dropout_key, segments=segments, last_only=last_only)
         result = result if task is None else result.astype(wide(result.dtype))
         return result if cache is None else (result, cache)
 
@@ -196,10 +210,8 @@ def _check_inputs(
     return input_ids, mask, token_types
 
 
-def _check_tokens(
-    input_ids: Any, *, attention_mask: Any, **others: Any
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The tokens, the mask as booleans, and one more array of their shape."""
+def _check_tokens(input_ids: Any, *, attention_mask: Any, **others: Any) -> tuple[Any, ...]:
+    """The tokens, the mask as booleans, and others of their shape; `None` where there is none."""
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(
@@ -208,11 +220,10 @@ def _check_tokens(
     for name, value in (("attention_mask", attention_mask), *others.items()):
         if value is not None and jnp.shape(value) != input_ids.shape:
             raise ValueError(f"`{name}` has shape {jnp.shape(value)}, and `input_ids` has {input_ids.shape}.")
-    (other,) = others.values()
     return (
         input_ids,
         None if attention_mask is None else jnp.asarray(attention_mask).astype(bool),
-        None if other is None else jnp.asarray(other),
+        *(None if other is None else jnp.asarray(other) for other in others.values()),
     )
 
 

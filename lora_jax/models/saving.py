@@ -10,15 +10,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..files import write_json, write_safetensors, write_text
+from ..files import replacing, write_json, write_safetensors, write_text
 from ..paths import leaves_by_path, listed
 from ..weights import is_adapted
-from .checkpoint import WEIGHTS, locate_tensors, read_config, read_tensors
+from .checkpoint import INDEX, locate_tensors, read_config, read_tensors
 from .families import family_of
 from .hub import find_base
 from .model import Model, difference
+from .progress import ByteCount, Progress
+from .shards import HostTensor, index, is_weights_file, shard, size_in_bytes
 from .stacking import is_stacked, layer_path
 
+_CONFIG = "config.json"
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,6 +42,8 @@ def save_pretrained(
     *,
     source: str | os.PathLike[str],
     labels: Sequence[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Progress | None = None,
 ) -> Path:
     """Writes `config.json`, `model.safetensors` and the tokenizer's files, under Hugging Face's names.
 
@@ -55,16 +60,24 @@ def save_pretrained(
         source: the base, of the same family: its configuration's other entries and its tokenizer are kept, and so is
             its pooler where the class of transformers has one and the model doesn't use it.
         labels: the classes' names, in the order of the logits; the source's own, or `LABEL_0` …, if `None`.
+        max_shard_size: of the tensors in one file, in bytes or such as `"5GB"`. A larger model goes into
+            `model-00001-of-0000N.safetensors` and so on, with an index.
+        progress: called with the bytes written so far and those to write, first with 0 and then after every tensor.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: adapted weights, another model's tree, a wrong number of labels, the base's own folder, a base of
-            another family; trained biases (`load(zero_biases=True)`) where transformers has none, each named.
-        FileError: the base isn't found, or the disk is full; `config.json` is written last, so that a folder that was
-            not finished doesn't load.
+            another family, a size that is none; trained biases (`load(zero_biases=True)`) where transformers has none,
+            each named.
+        FileError: the base isn't found, or the disk is full. An earlier model in the folder is then as it was: every
+            file is complete on disk before the first takes its place, and `config.json` comes last, so that a kill in
+            between leaves a folder that doesn't load.
+
+    Leaves are brought to the host one at a time, when they are written.
     """
+    limit = size_in_bytes(max_shard_size)
     base, folder = find_base(source), Path(folder)
     if folder.exists() and folder.resolve() == base.resolve():
         raise ValueError(f"`folder` is the base's own, {base}: save to another, so that the base stays as it is.")
@@ -75,16 +88,20 @@ def save_pretrained(
             f"{model.config.model_type!r}: pass the base that it was loaded from."
         )
     leaves, bias_entries = _with_biases_known_there(model, _check_params(model, params))
-    tensors = _tensors(model, leaves) | _unused_pooler(model, base)
+    files = shard(_tensors(model, leaves) | _unused_pooler(model, base), limit)
     config = _config(model, source_config, leaves, labels) | bias_entries
+    companions = [name for name in _COMPANIONS if (base / name).is_file()]
+    described = [INDEX] if len(files) > 1 else []
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _COMPANIONS:
-        if (base / name).is_file():
-            write_text(folder / name, (base / name).read_bytes().decode())
-    (folder / "config.json").unlink(missing_ok=True)
-    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_json(folder / "config.json", config)
+    with replacing(folder, (*companions, *files, *described, _CONFIG), obsolete=is_weights_file) as staging:
+        for name in companions:
+            write_text(staging / name, (base / name).read_bytes().decode())
+        count = ByteCount(index(files)["metadata"]["total_size"], progress)
+        for name, tensors in files.items():
+            write_safetensors(staging / name, tensors, {"format": "pt"}, written=count.add)
+        for name in described:
+            write_json(staging / name, index(files))
+        write_json(staging / _CONFIG, config)
     return folder
 
 
@@ -130,13 +147,10 @@ def _tensors(model: Model, leaves: Mapping[str, Any]) -> dict[str, Any]:
     names, prefix = family_of(model.config).names, _prefix(model)
     tensors: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        parts = (
-            {layer_path(path, layer): part for layer, part in enumerate(np.asarray(leaf))}
-            if is_stacked(path)
-            else {path: leaf}
-        )
-        for name, part in parts.items():
-            tensors[names.tensor(name, prefix=prefix)] = np.asarray(part).T if names.is_transposed(path) else part
+        layers = range(leaf.shape[0]) if is_stacked(path) else (None,)
+        for layer in layers:
+            name = names.tensor(path if layer is None else layer_path(path, layer), prefix=prefix)
+            tensors[name] = HostTensor(leaf, layer, names.is_transposed(path))
     return tensors
 
 
@@ -167,6 +181,8 @@ def _config(
     config["dtype"] = jnp.result_type(*leaves.values()).name
     family = family_of(model.config)
     config["architectures"] = [family.architectures[model.task if _is_task_class(model) else None]]
+    if model.task == "causal-lm":
+        config["tie_word_embeddings"] = model.config.tie_word_embeddings
     if model.task is None or model.task == "causal-lm":
         return config
     outputs = leaves[f"{family.logits}/kernel"].shape[1]

@@ -108,7 +108,9 @@ def _stack(nodes: Sequence[Any]) -> Any:
     if not isinstance(first, AdaptedWeight):
         return jnp.stack(nodes)
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *nodes)  # refuses nodes that differ in scale or axes
-    return dataclasses.replace(stacked, axes=STACK + first.axes)
+    # What has no stack axis is the same in every member: VeRA's projections.
+    shared = {name: getattr(first, name) for name, axes in first.fields.items() if STACK not in axes}
+    return dataclasses.replace(stacked, axes=STACK + first.axes, **shared)
 
 
 def _member(node: Any, layer: int) -> Any:

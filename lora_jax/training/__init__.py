@@ -1,7 +1,10 @@
-"""Fine-tuning the bundled models on labelled text: `train(config)` from Python, `lora-jax train` from a shell."""
+"""Fine-tuning the bundled models: `train(config)` from Python, `lora-jax train` from a shell."""
 
 from __future__ import annotations
 
+from .completer import Completer as Completer
+from .completer import GenerationOptions as GenerationOptions
+from .completer import load_completer as load_completer
 from .config import TrainConfig as TrainConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,14 +11,14 @@ import lora_jax as lj
 from lora_jax import files, interop, models
 from lora_jax.adapters import DESCRIPTION, read_description
 from lora_jax.interop import delta
-from lora_jax.interop.peft_config import CONFIG, weights_file
-from lora_jax.interop.peft_keys import PREFIX
-from lora_jax.methods.base import FROZEN
+from lora_jax.interop.names import Names
+from lora_jax.interop.peft_config import CONFIG, is_saved, weights_file
+from lora_jax.interop.peft_keys import PREFIX, FactorKey, parse_key
 from lora_jax.models.checkpoint_task import CheckpointTask, head_outputs, task_of_outputs
 from lora_jax.models.families import family_of
-from lora_jax.models.family import Family
+from lora_jax.models.family import HEAD, WORDS, Family
 from lora_jax.models.stacking import is_stacked
-from lora_jax.paths import leaf_paths, leaves_by_path
+from lora_jax.paths import leaf_paths
 
 from .errors import TrainingError
 from .predict import adapter_folder, load_adapter
@@ -34,8 +35,6 @@ _MARKS: dict[str, Kind] = {
     delta.DESCRIPTION: "delta",
     "config.json": "model",
 }
-
-_USE_UNTIED = "Use a base that has a head of its own (`tie_word_embeddings` false)."
 
 
 class AdapterSource(NamedTuple):
@@ -83,12 +82,15 @@ def folder_kind(folder: str | Path) -> Kind:
     return _MARKS[held[0]]
 
 
-def load_source(folder: str | Path, *, base: str | None = None) -> AdapterSource:
+def load_source(
+    folder: str | Path, *, base: str | None = None, progress: models.Progress | None = None
+) -> AdapterSource:
     """Loads an adapter of any kind, and the base that it belongs to.
 
     Args:
         folder: a run's folder, an adapter's, or one that PEFT wrote.
         base: where the base is; what the folder says, if `None`.
+        progress: told of the base's weights as they are read, see `lj.models.load`.
 
     Raises:
         TrainingError: no adapter there, or one whose base isn't said.
@@ -97,13 +99,13 @@ def load_source(folder: str | Path, *, base: str | None = None) -> AdapterSource
     folder = Path(folder)
     kind = folder_kind(folder)
     if kind == "run":
-        found = load_adapter(folder, base=base)
+        found = load_adapter(folder, base=base, progress=progress)
         saved = found.task_file
         return AdapterSource(kind, found.folder, base or saved.base, found.model, found.params, found.method, saved)
     if kind == "adapter":
-        return _load_own(folder, base)
+        return _load_own(folder, base, progress)
     if kind == "peft":
-        return _load_peft(folder, base)
+        return _load_peft(folder, base, progress)
     raise no_adapter(kind, folder)
 
 
@@ -120,18 +122,6 @@ def no_adapter(kind: Kind, folder: Path) -> TrainingError:
     )
 
 
-def trained_leaves(params: Any, method: Any) -> list[str]:
-    """The paths of the leaves that have factors, or are trained in full."""
-    labels = leaves_by_path(lj.label_params(params, method))
-    return [path for path, label in labels.items() if label != FROZEN]
-
-
-def conv1d_modules(family: Family, names: Mapping[str, str]) -> list[str]:
-    """The Hugging Face modules that store a kernel as `(in, out)`: GPT-2's."""
-    is_transposed = family.names.is_transposed
-    return [name for path, name in names.items() if path.endswith("/kernel") and not is_transposed(path)]
-
-
 def peft_base(folder: str | Path, config: Mapping[str, Any], base: str | None) -> str:
     """The base of a PEFT folder: the one given, or the one that its config names."""
     if found := base or config.get("base_model_name_or_path"):
@@ -139,7 +129,7 @@ def peft_base(folder: str | Path, config: Mapping[str, Any], base: str | None) -
     raise TrainingError(f"{Path(folder) / CONFIG} doesn't say its base (`base_model_name_or_path`): pass `--base`.")
 
 
-def check_peft_source(folder: str | Path, *, base: str | None = None) -> dict[str, str]:
+def check_peft_source(folder: str | Path, *, base: str | None = None) -> Names:
     """Raises what `load_source` would of a PEFT folder, short of reading tensors.
 
     Returns:
@@ -150,28 +140,29 @@ def check_peft_source(folder: str | Path, *, base: str | None = None) -> dict[st
     sizes = models.read_model_config(models.find_base(base))
     family = family_of(sizes)
     task, num_labels = _peft_task(family, base, Path(folder))
+    if _head_of_its_own(Path(folder), config, sizes, task):
+        sizes = dataclasses.replace(sizes, tie_word_embeddings=False)
     shapes = models.skeleton(sizes, task=task, num_labels=num_labels or 1).params
-    names = family.names.module_names(leaf_paths(shapes), prefix=family.names.prefix if task else "")
-    trained = interop.check_peft(folder, shapes, names=names, fan_in_fan_out=conv1d_modules(family, names))
-    refuse_tied_embeddings(sizes, task, trained, way_out=_USE_UNTIED)
+    paths = leaf_paths(shapes)
+    names = family.leaf_modules(paths, task)
+    interop.check_peft(folder, shapes, names=names, fan_in_fan_out=family.fan_in_fan_out(paths))
     return names
 
 
-def refuse_tied_embeddings(config: Any, task: str | None, trained: Collection[str], *, way_out: str) -> None:
-    """Refuses to exchange trained embeddings that are the head too: here they are one leaf, in PEFT two modules.
+def _head_of_its_own(folder: Path, config: Mapping[str, Any], sizes: Any, task: str | None) -> bool:
+    """Whether a PEFT folder changes one use of tied embeddings, so that each needs a leaf."""
+    if task != "causal-lm" or not sizes.tie_word_embeddings or config.get("ensure_weight_tying"):
+        return False
+    names = family_of(sizes).names
+    tied = {names.module(WORDS, prefix=names.prefix), names.module(HEAD)}
+    file = weights_file(folder)
+    keys = [parse_key(name, str(file)) for name in files.read_safetensors_header(file)]
+    factored = {key.module for key in keys if isinstance(key, FactorKey)}
+    saved = config.get("modules_to_save") or ()
+    return any(module in factored or is_saved(saved, module) for module in tied)
 
-    Raises:
-        AdapterError: the model ties its head to its embeddings, and they are among `trained`.
-    """
-    word = "embeddings/word/embedding"
-    if task == "causal-lm" and getattr(config, "tie_word_embeddings", False) and word in trained:
-        raise lj.AdapterError(
-            f"The model ties its head to its embeddings, and `{word}` is trained: here both change, and in PEFT the "
-            f"embeddings alone, so it would be another function. {way_out}"
-        )
 
-
-def _load_own(folder: Path, base: str | None) -> AdapterSource:
+def _load_own(folder: Path, base: str | None, progress: models.Progress | None) -> AdapterSource:
     """An adapter without a `task.json`; the leaves that it names tell which head its model had."""
     if base is None:
         raise TrainingError(f"`adapter` {folder} doesn't say its base, as it isn't a run's: pass `--base`.")
@@ -187,21 +178,28 @@ def _load_own(folder: Path, base: str | None) -> AdapterSource:
     has_pooler = any(path.startswith("pooler/") for path in leaves)
     pooling = "mean" if family.config.model_type == "bert" and task and not has_pooler else "first"
     stacked = family.is_decoder and any(map(is_stacked, leaves))
-    model = models.load(base, task=task, num_labels=num_labels, pooling=pooling, scan_layers=stacked)
+    model = models.load(
+        base,
+        task=task,
+        num_labels=num_labels,
+        pooling=pooling,
+        scan_layers=stacked,
+        tie_word_embeddings=False if family.is_decoder and logits else None,
+        progress=progress,
+    )
     params, method = lj.load_adapter(folder, model.params)
     return AdapterSource("adapter", folder, base, model, params, method)
 
 
-def _load_peft(folder: Path, base: str | None) -> AdapterSource:
+def _load_peft(folder: Path, base: str | None, progress: models.Progress | None) -> AdapterSource:
     config = interop.read_peft_config(folder)
     base = peft_base(folder, config, base)
-    family = family_of(models.read_model_config(models.find_base(base)))
-    task, num_labels = _peft_task(family, base, folder)
-    model = models.load(base, task=task, num_labels=num_labels)
-    conv1d = conv1d_modules(family, model.names)
-    params, method = interop.import_peft(folder, model.params, names=model.names, fan_in_fan_out=conv1d)
-    trained = trained_leaves(params, method)
-    refuse_tied_embeddings(model.config, model.task, trained, way_out=_USE_UNTIED)
+    sizes = models.read_model_config(models.find_base(base))
+    task, num_labels = _peft_task(family_of(sizes), base, folder)
+    tie = False if _head_of_its_own(folder, config, sizes, task) else None
+    model = models.load(base, task=task, num_labels=num_labels, tie_word_embeddings=tie, progress=progress)
+    own = {"names": model.names, "fan_in_fan_out": model.fan_in_fan_out}
+    params, method = interop.import_peft(folder, model.params, **own)
     return AdapterSource("peft", folder, base, model, params, method, config=config)
 
 

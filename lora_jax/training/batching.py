@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -18,8 +18,70 @@ from .buckets import bucket_of
 from .encoding import Encoded
 
 
+class AnyBatch(Protocol):
+    """One batch of any task, on the host; a pytree.
+
+    Attributes:
+        targets: `(size, …)`, whose losses are summed.
+        weights: float32, of the targets' shape: 0 where nothing is to be learnt.
+        inputs: the arguments of the model's apply, by name.
+        tokens: how many there are in the batch's own rows.
+    """
+
+    @property
+    def targets(self) -> Any: ...
+    @property
+    def weights(self) -> Any: ...
+    @property
+    def inputs(self) -> dict[str, Any]: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+class Rows(Protocol):
+    """The rows of a split, ready for batching.
+
+    Attributes:
+        targets: what `Task.measure` takes.
+        lengths: tokens of each row.
+        rows, max_length: how many, and the most tokens of one.
+        truncated, dropped: how many texts lost their end, and how many were left out.
+        largest_batch: rows that are evaluated at once.
+    """
+
+    @property
+    def targets(self) -> Any: ...
+    @property
+    def lengths(self) -> np.ndarray: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def truncated(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+    @property
+    def largest_batch(self) -> int: ...
+    def batch(self, plan: BatchPlan, size: int) -> AnyBatch:
+        """The rows of a plan, padded, and others of weight 0 that fill the batch up."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash: a run resumes on the data that it began with, or not at all."""
+        ...
+
+    def notes(self, split: str) -> list[str]:
+        """What was lost, in words."""
+        ...
+
+    def describe(self) -> str:
+        """How many there are, in words."""
+        ...
+
+
 class Batch(NamedTuple):
-    """One batch, on the host; a pytree.
+    """One batch of labelled texts, on the host; a pytree.
 
     Attributes:
         input_ids, attention_mask, token_type_ids: int32 `(size, length)`.
@@ -32,6 +94,14 @@ class Batch(NamedTuple):
     token_type_ids: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+    @property
+    def tokens(self) -> int:
+        return int(self.attention_mask[self.weights > 0].sum())
 
 
 class BatchPlan(NamedTuple):
@@ -90,44 +160,40 @@ class TrainingBatches:
     """The batches of a whole run, by step, or from an iterator whose state is one number.
 
     Args:
-        encoded, targets: the training rows.
+        rows: the training rows.
         buckets: ascending lengths that cover every row.
         batch_size: rows of a batch.
-        pad_id: the token that fills rows up.
         seed: of the order.
         steps: how many batches there are; a run of several epochs plans each when it gets there.
     """
 
     def __init__(
         self,
-        encoded: Encoded,
-        targets: np.ndarray,
+        rows: Rows,
         *,
         buckets: Sequence[int],
         batch_size: int,
-        pad_id: int,
         seed: int,
         steps: int,
     ) -> None:
         self.steps = steps
-        self.steps_per_epoch = -(-encoded.rows // batch_size)
-        lengths = encoded.lengths
+        self.steps_per_epoch = -(-rows.rows // batch_size)
+        lengths = rows.lengths
 
         @functools.lru_cache(maxsize=2)  # the epoch at hand, and the next, which prefetching may have begun
         def plans(epoch: int) -> list[BatchPlan]:
             return plan_epoch(lengths, buckets, batch_size=batch_size, seed=seed, epoch=epoch)
 
-        def batch(step: int) -> Batch:
-            plan = plans(step // self.steps_per_epoch)[step % self.steps_per_epoch]
-            return collate(encoded, targets, plan, batch_size=batch_size, pad_id=pad_id)
+        def batch(step: int) -> AnyBatch:
+            return rows.batch(plans(step // self.steps_per_epoch)[step % self.steps_per_epoch], batch_size)
 
         self._batch = batch
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> AnyBatch:
         """The batch of one step, counted from 0."""
         return self._batch(step)
 
-    def iterator(self, position: int = 0) -> grain.DatasetIterator[Batch]:
+    def iterator(self, position: int = 0) -> grain.DatasetIterator[AnyBatch]:
         """Batches from `position` on, made ahead of time in a thread; `get_state` tells the position."""
         dataset = grain.MapDataset.range(self.steps).map(self._batch)
         iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ import yaml
 
 from lora_jax import files
 
+from .data import Columns
 from .errors import ConfigError
 from .method_options import default_learning_rate, make_method, method_options
 from .task import KINDS, Kind
@@ -24,6 +25,13 @@ SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
 POOLINGS = ("first", "mean")
 Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+
+# Options that have a meaning for some tasks only.
+_OF_TASKS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("text_pair", "label", "pooling"), ("classification", "regression")),
+    **dict.fromkeys(("prompt", "completion", "separator", "messages", "packing", "label_smoothing"), ("causal-lm",)),
+}
+_LENGTHS = {"classification": 128, "regression": 128, "causal-lm": 512}
 
 # What doesn't change the result: a run with other values of these is the same run.
 _PRESENTATION = ("output", "log_every", "tensorboard")
@@ -39,12 +47,19 @@ class TrainConfig:
         dev: data that chooses the best checkpoint; without it the last is taken.
         test: data that the chosen checkpoint is scored on, once.
         text, text_pair, label: column names.
-        task: `"classification"` or `"regression"`.
-        base: a known name, a hub name or a folder.
+        prompt, completion: column names of a language model's prompts and what is to follow them: the loss is on the
+            completion and the end-of-text after it. Without them, and without `messages`, all of `text` is learnt.
+        separator: what stands between a prompt and its completion.
+        messages: the column of conversations, lists of `{"role": ..., "content": ...}`: the loss is on what the
+            assistant says.
+        task: `"classification"`, `"regression"` or `"causal-lm"`.
+        base: a known name, a hub name or a folder; for a language model it must be given.
         pooling: what the head sees: the `"first"` token (in BERT through the pooler) or the `"mean"` of all.
         method: one of `lj.Frozen`, `lj.BitFit`, `lj.LoRA`, `lj.FullFineTune`; or its options as a mapping
             (`{"name": "lora", "rank": 4}`).
-        max_length: tokens of a text, at most the model's positions; longer ones are cut, counted and reported.
+        max_length: tokens of a row, at most the model's positions; longer texts are cut, counted and reported. `None`
+            for 128, or 512 for a language model, whose rows may hold several texts.
+        packing: whether a language model's rows hold as many texts as fit, which don't see each other.
         dropout: of the model's hidden states and attention while training, in place of the base's own rates; `None`
             for those. (LoRA's is an option of the method.)
         dtype: of the frozen base: `"float32"` or `"bfloat16"`.
@@ -58,11 +73,12 @@ class TrainConfig:
             group of parameters; or one for each label.
         warmup: the share of the steps in which the rate rises linearly from 0.
         schedule: then it falls to 0 as a line or half a cosine, or stays.
+        label_smoothing: of a language model's training loss, see `CausalLM`.
         clip_norm: the global norm of the trainable leaves' gradient is cut to this; `None` for no clipping.
         buckets: the most lengths that batches are padded to, one compiled program each; `None` for as many as pay in
             a run of this length.
         seed: of the head, the factors, the order and the dropout.
-        metric: that `dev` chooses by; `None` takes accuracy or Pearson's correlation.
+        metric: that `dev` chooses by; `None` takes accuracy, Pearson's correlation or perplexity.
         eval_every: steps between evaluations and checkpoints; `None` for once an epoch.
         log_every: steps between rows of `metrics.jsonl`.
         tensorboard: whether to write scalars for TensorBoard too.
@@ -75,11 +91,16 @@ class TrainConfig:
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
+    prompt: str | None = None
+    completion: str | None = None
+    separator: str = "\n"
+    messages: str | None = None
     task: Kind = "classification"
     base: str = DEFAULT_BASE
     pooling: Literal["first", "mean"] = "first"
-    method: Any = field(default_factory=lambda: make_method("lora"))
-    max_length: int = 128
+    method: Any = "lora"
+    max_length: int | None = None
+    packing: bool = True
     dropout: float | None = None
     dtype: str = "float32"
     epochs: int = 4
@@ -91,6 +112,7 @@ class TrainConfig:
     weight_decay: float | Mapping[str, float] = 0.01
     warmup: float = 0.06
     schedule: str = "linear"
+    label_smoothing: float = 0.0
     clip_norm: float | None = 1.0
     buckets: int | None = None
     seed: int = 0
@@ -102,7 +124,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("train", "output", "text", "label", "base"):
             _check_text(name, getattr(self, name))
-        for name in ("dev", "test", "text_pair", "metric"):
+        for name in ("dev", "test", "text_pair", "prompt", "completion", "messages", "metric"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
         for name, choices in (
@@ -110,9 +132,13 @@ class TrainConfig:
             ("pooling", POOLINGS),
             ("schedule", SCHEDULES),
             ("dtype", DTYPES),
+            ("packing", (True, False)),
             ("tensorboard", (True, False)),
         ):
             _check_choice(name, getattr(self, name), choices)
+        if not isinstance(self.separator, str):
+            raise ConfigError(f"`separator` is {self.separator!r}, and a text is expected.")
+        self._check_task()
         if self.remat is not None:
             _check_choice("remat", self.remat, get_args(Remat))
         for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1)):
@@ -120,6 +146,8 @@ class TrainConfig:
         for name in ("steps", "eval_every", "buckets"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
+        if self.max_length is None:
+            object.__setattr__(self, "max_length", _LENGTHS[self.task])
         _check_int("max_length", self.max_length, 4)
         _check_int("seed", self.seed, 0)
         if self.batch_size % self.accumulate:
@@ -128,22 +156,39 @@ class TrainConfig:
                 "computed in equal parts."
             )
         if isinstance(self.method, (str, Mapping)):
-            object.__setattr__(self, "method", make_method(self.method))
+            object.__setattr__(self, "method", make_method(self.method, self.task))
         if self.lr is None:
-            object.__setattr__(self, "lr", default_learning_rate(self.method))
+            object.__setattr__(self, "lr", default_learning_rate(self.method, self.task))
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
             if isinstance(value, Mapping):
                 object.__setattr__(self, name, {label: _number(f"{name}.{label}", v) for label, v in value.items()})
             else:
                 object.__setattr__(self, name, _number(name, value))
-        for name in ("dropout", "warmup"):
+        for name in ("dropout", "warmup", "label_smoothing"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _number(name, getattr(self, name), below=1.0))
         if self.clip_norm is not None:
             object.__setattr__(self, "clip_norm", _number("clip_norm", self.clip_norm))
             if self.clip_norm == 0:
                 raise ConfigError("`clip_norm` is 0, which would stop all learning: leave it out for no clipping.")
+
+    def _check_task(self) -> None:
+        """Refuses options that mean nothing for the task, or that lack another."""
+        for option in dataclasses.fields(self):
+            if getattr(self, option.name) != option.default:
+                check_option(option.name, self.task)
+        check_columns(self.columns)
+        if self.task == "causal-lm" and self.base == DEFAULT_BASE:
+            raise ConfigError(
+                "`base` is needed for causal-lm: a decoder's folder or hub name (gpt2, meta-llama/..., Qwen/...). The "
+                "default base is an encoder."
+            )
+
+    @property
+    def columns(self) -> Columns:
+        """Which columns of the data are read."""
+        return Columns(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)})
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> TrainConfig:
@@ -186,6 +231,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def write_yaml(path: str | Path, config: TrainConfig) -> None:
     """Writes the resolved options, atomically."""
     files.write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=120))
+
+
+def check_option(name: str, task: str) -> None:
+    """Refuses an option that means nothing for a task."""
+    tasks = _OF_TASKS.get(name, KINDS)
+    if task not in tasks:
+        raise ConfigError(
+            f"`{name}` is for {' and '.join(tasks)}, and `task` is {task}: leave it out, or choose another `task`."
+        )
+
+
+def check_columns(columns: Columns) -> None:
+    """Refuses a prompt without a completion, and prompts beside conversations."""
+    for one, other in (("prompt", "completion"), ("completion", "prompt")):
+        if getattr(columns, one) is not None and getattr(columns, other) is None:
+            raise ConfigError(f"`{one}` is given without `{other}`: name the columns of both.")
+    if columns.messages is not None and columns.prompt is not None:
+        raise ConfigError("`messages` are whole conversations: leave out `prompt` and `completion`, or `messages`.")
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,14 +22,12 @@ from lora_jax.paths import leaves_by_path
 from .adapter_source import (
     AdapterSource,
     Kind,
-    conv1d_modules,
     load_source,
-    refuse_tied_embeddings,
-    trained_leaves,
 )
+from .data import Columns
 from .errors import ConfigError
 from .inspection import Group, trained_groups
-from .task import KINDS, Task
+from .task import KINDS, restore_task
 from .task_file import TaskFile, write_task
 
 Format = Literal["peft", "lora_jax", "delta"]
@@ -192,12 +190,6 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
             "The head of this adapter sees the mean over the tokens (`pooling: mean`), and transformers has no class "
             "that does, so PEFT can't load it. `--to delta` writes the values, and `lora-jax merge` a whole folder."
         )
-    refuse_tied_embeddings(
-        model.config,
-        model.task,
-        trained_leaves(source.params, source.method),
-        way_out="`--to delta` and `lora-jax merge` keep it; of two models, `--rest drop` leaves the embeddings out.",
-    )
     interop.export_peft(
         folder,
         source.params,
@@ -205,7 +197,7 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
         names=model.names,
         base_name=ALIASES.get(source.base, source.base) if source.config is None else None,
         task_type=_TASK_TYPES[model.task] if source.config is None else None,
-        fan_in_fan_out=conv1d_modules(family_of(model.config), model.names),
+        fan_in_fan_out=model.fan_in_fan_out,
         config=source.config,
     )
 
@@ -218,7 +210,7 @@ def _write_delta(source: AdapterSource, folder: Path) -> None:
         model.params,
         names=model.names,
         base_name=ALIASES.get(source.base, source.base),
-        fan_in_fan_out=conv1d_modules(family_of(model.config), model.names),
+        fan_in_fan_out=model.fan_in_fan_out,
         absent=models.absent_leaves(model, source.base),
     )
 
@@ -266,13 +258,11 @@ def _task_file(source: AdapterSource, labels: Sequence[str] | None) -> TaskFile 
         return source.task_file
     return TaskFile(
         base=source.base,
-        task=Task(kind=model.task, labels=_class_names(source, labels) if model.task == "classification" else ()),
+        task=restore_task(model.task, _class_names(source, labels) if model.task == "classification" else ()),
         pooling=model.pooling,
         max_length=min(_MAX_LENGTH, model.config.max_length),
         dtype="float32",
-        text="text",
-        text_pair=None,
-        label="label",
+        columns=Columns(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Labelled texts from a file (CSV, TSV, JSONL, Parquet) or from a data set on the Hugging Face hub.
+"""Columns of a file (CSV, TSV, JSONL, Parquet) or of a data set on the Hugging Face hub; labelled texts.
 
 Everything is read through `datasets`, and nothing that a data set brings along is ever run: `trust_remote_code` is not
 passed, so a data set that needs a script is refused.
@@ -10,7 +10,8 @@ import contextlib
 import csv
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,8 +21,30 @@ from .file_checks import check_csv, check_jsonl, check_tsv
 if TYPE_CHECKING:
     import datasets
 
+# Which split of a hub data set a run's own is, where the name says none.
+HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?(@(?P<split>[\w.-]+(\[[^\]]*\])?))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a data set are read; each task has its own.
+
+    Attributes:
+        text, text_pair, label: of labelled texts; `text` of plain texts too.
+        prompt, completion: a text, and what is to follow it.
+        separator: what stands between the two.
+        messages: of conversations.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    prompt: str | None = None
+    completion: str | None = None
+    separator: str = "\n"
+    messages: str | None = None
 
 
 class Examples(NamedTuple):
@@ -65,21 +88,33 @@ def read_examples(
         DataError: a missing or empty file, a missing column (those present are listed), a row that is not UTF-8, has
             the wrong number of fields, or has no text or no label (named by its number).
     """
+    table = read_table(source, {"--text": text, "--text-pair": text_pair, "--label": label}, split=split)
+    return Examples(
+        name=source,
+        texts=texts_of(table, text, source),
+        pairs=texts_of(table, text_pair, source) if text_pair is not None else None,
+        labels=_labels(table, label, source) if label is not None else None,
+    )
+
+
+def read_table(source: str, wanted: Mapping[str, str | None], *, split: str = "train") -> datasets.Dataset:
+    """A data file or a hub data set that has rows and the columns wanted; see `read_examples`.
+
+    Args:
+        source: see `read_examples`.
+        wanted: `{flag: column}`; those that are `None` aren't.
+        split: of a hub data set, where `source` names none.
+    """
     table = _read_file(Path(source)) if _is_file(source) else _read_hub(source, split)
-    wanted = [name for name in (text, text_pair, label) if name is not None]
-    if missing := [name for name in wanted if name not in table.column_names]:
+    if missing := [name for name in wanted.values() if name is not None and name not in table.column_names]:
+        *flags, last = (f"`{flag}`" for flag in wanted)
         raise DataError(
             f"{source} has no column '{missing[0]}'; its columns are {', '.join(table.column_names)}. Choose with "
-            "`--text`, `--text-pair` and `--label`."
+            f"{', '.join(flags)}{' and ' if flags else ''}{last}."
         )
     if not len(table):
         raise DataError(f"{source} has no rows: at least one is expected.")
-    return Examples(
-        name=source,
-        texts=_texts(table, text, source),
-        pairs=_texts(table, text_pair, source) if text_pair is not None else None,
-        labels=_labels(table, label, source) if label is not None else None,
-    )
+    return table
 
 
 def _is_file(source: str) -> bool:
@@ -144,7 +179,8 @@ def _read_hub(source: str, split: str) -> datasets.Dataset:
             ) from error
 
 
-def _texts(table: datasets.Dataset, column: str, source: str) -> list[str]:
+def texts_of(table: datasets.Dataset, column: str, source: str) -> list[str]:
+    """The texts of a column; a row without one is named."""
     values = list(table[column])
     for row, value in enumerate(values, start=1):
         if not isinstance(value, str):

@@ -63,5 +63,13 @@ def encode(examples: Examples, tokenizer: tokenizers.Tokenizer, max_length: int)
     )
 
 
+def padding_id(tokenizer: tokenizers.Tokenizer) -> int:
+    """The id that rows are filled up with; masked everywhere, so any known one does."""
+    for token in ("[PAD]", "<pad>"):
+        if (found := tokenizer.token_to_id(token)) is not None:
+            return found
+    return 0
+
+
 def _joined(rows: list[list[int]]) -> np.ndarray:
     return np.concatenate([np.asarray(row, np.int32) for row in rows])

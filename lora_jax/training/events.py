@@ -14,6 +14,14 @@ class Note:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsRead:
+    """So many bytes of the base's weights are read, of so many."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone:
     """One optimizer step.
 
@@ -43,7 +51,7 @@ class Evaluated:
 
     Attributes:
         split: `"dev"` or `"test"`.
-        metrics: as `metrics.measure` gives them.
+        metrics: as `Task.measure` gives them.
         best: whether this is the best checkpoint so far; `None` for `test`.
     """
 
@@ -53,5 +61,5 @@ class Evaluated:
     best: bool | None = None
 
 
-Event = Note | StepDone | Evaluated
+Event = Note | WeightsRead | StepDone | Evaluated
 Listener = Callable[[Event], None]

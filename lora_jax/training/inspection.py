@@ -12,7 +12,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import files
-from lora_jax.adapters import TENSORS, read_description
+from lora_jax.adapters import TENSORS, read_description, saved_arrays
 from lora_jax.models import find_base, read_model_config, skeleton
 
 from .config import TrainConfig
@@ -47,7 +47,7 @@ class MethodReport(NamedTuple):
         groups: the trainable leaves.
         trainable, total, percent: parameters.
         per_label: `{label: (params, bytes)}`, the frozen ones too.
-        frozen_bytes: the base.
+        frozen_bytes: the base, and factors that are frozen at their start.
         trainable_bytes, gradient_bytes, optimizer_bytes: what training adds.
         adapter_bytes: of the tensors in `adapter.safetensors`; the file has a header of names and shapes before them.
     """
@@ -72,11 +72,10 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
         num_labels: of a classification.
     """
     base = read_model_config(find_base(config.base))
-    regression = config.task == "regression"
     shapes = skeleton(
         base,
         task=config.task,
-        num_labels=1 if regression else num_labels,
+        num_labels=num_labels if config.task == "classification" else 1,
         pooling=config.pooling,
         dtype=jax.numpy.dtype(config.dtype),
     ).params
@@ -92,11 +91,11 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
         total=counts.total,
         percent=counts.percent,
         per_label={label: (count.params, count.bytes) for label, count in counts.per_label.items()},
-        frozen_bytes=_bytes(params) - trained_bytes,
+        frozen_bytes=sum(count.bytes for label, count in counts.per_label.items() if label == "frozen"),
         trainable_bytes=trained_bytes,
         gradient_bytes=trained_bytes,
         optimizer_bytes=_bytes(optimizer),
-        adapter_bytes=trained_bytes,
+        adapter_bytes=_bytes(saved_arrays(params, config.method)),
     )
 
 

@@ -11,18 +11,18 @@ import jax
 import lora_jax as lj
 from lora_jax.host_memory import memory_first
 
-from .batching import Batch, padding_share
+from .batching import AnyBatch, padding_share
 from .checkpoint import Checkpoint, Checkpoints
 from .config import TrainConfig
 from .errors import NotFiniteError, RunFolderError
 from .events import Evaluated, Event, Listener, Note, StepDone
 from .meter import Meter
-from .metrics import better, measure
+from .metrics import better
 from .predict import make_forward, predict_outputs
 from .result import RunResult, read_result, write_result
 from .run_folder import RunFolder
 from .setup import Run, prepare
-from .step import StepOutput, make_step
+from .step import Step, StepOutput, make_step
 from .task_file import TaskFile, write_task
 from .tensorboard import Scalars
 
@@ -68,6 +68,19 @@ def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunRes
         return progress.finish()
 
 
+def step_of(run: Run, config: TrainConfig) -> Step:
+    """The jitted step that `train` takes."""
+    return make_step(
+        run.apply,
+        run.task,
+        run.tx,
+        clip_norm=config.clip_norm,
+        accumulate=config.accumulate,
+        model_dropout=config.dropout != 0,
+        compiler_options=memory_first(),
+    )
+
+
 class _Progress:
     """A run under way: the state that changes from step to step, and all that is done with it."""
 
@@ -80,7 +93,7 @@ class _Progress:
         if self.resumed_from is not None:
             self._restore(self.resumed_from)
         self.folder.rewind_log(self.position)
-        self.forward = make_forward(run.apply)
+        self.forward = make_forward(run.apply, run.task)
 
     def _restore(self, step: int) -> None:
         checkpoint = self.checkpoints.restore(step, self.state)
@@ -97,15 +110,7 @@ class _Progress:
 
     def run_steps(self) -> None:
         run, config = self.run, self.config
-        step = make_step(
-            run.apply,
-            run.task,
-            run.tx,
-            clip_norm=config.clip_norm,
-            accumulate=config.accumulate,
-            model_dropout=config.dropout != 0,
-            compiler_options=memory_first(),
-        )
+        step = step_of(run, config)
         if self.position >= run.steps:
             return
         batches = run.batches.iterator(self.position)
@@ -116,7 +121,7 @@ class _Progress:
             self.meter.start()
             for number in range(self.position + 1, run.steps + 1):
                 batch = self.meter.wait_for(batches)
-                self.meter.dispatch(batch.input_ids.shape)
+                self.meter.dispatch(batch.inputs["input_ids"].shape)
                 self.state, output = step(self.state, run.frozen, batch, run.key)
                 pending.append(_Pending(number, batch, output))
                 if number % eval_every and number < run.steps:
@@ -134,20 +139,20 @@ class _Progress:
     def _settle(self, pending: _Pending) -> None:
         """Reads what a step gave, and tells of it."""
         number, batch, output = pending
-        loss, correct, rows, norm = (float(value) for value in jax.device_get(output))
+        loss, correct, count, norm = (float(value) for value in jax.device_get(output))
         for what, value in (("loss", loss), ("gradient's norm", norm)):
             if not math.isfinite(value):
                 self._refuse(number, f"The {what} became {value}")
-        tokens = int(batch.attention_mask[batch.weights > 0].sum())
-        self.meter.count(tokens=tokens, slots=batch.input_ids.size, loss=loss, correct=correct, rows=rows)
-        regression = self.run.task.is_regression
+        slots = batch.inputs["input_ids"].size
+        self.meter.count(tokens=batch.tokens, slots=slots, loss=loss, correct=correct, count=count)
+        has_accuracy = self.run.task.has_accuracy
         self.listen(
             StepDone(
                 step=number,
                 steps=self.run.steps,
                 epoch=number / self.run.batches.steps_per_epoch,
                 loss=loss,
-                accuracy=None if regression else correct / rows,
+                accuracy=correct / count if has_accuracy else None,
                 grad_norm=norm,
                 tokens_per_second=self.meter.tokens_per_second,
                 seconds_left=self.meter.seconds_left(self.run.steps - number),
@@ -155,7 +160,7 @@ class _Progress:
         )
         if number % self.config.log_every == 0 or number == self.run.steps:
             row = self.meter.take_means() | {"grad_norm": norm}
-            if regression:
+            if not has_accuracy:
                 del row["accuracy"]
             if (speed := self.meter.tokens_per_second) is not None:
                 row["tokens_per_second"] = speed
@@ -182,10 +187,9 @@ class _Progress:
 
     def _evaluate(self, trainable: Any, split: str) -> dict[str, float]:
         run = self.run
-        encoded, targets = run.splits[split]
+        rows = run.splits[split]
         params = lj.combine(trainable, run.frozen)
-        outputs = predict_outputs(self.forward, params, encoded, buckets=run.buckets, pad_id=run.pad_id)
-        return measure(run.task, outputs, targets)
+        return run.task.measure(predict_outputs(self.forward, params, rows, buckets=run.buckets), rows.targets)
 
     def _log(self, number: int, split: str, values: dict[str, float]) -> None:
         self.folder.log({"step": number, "split": split, **values})
@@ -224,9 +228,7 @@ class _Progress:
                 pooling=config.pooling,
                 max_length=run.max_length,
                 dtype=config.dtype,
-                text=config.text,
-                text_pair=config.text_pair,
-                label=config.label,
+                columns=config.columns,
             ),
         )
         result = RunResult(
@@ -245,7 +247,8 @@ class _Progress:
             step_ms=self.meter.step_ms,
             waiting_share=self.meter.waiting_share,
             padding_share=padding_share(self.meter.tokens, self.meter.slots),
-            truncated={split: labelled.encoded.truncated for split, labelled in run.splits.items()},
+            truncated={split: rows.truncated for split, rows in run.splits.items()},
+            dropped={split: rows.dropped for split, rows in run.splits.items()},
             resumed_from=self.resumed_from,
             history=folder.history(),
         )
@@ -257,5 +260,5 @@ class _Pending(NamedTuple):
     """A step that was dispatched and not yet read."""
 
     number: int
-    batch: Batch
+    batch: AnyBatch
     output: StepOutput

@@ -10,13 +10,22 @@ from lora_jax import files
 from .adapter_source import load_source
 
 
-def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | None = None) -> Path:
+def merge_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: lj.models.Progress | None = None,
+) -> Path:
     """Folds an adapter into its base and writes the merged model for `transformers`.
 
     Args:
         adapter: a run's folder, the `adapter` folder in it, or one that `lj.save_adapter` or PEFT wrote.
         output: a new or empty folder.
         base: where the base is now, if not where it was.
+        max_shard_size: see `lj.models.save_pretrained`.
+        progress: told of the weights read, and then of those written; see `lj.models.load`.
 
     Returns:
         `output`.
@@ -27,9 +36,10 @@ def merge_adapter(adapter: str | Path, output: str | Path, *, base: str | None =
     """
     output = Path(output)
     files.require_new_folder(output, "output")  # told before the model is loaded
-    source = load_source(adapter, base=base)
+    source = load_source(adapter, base=base, progress=progress)
     merged = lj.merge_params(source.params)
     labels = list(source.task_file.task.labels) if source.task_file is not None else None
+    options = {"labels": labels or None, "max_shard_size": max_shard_size, "progress": progress}
     with files.new_folder(output, "output") as staging:
-        lj.models.save_pretrained(staging, source.model, merged, source=source.base, labels=labels or None)
+        lj.models.save_pretrained(staging, source.model, merged, source=source.base, **options)
     return output

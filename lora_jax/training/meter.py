@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from .batching import Batch
+from .batching import AnyBatch
 
 _WINDOW = 20  # steps that pace and throughput are taken over
 
@@ -45,7 +45,7 @@ class Meter:
     def stop(self) -> None:
         self._seconds, self._started, self._last = self.seconds, None, None
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+    def wait_for(self, batches: Iterator[AnyBatch]) -> AnyBatch:
         """The next batch; the time that it takes to come is time in which the device may run dry."""
         start = time.perf_counter()
         batch = next(batches)
@@ -57,12 +57,12 @@ class Meter:
         self._compiled |= shape not in self._seen_shapes
         self._seen_shapes.add(shape)
 
-    def count(self, *, tokens: int, slots: int, loss: float, correct: float, rows: float) -> None:
+    def count(self, *, tokens: int, slots: int, loss: float, correct: float, count: float) -> None:
         """A step is done."""
         now = time.perf_counter()
         self.tokens += tokens
         self.slots += slots
-        self._window.append((loss * rows, correct, rows))
+        self._window.append((loss * count, correct, count))
         if self._last is not None and not self._compiled:
             self._recent.append((now - self._last, tokens))
             self._step_times.append(now - self._last)
@@ -88,10 +88,10 @@ class Meter:
         return 1000 * statistics.median(self._step_times) if self._step_times else None
 
     def take_means(self) -> dict[str, float]:
-        """Mean loss and accuracy over the rows since the last call."""
-        loss, correct, rows = (sum(column) for column in zip(*self._window, strict=True))
+        """Mean loss and accuracy over the targets since the last call."""
+        loss, correct, count = (sum(column) for column in zip(*self._window, strict=True))
         self._window.clear()
-        return {"loss": loss / rows, "accuracy": correct / rows}
+        return {"loss": loss / count, "accuracy": correct / count}
 
     def state(self) -> dict[str, Any]:
         """The arguments of a meter that counts on."""

@@ -15,6 +15,9 @@ METHODS: dict[str, type] = {
     "frozen": lj.Frozen,
     "bitfit": lj.BitFit,
     "lora": lj.LoRA,
+    "dora": lj.DoRA,
+    "ia3": lj.IA3,
+    "vera": lj.VeRA,
     "full": lj.FullFineTune,
     "norms": lj.NormTuning,
     "top-layers": lj.TopLayers,
@@ -26,6 +29,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "frozen": {"also_train": ("classifier",)},
     "bitfit": {"targets": "all", "also_train": ("classifier",)},
     "lora": {"rank": 8, "alpha": 16.0, "targets": "all-linear", "also_train": ("classifier",)},
+    "dora": {"rank": 8, "alpha": 16.0, "targets": "all-linear", "also_train": ("classifier",)},
+    "ia3": {"targets": "keys-values-mlp", "also_train": ("classifier",)},
+    "vera": {"rank": 256, "targets": "all-linear", "also_train": ("classifier",)},
     "full": {"also_train": ("classifier",)},
     "norms": {"targets": "all", "also_train": ("classifier",)},
     "top-layers": {"count": 2, "also_train": ("classifier",)},
@@ -33,10 +39,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "random-subspace": {"dimension": 1000, "also_train": ("classifier",)},
 }
 
-# Of AdamW.
+# Of AdamW. LoRA's and DoRA's are those of PEFT's start on all linear layers.
 _RATES = {
     "frozen": 5e-3,
     "bitfit": 3e-3,
+    "lora": 1e-3,
+    "dora": 1e-3,
+    "ia3": 1e-2,
+    "vera": 1e-2,
     "full": 1e-4,
     "norms": 3e-3,
     "top-layers": 1e-4,
@@ -44,9 +54,14 @@ _RATES = {
     "random-subspace": 1e-2,
 }
 
+# A decoder's head is its own, and is there already.
+_CAUSAL_LM: dict[str, Any] = {"also_train": ()}
 
-def make_method(options: Mapping[str, Any] | str) -> Any:
+
+def make_method(options: Mapping[str, Any] | str, task: str = "classification") -> Any:
     """The method that `{"name": ..., **fields}` describes; what isn't said is as in `DEFAULTS`.
+
+    A language model (`task` `"causal-lm"`) has no head to be trained beside: its `also_train` is empty.
 
     Example:
         >>> make_method({"name": "lora", "rank": 4}).rank
@@ -61,7 +76,13 @@ def make_method(options: Mapping[str, Any] | str) -> Any:
         near = difflib.get_close_matches(unknown[0], fields, n=1)
         hint = f"; the nearest is `{near[0]}`" if near else ""
         raise ConfigError(f"`{unknown[0]}` is no option of {name}{hint}. It has {', '.join(fields)}.")
-    return METHODS[name](**{**DEFAULTS[name], **{key: _tuples(value) for key, value in options.items()}})
+    defaults = DEFAULTS[name] | (_CAUSAL_LM if task == "causal-lm" else {})
+    if task == "causal-lm" and name == "frozen" and not options.get("also_train"):
+        raise ConfigError(
+            "`method` frozen trains the head alone, and a causal-lm adds none: name modules in `also_train` "
+            "(`norm`, say), or choose another method."
+        )
+    return METHODS[name](**{**defaults, **{key: _tuples(value) for key, value in options.items()}})
 
 
 def method_name(method: Any) -> str:
@@ -78,17 +99,25 @@ def method_options(method: Any) -> dict[str, Any]:
     }
 
 
-def default_learning_rate(method: Any) -> float:
-    """A learning rate for AdamW: that of `docs/results.md`; for LoRA's Gaussian start, half of it."""
+def default_learning_rate(method: Any, task: str = "classification") -> float:
+    """A learning rate for AdamW: that of `docs/results.md`; for LoRA's other starts, half of it.
+
+    DoRA's is LoRA's. The vectors of (IA)³ and VeRA are few numbers that each move a whole layer little, and both papers
+    train them with some ten times LoRA's rate. For language models LoRA's is that of its paper for GPT-2
+    (arXiv:2106.09685, Table 11); the others keep the proportions.
+    """
     name = method_name(method)
-    if name == "lora":
+    if task == "causal-lm":
+        return _RATES[name] / 5
+    rate = _RATES[name]
+    if name in ("lora", "dora"):
         targets = method.targets
         few = not isinstance(targets, str) and not callable(targets) and len(targets) <= 2
-        rate = 2e-3 if few else 1e-3
+        rate = 2 * rate if few else rate
         # A Gaussian `a` starts some four times as large, so that the same rate moves the product further: 1e-3 on all
         # linear layers has diverged with it (SST-2).
         return rate if method.init == "kaiming" else rate / 2
-    return _RATES[name]
+    return rate
 
 
 def _tuples(value: Any) -> Any:

@@ -1,59 +1,31 @@
-"""The measures of a prediction, from scikit-learn. Rates are shares between 0 and 1."""
+"""The measures of predictions: scikit-learn's, SciPy's and perplexity. Rates are shares between 0 and 1."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError
-from .task import Task
-
-CLASSIFICATION = ("accuracy", "macro_f1", "matthews")
-REGRESSION = ("pearson", "spearman")
-
-
-def default_metric(task: Task) -> str:
-    return "pearson" if task.is_regression else "accuracy"
-
-
-def check_metric(name: str, task: Task) -> str:
-    """`name`, if the task has such a metric."""
-    names = (*(REGRESSION if task.is_regression else CLASSIFICATION), "loss")
-    if name not in names:
-        raise ConfigError(f"`metric` is {name!r}, and a {task.kind} has {', '.join(names)}.")
-    return name
+LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 def better(metric: str, value: float) -> float:
     """A number that is larger the better the metric is."""
-    return -value if metric == "loss" else value
+    return -value if metric in LOWER_IS_BETTER else value
 
 
-def measure(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """The metrics of a task, and the mean loss over rows.
+def classification_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """`accuracy`, `macro_f1` (mean of F1 over the labels that occur in targets or predictions), `matthews`, `loss`.
 
     Args:
-        task: whose metrics.
-        outputs: logits `(rows, labels)`, or numbers `(rows,)` for a regression.
-        targets: `(rows,)`.
-
-    Returns:
-        `accuracy`, `macro_f1` (mean of F1 over the labels that occur in targets or predictions), `matthews` and
-        `loss`; or `pearson`, `spearman` and `loss`. A correlation with a constant is undefined and given as 0.
+        outputs: logits `(rows, labels)`.
+        targets: `(rows,)`, places of the labels.
     """
-    from scipy import stats
     from sklearn import metrics
 
     outputs = outputs.astype(np.float64)
-    if task.is_regression:
-        constant = min(np.ptp(outputs), np.ptp(targets)) == 0
-        correlations: dict[str, Any] = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
-        return {
-            **{name: 0.0 if constant else float(f(outputs, targets)[0]) for name, f in correlations.items()},
-            "loss": float(np.mean((outputs - targets) ** 2)),
-        }
     predicted = outputs.argmax(-1)
     shifted = outputs - outputs.max(-1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -66,3 +38,37 @@ def measure(task: Task, outputs: np.ndarray, targets: np.ndarray) -> dict[str, f
         "matthews": float(matthews),
         "loss": float(-log_probabilities[np.arange(len(targets)), targets].mean()),
     }
+
+
+def regression_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """`pearson`, `spearman` and `loss`, the mean square; a correlation with a constant is undefined and given as 0.
+
+    Args:
+        outputs, targets: `(rows,)`.
+    """
+    from scipy import stats
+
+    outputs = outputs.astype(np.float64)
+    constant = min(np.ptp(outputs), np.ptp(targets)) == 0
+    correlations: dict[str, Any] = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
+    return {
+        **{name: 0.0 if constant else float(f(outputs, targets)[0]) for name, f in correlations.items()},
+        "loss": float(np.mean((outputs - targets) ** 2)),
+    }
+
+
+def language_metrics(sums: np.ndarray) -> dict[str, float]:
+    """`perplexity`, `token_accuracy` and `loss`, the mean `-log p` (natural) of the target tokens.
+
+    Args:
+        sums: `(rows, 3)`: of each row's target tokens, the sum of `-log p`, how many were the most probable, and how
+            many there are.
+
+    Example:
+        >>> language_metrics(np.array([[0.0, 1.0, 1.0], [3 * math.log(4), 0.0, 2.0]]))["perplexity"]
+        4.0
+    """
+    loss, correct, count = sums.astype(np.float64).sum(axis=0)
+    mean = loss / count
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"perplexity": perplexity, "token_accuracy": float(correct / count), "loss": float(mean)}

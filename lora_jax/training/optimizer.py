@@ -38,7 +38,10 @@ def make_schedule(kind: str, *, peak: float, steps: int, warmup: float) -> optax
 
 
 def make_optimizer(config: TrainConfig, labels: Any, *, steps: int) -> optax.GradientTransformation:
-    """AdamW (β₁ 0.9, β₂ 0.999, ε 1e-8) by `lj.make_optimizer`; frozen leaves get neither state nor update."""
+    """AdamW (β₁ 0.9, β₂ 0.999, ε 1e-8) by `lj.make_optimizer`; frozen leaves get neither state nor update.
+
+    The peak rate is a number in the state, so runs that differ in it alone are one compiled program.
+    """
     present = sorted({label for label in jax.tree.leaves(labels) if label != "frozen"})
     for name in ("lr", "weight_decay"):
         value = getattr(config, name)
@@ -50,8 +53,13 @@ def make_optimizer(config: TrainConfig, labels: Any, *, steps: int) -> optax.Gra
 
     def adamw(label: str) -> optax.GradientTransformation:
         peak, decay = (_of(getattr(config, name), label) for name in ("lr", "weight_decay"))
-        schedule = make_schedule(config.schedule, peak=peak, steps=steps, warmup=config.warmup)
-        return optax.adamw(schedule, weight_decay=decay)
+        shape = make_schedule(config.schedule, peak=1.0, steps=steps, warmup=config.warmup)
+        return optax.chain(
+            optax.scale_by_adam(),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_schedule(shape),
+            optax.inject_hyperparams(optax.scale_by_learning_rate)(peak),
+        )
 
     return lj.make_optimizer({label: adamw(label) for label in present}, labels)
 

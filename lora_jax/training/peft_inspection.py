@@ -117,8 +117,9 @@ def _importable(folder: Path, base: str | None) -> tuple[str | None, str | None,
         return None, str(error), None
     except ValueError as error:
         return str(error), None, None
-    weights = [name for path, name in names.items() if path.endswith(("/kernel", "/embedding"))]
-    return None, None, {name.rpartition(".")[2] for name in weights}
+    weights = [value for path, value in names.items() if path.endswith(("/kernel", "/embedding"))]
+    modules = [name for value in weights for name in ((value,) if isinstance(value, str) else value)]
+    return None, None, {name.rpartition(".")[2] for name in modules}
 
 
 def _vllm(folder: Path, max_lora_rank: int, modules: set[str] | None) -> list[str]:

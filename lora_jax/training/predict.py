@@ -7,51 +7,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
+from lora_jax.adapters import read_description
 from lora_jax.interop.peft_config import CONFIG as PEFT_CONFIG
+from lora_jax.models.family import HEAD
 
-from .batching import Batch, collate, plan_in_order
+from .batching import AnyBatch, Rows, plan_in_order
 from .buckets import cover
 from .data import Examples
-from .encoding import Encoded, encode
+from .encoding import Encoded, encode, padding_id
 from .errors import TrainingError
-from .metrics import measure
+from .labelled import LabelledRows
 from .step import ModelApply
-from .task import Task
+from .task import LabelledTask, Regression, Task
 from .task_file import TASK_FILE, TaskFile, read_task
 
 if TYPE_CHECKING:
     import tokenizers
 
-MAX_BATCH = 64
+_AHEAD = 4  # batches that are dispatched before one is waited for
 
-Forward = Callable[[Any, Batch], jax.Array]
+Forward = Callable[[Any, AnyBatch], jax.Array]
 
 
-def make_forward(apply: ModelApply) -> Forward:
-    """A jitted `forward(params, batch)` without dropout: logits `(size, labels)`, or numbers `(size,)`."""
+def make_forward(apply: ModelApply, task: Task) -> Forward:
+    """A jitted `forward(params, batch)` without dropout: what `task.summarize` gives, `(size, …)`."""
 
     @jax.jit
-    def forward(params: Any, batch: Batch) -> jax.Array:
-        return apply(params, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    def forward(params: Any, batch: AnyBatch) -> jax.Array:
+        return task.summarize(apply(params, **batch.inputs), jnp.asarray(batch.targets), jnp.asarray(batch.weights))
 
     return forward
 
 
-def predict_outputs(
-    forward: Forward, params: Any, encoded: Encoded, *, buckets: Sequence[int], pad_id: int
-) -> np.ndarray:
-    """The model's outputs for every row, in the rows' order: float32 `(rows, labels)`, or `(rows,)`."""
-    lengths = encoded.lengths
-    buckets = cover(buckets, int(lengths.max()), encoded.max_length)
-    size = min(MAX_BATCH, 1 << (encoded.rows - 1).bit_length())
-    no_targets = np.zeros(encoded.rows, np.float32)
+def predict_outputs(forward: Forward, params: Any, rows: Rows, *, buckets: Sequence[int]) -> np.ndarray:
+    """What `forward` gives of every row, in the rows' order: float32 `(rows, …)`."""
+    lengths = rows.lengths
+    buckets = cover(buckets, int(lengths.max()), rows.max_length)
+    size = min(rows.largest_batch, 1 << (rows.rows - 1).bit_length())
     plans = plan_in_order(lengths, buckets, batch_size=size)
-    # All are dispatched before any is read, so that the device doesn't wait for the host.
-    parts = [forward(params, collate(encoded, no_targets, plan, batch_size=size, pad_id=pad_id)) for plan in plans]
-    outputs = np.empty((encoded.rows, *parts[0].shape[1:]), np.float32)
+    parts: list[jax.Array] = []
+    for plan in plans:
+        parts.append(forward(params, rows.batch(plan, size)))
+        # Some are dispatched ahead, so that the device doesn't wait for the host; not all, as each takes memory.
+        if len(parts) > _AHEAD:
+            parts[-1 - _AHEAD].block_until_ready()
+    outputs = np.empty((rows.rows, *parts[0].shape[1:]), np.float32)
     for plan, part in zip(plans, parts, strict=True):
         outputs[plan.rows] = np.asarray(part, np.float32)[: len(plan.rows)]
     return outputs
@@ -83,13 +87,13 @@ class Predictor:
     """
 
     def __init__(
-        self, apply: ModelApply, params: Any, *, task: Task, tokenizer: tokenizers.Tokenizer, max_length: int
+        self, apply: ModelApply, params: Any, *, task: LabelledTask, tokenizer: tokenizers.Tokenizer, max_length: int
     ) -> None:
         self.params = params
         self.task = task
         self.max_length = max_length
         self._tokenizer = tokenizer
-        self._forward = make_forward(apply)
+        self._forward = make_forward(apply, task)
         # The same few shapes whatever comes: a later call compiles nothing new.
         self._buckets = (*(length for length in (16, 32, 64, 128, 256) if length < max_length), max_length)
 
@@ -102,19 +106,19 @@ class Predictor:
         return self.encoded_outputs(self.encode(texts, pairs))
 
     def encoded_outputs(self, encoded: Encoded) -> np.ndarray:
-        pad_id = padding_id(self._tokenizer)
-        return predict_outputs(self._forward, self.params, encoded, buckets=self._buckets, pad_id=pad_id)
+        rows = LabelledRows(encoded, np.zeros(encoded.rows, np.int32), padding_id(self._tokenizer))
+        return predict_outputs(self._forward, self.params, rows, buckets=self._buckets)
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
         """One prediction a text, in order."""
         return [self._prediction(row) for row in self.outputs(texts, pairs)] if texts else []
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
-        """The metrics of labelled rows; see `metrics.measure`."""
-        return measure(self.task, self.outputs(examples.texts, examples.pairs), self.task.encode(examples))
+        """The metrics of labelled rows; see `Task.measure`."""
+        return self.task.measure(self.outputs(examples.texts, examples.pairs), self.task.encode(examples))
 
     def _prediction(self, output: np.ndarray) -> Prediction:
-        if self.task.is_regression:
+        if isinstance(self.task, Regression):
             return Prediction(float(output), None, ())
         powers = np.exp(output.astype(np.float64) - output.max())
         probabilities = powers / powers.sum()
@@ -140,12 +144,15 @@ class LoadedAdapter(NamedTuple):
     folder: Path
 
 
-def load_adapter(folder: str | Path, *, base: str | None = None) -> LoadedAdapter:
+def load_adapter(
+    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+) -> LoadedAdapter:
     """Loads the adapter of a run and the base that it belongs to.
 
     Args:
         folder: a run's folder, or the `adapter` folder in it.
         base: where the base is now, if not where it was when the adapter was trained.
+        progress: told of the base's weights as they are read, see `lj.models.load`.
     """
     folder = adapter_folder(folder)
     saved = read_task(folder)
@@ -155,23 +162,36 @@ def load_adapter(folder: str | Path, *, base: str | None = None) -> LoadedAdapte
         num_labels=saved.task.num_labels,
         dtype=saved.dtype,
         pooling=saved.pooling,
+        tie_word_embeddings=False if _has_head(folder) else None,
+        progress=progress,
     )
     adapter = lj.load_adapter(folder, model.params)
     return LoadedAdapter(model, adapter.params, adapter.method, saved, folder)
 
 
-def load_predictor(folder: str | Path, *, base: str | None = None) -> Predictor:
+def _has_head(folder: Path) -> bool:
+    """Whether a decoder's head was a leaf of its own, be it that the base ties it to the embeddings."""
+    description = read_description(folder)
+    return HEAD in description["base"] or HEAD in description["tensors"]
+
+
+def load_predictor(
+    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+) -> Predictor:
     """What `lora-jax predict` uses: the adapter of a run, ready to classify. Args as `load_adapter`.
 
     Example:
         predictor = load_predictor("out")
         predictor.predict(["where is my order?"])[0].label
     """
-    loaded = load_adapter(folder, base=base)
+    loaded = load_adapter(folder, base=base, progress=progress)
+    task = loaded.task_file.task
+    if not isinstance(task, LabelledTask):
+        raise TrainingError(f"`adapter` {folder} is of a {task.kind}, which has no labels: `load_completer` is for it.")
     return Predictor(
         lj.adapt(loaded.model.apply),
         loaded.params,
-        task=loaded.task_file.task,
+        task=task,
         tokenizer=lj.models.load_tokenizer(base or loaded.task_file.base),
         max_length=loaded.task_file.max_length,
     )
@@ -187,11 +207,3 @@ def adapter_folder(folder: str | Path) -> Path:
     if (folder / PEFT_CONFIG).is_file():
         hint = f": it is PEFT's; make one with `lora-jax convert --adapter {folder} --to lora_jax --output NEW`"
     raise TrainingError(f"`adapter` {folder} holds no adapter of a run ({TASK_FILE} is missing){hint}.")
-
-
-def padding_id(tokenizer: tokenizers.Tokenizer) -> int:
-    """The id that rows are filled up with; masked everywhere, so any known one does."""
-    for token in ("[PAD]", "<pad>"):
-        if (found := tokenizer.token_to_id(token)) is not None:
-            return found
-    return 0

@@ -14,7 +14,7 @@ from .events import Evaluated, Event, Note, StepDone
 
 _PLAIN_SECONDS = 10.0
 _WINDOW = 20  # steps that the shown loss and accuracy are means of
-_RATES = ("accuracy", "macro_f1", "matthews", "pearson", "spearman")
+_RATES = ("accuracy", "token_accuracy", "macro_f1", "matthews", "pearson", "spearman")
 
 
 class LiveProgress:
@@ -49,6 +49,9 @@ class LiveProgress:
             self._print(f"step {event.step:,}  {event.split}: {format_metrics(event.metrics)}{mark}")
         elif isinstance(event, Note):
             self._print(event.message)
+        elif event.done and self._console.is_terminal:
+            line = f"weights  {format_bytes(event.done)} of {format_bytes(event.total)}"
+            self._live.update(Text(line if event.done < event.total else "", style="cyan"))
 
     def _show_step(self, event: StepDone) -> None:
         self._losses.append(event.loss)

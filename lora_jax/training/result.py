@@ -31,7 +31,8 @@ class RunResult:
         waiting_share: of `train_seconds`, in which the loop waited for a batch; `None` of a run made before that was
             measured.
         padding_share: of the places in training batches that held no token.
-        truncated: `{split: rows cut at max_length}`.
+        truncated: `{split: texts cut at max_length}`.
+        dropped: `{split: texts left out}`, as all that was to be predicted lay beyond that.
         resumed_from: the step that this call went on from; `None` of a run done in one go.
         history: the rows of `metrics.jsonl`.
     """
@@ -52,6 +53,7 @@ class RunResult:
     waiting_share: float | None
     padding_share: float
     truncated: dict[str, int]
+    dropped: dict[str, int]
     resumed_from: int | None
     history: list[dict[str, Any]]
 
@@ -71,5 +73,5 @@ def read_result(folder: RunFolder, saved: Mapping[str, Any]) -> RunResult:
         output=folder.path,
         adapter=folder.adapter,
         history=folder.history(),
-        **{"waiting_share": None, **saved, "labels": tuple(saved["labels"])},
+        **{"waiting_share": None, "dropped": {}, **saved, "labels": tuple(saved["labels"])},
     )

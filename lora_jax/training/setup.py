@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import lora_jax as lj
 from lora_jax.models.model import Model, skeleton
 
-from .batching import TrainingBatches
+from .batching import Rows, TrainingBatches
 from .buckets import choose_buckets
 from .config import TrainConfig
-from .data import Examples, read_examples
-from .encoding import Encoded
-from .events import Listener, Note
-from .metrics import check_metric, default_metric
+from .events import Listener, Note, WeightsRead
+from .labelled import LabelledData
+from .language import LanguageData
 from .optimizer import make_optimizer
-from .predict import padding_id
 from .step import TrainState
-from .task import Task, make_task
-from .token_cache import encode_cached
+from .task import Task
 
-_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+if TYPE_CHECKING:
+    import tokenizers
 
 
-class Labelled(NamedTuple):
-    """A split, ready for batching."""
+class Data(Protocol):
+    """The splits of a run, read and checked."""
 
-    encoded: Encoded
-    targets: np.ndarray
+    @property
+    def task(self) -> Task: ...
+    def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> Mapping[str, Rows]:
+        """Each split in tokens."""
+        ...
+
+    def describe(self) -> str:
+        """What is learnt, in words."""
+        ...
+
+
+_DATA: dict[str, Callable[[TrainConfig, dict[str, str]], Data]] = {
+    "classification": LabelledData,
+    "regression": LabelledData,
+    "causal-lm": LanguageData,
+}
 
 
 class Run(NamedTuple):
@@ -40,7 +52,7 @@ class Run(NamedTuple):
 
     Attributes:
         task, splits, metric: what is learnt, from what, and what chooses the checkpoint.
-        max_length, pad_id, buckets, batches: how texts become batches.
+        max_length, buckets, batches: how texts become batches.
         apply: the model's, adapted.
         state: before the first step.
         frozen: the other part of `lj.partition`.
@@ -51,10 +63,9 @@ class Run(NamedTuple):
     """
 
     task: Task
-    splits: dict[str, Labelled]
+    splits: Mapping[str, Rows]
     metric: str
     max_length: int
-    pad_id: int
     buckets: tuple[int, ...]
     batches: TrainingBatches
     apply: Any
@@ -73,10 +84,9 @@ class Run(NamedTuple):
 def prepare(config: TrainConfig, listen: Listener) -> Run:
     """Reads the data, loads the base and attaches the method. Nothing is written."""
     sources = {"train": config.train, "dev": config.dev, "test": config.test}
-    examples = {split: _read(config, source, split) for split, source in sources.items() if source is not None}
-    task = make_task(config.task, examples["train"])
-    targets = {split: task.encode(rows) for split, rows in examples.items()}
-    metric = check_metric(config.metric or default_metric(task), task)
+    data = _DATA[config.task](config, {name: source for name, source in sources.items() if source is not None})
+    task = data.task
+    metric = task.check_metric(config.metric)
 
     model = lj.models.load(
         config.base,
@@ -86,23 +96,16 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         seed=config.seed,
         pooling=config.pooling,
         remat=config.remat,
+        progress=lambda done, total: listen(WeightsRead(done=done, total=total)),
     )
     tokenizer = lj.models.load_tokenizer(config.base)
+    assert config.max_length is not None  # resolved when the config was made
     max_length = min(config.max_length, model.config.max_length)
-    splits = {
-        split: Labelled(encode_cached(rows, tokenizer, max_length), targets[split]) for split, rows in examples.items()
-    }
-    encoded = splits["train"].encoded
-    steps = config.steps or config.epochs * math.ceil(encoded.rows / config.batch_size)
-    buckets = choose_buckets(encoded.lengths, count=config.buckets, max_length=max_length, steps=steps)
-    batches = TrainingBatches(
-        *splits["train"],
-        buckets=buckets,
-        batch_size=config.batch_size,
-        pad_id=padding_id(tokenizer),
-        seed=config.seed,
-        steps=steps,
-    )
+    splits = data.rows(tokenizer, max_length)
+    rows = splits["train"]
+    steps = config.steps or config.epochs * math.ceil(rows.rows / config.batch_size)
+    buckets = choose_buckets(rows.lengths, count=config.buckets, max_length=max_length, steps=steps)
+    batches = TrainingBatches(rows, buckets=buckets, batch_size=config.batch_size, seed=config.seed, steps=steps)
 
     attach_key, run_key = jax.random.split(jax.random.key(config.seed))
     params = lj.attach(model.params, config.method, key=attach_key)
@@ -110,14 +113,13 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     trainable, frozen = lj.partition(params, lj.trainable_mask(params, config.method))
     counts = lj.count_params(params, labels)
     tx = make_optimizer(config, labels, steps=steps)
-    for note in _notes(config, task, splits, counts, buckets, max_length):
+    for note in _notes(config, data, splits, counts, buckets, max_length):
         listen(Note(message=note))
     return Run(
         task=task,
         splits=splits,
         metric=metric,
         max_length=max_length,
-        pad_id=padding_id(tokenizer),
         buckets=buckets,
         batches=batches,
         apply=lj.adapt(_with_dropout_rate(config, model, task.num_labels)),
@@ -126,35 +128,27 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         counts=counts,
         tx=tx,
         key=run_key,
-        fingerprint=encoded.fingerprint(),
-    )
-
-
-def _read(config: TrainConfig, source: str, split: str) -> Examples:
-    return read_examples(
-        source, text=config.text, text_pair=config.text_pair, label=config.label, split=_HUB_SPLITS[split]
+        fingerprint=rows.fingerprint(),
     )
 
 
 def _notes(
     config: TrainConfig,
-    task: Task,
-    splits: dict[str, Labelled],
+    data: Data,
+    splits: Mapping[str, Rows],
     counts: Any,
     buckets: tuple[int, ...],
     max_length: int,
 ) -> list[str]:
-    rows = ", ".join(f"{split} {labelled.encoded.rows:,}" for split, labelled in splits.items())
-    kind = "a number" if task.is_regression else f"{len(task.labels)} labels"
+    described = ", ".join(f"{split} {rows.describe()}" for split, rows in splits.items())
     notes = [
-        f"rows: {rows}; {kind}; batches padded to {', '.join(map(str, buckets))} tokens",
+        f"rows: {described}; {data.describe()}; batches padded to {', '.join(map(str, buckets))} tokens",
         f"trainable: {counts.trainable:,} of {counts.total:,} parameters ({counts.percent:.3g} %)",
     ]
-    if max_length < config.max_length:
+    if max_length < (config.max_length or 0):
         notes.append(f"`max_length` {config.max_length} is more than the base's positions: {max_length} are used")
-    for split, (encoded, _) in splits.items():
-        if encoded.truncated:
-            notes.append(f"{split}: {encoded.truncated:,} of {encoded.rows:,} texts cut at {max_length} tokens")
+    for split, rows in splits.items():
+        notes += rows.notes(split)
     return notes
 
 

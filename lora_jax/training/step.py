@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import optax
 
 import lora_jax as lj
 
-from .batching import Batch
+from .batching import AnyBatch
 from .task import Task
 
 
@@ -34,30 +34,20 @@ class StepOutput(NamedTuple):
     """Scalars of a step, on the device: reading them is the caller's to time.
 
     Attributes:
-        loss: the mean over the batch's own rows, before the update.
+        loss: the mean over the batch's targets, before the update: one of each row, or its tokens to be predicted.
         correct: how many of them were right.
-        rows: how many there are.
+        count: how many there are.
         grad_norm: the global norm of the gradient, before clipping.
     """
 
     loss: jax.Array
     correct: jax.Array
-    rows: jax.Array
+    count: jax.Array
     grad_norm: jax.Array
 
 
-class ModelApply(Protocol):
-    def __call__(
-        self,
-        params: Any,
-        input_ids: Any,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        *,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array: ...
-
-
+# A model's, see `lj.models.Model`: `apply(params, **batch.inputs, dropout_key=None)`.
+ModelApply = Callable[..., Any]
 Step = Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, StepOutput]]
 
 
@@ -73,7 +63,7 @@ def make_step(
 ) -> Step:
     """Makes `step(state, frozen, batch, key) -> (state, output)`.
 
-    The gradient is that of `Σᵢ wᵢ·lossᵢ / Σᵢ wᵢ` over the batch, with respect to the trainable leaves only.
+    The gradient is that of `Σᵢ wᵢ·lossᵢ / Σᵢ wᵢ` over the batch's targets, with respect to the trainable leaves only.
 
     Args:
         apply: the model's function, wrapped by `lj.adapt`.
@@ -90,47 +80,43 @@ def make_step(
         `key` is the run's, folded here with the step. One program a batch shape.
     """
 
-    def summed_loss(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def summed_loss(trainable: Any, frozen: Any, batch: AnyBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         lora_key, model_key = jax.random.split(key)
         params = lj.with_dropout(lj.combine(trainable, frozen), lora_key)
-        outputs = apply(
-            params,
-            batch.input_ids,
-            batch.attention_mask,
-            batch.token_type_ids,
-            dropout_key=model_key if model_dropout else None,
-        )
+        outputs = apply(params, **batch.inputs, dropout_key=model_key if model_dropout else None)
         targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
         return jnp.sum(weights * task.losses(outputs, targets)), jnp.sum(weights * task.correct(outputs, targets))
 
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
-    def sums(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    def sums(trainable: Any, frozen: Any, batch: AnyBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         (loss, correct), grads = value_and_grad(trainable, frozen, batch, key)
         return loss, correct, grads
 
-    def accumulated_sums(trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    def accumulated_sums(
+        trainable: Any, frozen: Any, batch: AnyBatch, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
-        def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        def add(total: Any, part: tuple[AnyBatch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, sums(trainable, frozen, *part)), None
 
         zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
         return jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))[0]
 
     @functools.partial(jax.jit, donate_argnames="state", compiler_options=dict(compiler_options or {}))
-    def step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> tuple[TrainState, StepOutput]:
+    def step(state: TrainState, frozen: Any, batch: AnyBatch, key: jax.Array) -> tuple[TrainState, StepOutput]:
         key = jax.random.fold_in(key, state.step)
         total = accumulated_sums if accumulate > 1 else sums
         loss, correct, grads = total(state.trainable, frozen, batch, key)
-        rows = jnp.sum(batch.weights)
-        grads = jax.tree.map(lambda g: g / rows.astype(g.dtype), grads)
+        count = jnp.sum(batch.weights)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         updates, optimizer = tx.update(grads, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(trainable, optimizer, state.step + 1), StepOutput(loss / rows, correct, rows, norm)
+        return TrainState(trainable, optimizer, state.step + 1), StepOutput(loss / count, correct, count, norm)
 
     return step

@@ -1,12 +1,13 @@
-"""What is learnt: one of some labels, or a number; and the loss of each."""
+"""What is learnt: one of some labels, a number, or the next token; and the loss and measures of each."""
 
 from __future__ import annotations
 
+import abc
 import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,49 +16,91 @@ import optax
 
 from .data import Examples
 from .errors import ConfigError, DataError
+from .metrics import classification_metrics, language_metrics, regression_metrics
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "causal-lm"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A classification over named labels, or a regression.
+class Task(abc.ABC):
+    """What a model learns.
 
     Attributes:
-        kind: `"classification"` or `"regression"`.
-        labels: the label names in the order of the logits; empty for a regression.
+        kind: its name.
+        metrics: what `measure` gives, the one that checkpoints are chosen by first.
+        has_accuracy: whether outputs are right or wrong.
+        labels: the label names in the order of the logits; empty where there are none.
     """
 
-    kind: Kind
+    kind: ClassVar[Kind]
+    metrics: ClassVar[tuple[str, ...]]
+    has_accuracy: ClassVar[bool] = True
     labels: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"`task` is {self.kind!r}, and one of {', '.join(KINDS)} is expected.")
-
-    @property
-    def is_regression(self) -> bool:
-        return self.kind == "regression"
 
     @property
     def num_labels(self) -> int | None:
-        """The number of logits; `None` for a regression, which has one output and no logits."""
-        return None if self.is_regression else len(self.labels)
+        """The number of logits, where the task decides it."""
+        return None
 
+    @abc.abstractmethod
+    def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """The loss of each target, in float32; the targets' shape."""
+
+    @abc.abstractmethod
+    def correct(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """1.0 where the output is right, else 0.0; the targets' shape."""
+
+    def summarize(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """What `measure` needs of a batch, `(batch, …)`: the outputs themselves, unless they are large."""
+        del targets, weights
+        return outputs
+
+    @abc.abstractmethod
+    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """The metrics of a data set, from the summaries of its rows and their targets."""
+
+    def check_metric(self, name: str | None) -> str:
+        """`name`, if the task has such a metric; its first for `None`."""
+        if name is not None and name not in self.metrics:
+            raise ConfigError(f"`metric` is {name!r}, and a {self.kind} has {', '.join(self.metrics)}.")
+        return name or self.metrics[0]
+
+
+class LabelledTask(Task):
+    """A task whose rows have a target each."""
+
+    @abc.abstractmethod
     def encode(self, examples: Examples) -> np.ndarray:
-        """The targets of labelled rows: int32 places in `labels`, or float32 numbers; shape `(rows,)`.
+        """The targets of labelled rows, `(rows,)`.
 
         Raises:
-            DataError: a label that training hasn't seen, or that is no number; its row is named.
+            DataError: a label that can't be one; its row is named.
         """
+
+    def labels_of(self, examples: Examples) -> list[Any]:
         if examples.labels is None:
             raise DataError(f"{examples.name} was read without a label column.")
-        if self.is_regression:
-            return np.array([_number(v, examples.name, row) for row, v in enumerate(examples.labels, 1)], np.float32)
+        return examples.labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(LabelledTask):
+    """One of the `labels`."""
+
+    kind: ClassVar[Kind] = "classification"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews", "loss")
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels)
+
+    def encode(self, examples: Examples) -> np.ndarray:
+        """int32 places in `labels`; one that training hasn't seen is refused."""
         index = {label: place for place, label in enumerate(self.labels)}
-        targets = np.empty(len(examples.labels), np.int32)
-        for row, value in enumerate(examples.labels, start=1):
+        values = self.labels_of(examples)
+        targets = np.empty(len(values), np.int32)
+        for row, value in enumerate(values, start=1):
             name = _label_name(value, examples.name, row)
             if name not in index:
                 near = difflib.get_close_matches(name, self.labels, n=1)
@@ -70,36 +113,88 @@ class Task:
         return targets
 
     def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """The loss of each example, in float32: `-log softmax(outputs)[target]` or `(output - target)²`.
-
-        Args:
-            outputs: logits `(batch, labels)`, or numbers `(batch,)` for a regression.
-            targets: `(batch,)` as `encode` gives them.
-
-        Returns:
-            `(batch,)`.
-        """
-        outputs = outputs.astype(jnp.float32)
-        if self.is_regression:
-            return jnp.square(outputs - targets)
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+        """`-log softmax(outputs)[target]`, of logits `(batch, labels)`."""
+        return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), targets)
 
     def correct(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """1.0 where the largest logit is the target's, else 0.0; all 0.0 for a regression. Shape `(batch,)`."""
-        if self.is_regression:
-            return jnp.zeros(targets.shape, jnp.float32)
         return (outputs.argmax(-1) == targets).astype(jnp.float32)
 
+    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        return classification_metrics(summaries, targets)
 
-def make_task(kind: str, train: Examples) -> Task:
-    """The task that the training rows define; labels in their natural order (2 before 10).
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(LabelledTask):
+    """A number."""
+
+    kind: ClassVar[Kind] = "regression"
+    metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "loss")
+    has_accuracy: ClassVar[bool] = False
+
+    def encode(self, examples: Examples) -> np.ndarray:
+        """float32; what is no finite number is refused."""
+        values = enumerate(self.labels_of(examples), start=1)
+        return np.array([_number(value, examples.name, row) for row, value in values], np.float32)
+
+    def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        """`(output - target)²`, of `(batch,)`."""
+        return jnp.square(outputs.astype(jnp.float32) - targets)
+
+    def correct(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        del outputs
+        return jnp.zeros(targets.shape, jnp.float32)
+
+    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        return regression_metrics(summaries, targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Task):
+    """The next token, of logits `(batch, time, vocabulary)` and targets `(batch, time)`.
+
+    Attributes:
+        label_smoothing: `ε` of the training loss `(1 - ε)(-log p[target]) + ε · mean(-log p)`, the mean over the
+            vocabulary, as PyTorch's cross entropy has it. Metrics are without.
+    """
+
+    kind: ClassVar[Kind] = "causal-lm"
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "loss")
+    label_smoothing: float = 0.0
+
+    def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        losses = _token_losses(outputs, targets)
+        if not self.label_smoothing:
+            return losses
+        outputs = outputs.astype(jnp.float32)
+        everywhere = jax.nn.logsumexp(outputs, axis=-1) - outputs.mean(axis=-1)
+        return (1 - self.label_smoothing) * losses + self.label_smoothing * everywhere
+
+    def correct(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        return (outputs.argmax(-1) == targets).astype(jnp.float32)
+
+    def summarize(self, outputs: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """Sums over the target tokens of each row, `(batch, 3)`; see `language_metrics`."""
+        parts = (_token_losses(outputs, targets), self.correct(outputs, targets), jnp.ones_like(weights))
+        return jnp.stack([(weights * part).sum(axis=1) for part in parts], axis=1)
+
+    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        del targets  # the sums know them
+        return language_metrics(summaries)
+
+
+def _token_losses(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), targets)
+
+
+def make_task(kind: str, train: Examples) -> LabelledTask:
+    """The task that labelled training rows define; labels in their natural order (2 before 10).
 
     Example:
         >>> make_task("classification", Examples("train.tsv", ["a", "b", "c"], None, ["10", "2", "10"])).labels
         ('2', '10')
     """
     if kind == "regression":
-        return Task(kind="regression")
+        return Regression()
     if kind != "classification":
         raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
     if train.labels is None:
@@ -108,7 +203,15 @@ def make_task(kind: str, train: Examples) -> Task:
     if len(names) < 2:
         raise DataError(f"{train.name} has only the label {next(iter(names))!r}: two or more are needed to learn from.")
     numeric = all(_is_integer(name) for name in names)
-    return Task(kind="classification", labels=tuple(sorted(names, key=int if numeric else None)))
+    return Classification(labels=tuple(sorted(names, key=int if numeric else None)))
+
+
+def restore_task(kind: str, labels: Sequence[str]) -> Task:
+    """The task of a saved adapter."""
+    tasks = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
+    if kind not in tasks:
+        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
+    return tasks[kind](labels=tuple(labels))
 
 
 def _label_name(value: Any, name: str, row: int) -> str:

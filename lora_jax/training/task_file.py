@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_jax import files
 
-from .errors import TrainingError
-from .task import Task
+from .data import Columns
+from .errors import ConfigError, TrainingError
+from .task import Task, restore_task
 
 TASK_FILE = "task.json"
 _FORMAT = 1
@@ -23,7 +25,7 @@ class TaskFile:
         base: the name or folder of the base.
         task: kind and labels.
         pooling, max_length, dtype: as trained.
-        text, text_pair, label: the columns, as defaults for other files.
+        columns: of the data, as defaults for other files.
     """
 
     base: str
@@ -31,16 +33,14 @@ class TaskFile:
     pooling: Literal["first", "mean"]
     max_length: int
     dtype: str
-    text: str
-    text_pair: str | None
-    label: str
+    columns: Columns
 
 
 def write_task(folder: Path, saved: TaskFile) -> None:
     """Writes `task.json`, atomically."""
-    fields = {name: getattr(saved, name) for name in _fields() if name != "task"}
+    fields = {name: getattr(saved, name) for name in _PLAIN}
     content = {"format": _FORMAT, "task": saved.task.kind, "labels": list(saved.task.labels), **fields}
-    files.write_json(folder / TASK_FILE, content)
+    files.write_json(folder / TASK_FILE, content | dataclasses.asdict(saved.columns))
 
 
 def read_task(folder: Path) -> TaskFile:
@@ -51,8 +51,11 @@ def read_task(folder: Path) -> TaskFile:
         raise TrainingError(f"{path} must hold an object, and holds a {type(content).__name__}.")
     if content.get("format") != _FORMAT:
         raise TrainingError(f"{path} has format {content.get('format')!r}, and this version reads {_FORMAT}.")
-    kinds: dict[str, Any] = dict.fromkeys(_fields(), str) | {"max_length": int, "text_pair": (str, type(None))}
-    for name, kind in {**kinds, "labels": list}.items():
+    # A file of an earlier version lacks columns of tasks that there weren't.
+    content = dataclasses.asdict(Columns()) | content
+    kinds: dict[str, Any] = dict.fromkeys(("task", *_PLAIN), str) | {"max_length": int, "labels": list}
+    kinds |= {name: (str, type(None)) if default is None else str for name, default in vars(Columns()).items()}
+    for name, kind in kinds.items():
         if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
             raise TrainingError(f"{path}: `{name}` can't be {content.get(name)!r:.80}. Save the adapter again.")
     labels = content["labels"]
@@ -62,9 +65,12 @@ def read_task(folder: Path) -> TaskFile:
         raise TrainingError(f"{path}: `pooling` can't be {content['pooling']!r:.80}.")
     if not 1 <= content["max_length"] <= 1_000_000:
         raise TrainingError(f"{path}: `max_length` can't be {content['max_length']}.")
-    fields: dict[str, Any] = {name: content[name] for name in _fields()}
-    return TaskFile(**{**fields, "task": Task(kind=content["task"], labels=tuple(labels))})
+    columns = Columns(**{name: content[name] for name in vars(Columns())})
+    try:
+        task = restore_task(content["task"], labels)
+    except ConfigError as error:
+        raise TrainingError(f"{path}: {error}") from None
+    return TaskFile(task=task, columns=columns, **{name: content[name] for name in _PLAIN})
 
 
-def _fields() -> list[str]:
-    return list(TaskFile.__dataclass_fields__)
+_PLAIN = ("base", "pooling", "max_length", "dtype")

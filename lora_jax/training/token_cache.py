@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _LEAST = 200_000
 _VERSION = 1  # of what `encode` does and the file holds
 
+Tokens = TypeVar("Tokens", bound=Any)
+
 
 def cache_folder() -> Path:
     """`$LORA_JAX_CACHE`, or `lora_jax` in the user's cache folder."""
@@ -31,48 +34,70 @@ def cache_folder() -> Path:
 
 
 def encode_cached(examples: Examples, tokenizer: tokenizers.Tokenizer, max_length: int) -> Encoded:
-    """As `encode`; the result of many texts is kept in `cache_folder()` and found again by a hash.
+    """As `encode`; the result of many texts is kept, see `cached`."""
+    return cached(
+        kind=Encoded,
+        texts=[*examples.texts, *(examples.pairs or ())],
+        tokenizer=tokenizer,
+        settings=f"{_VERSION} {max_length} {examples.pairs is None}",
+        make=lambda: encode(examples, tokenizer, max_length),
+    )
 
-    The hash covers the texts, the tokenizer and `max_length`: a change of any of them is another entry. A file that
+
+def cached(
+    *,
+    kind: type[Tokens],
+    texts: Sequence[str],
+    tokenizer: tokenizers.Tokenizer,
+    settings: str,
+    make: Callable[[], Tokens],
+) -> Tokens:
+    """What `make` gives of the texts; that of many texts is kept in `cache_folder()` and found again by a hash.
+
+    The hash covers the texts, the tokenizer and the settings: a change of any of them is another entry. A file that
     cannot be read, or a folder that cannot be written, changes nothing but the time.
+
+    Args:
+        kind: a named tuple of arrays and numbers, with `offsets` into the others.
+        texts, tokenizer: what tokens are made of.
+        settings: all else that the result depends on.
+        make: makes it.
     """
-    if sum(map(len, examples.texts)) + sum(map(len, examples.pairs or ())) < _LEAST:
-        return encode(examples, tokenizer, max_length)
-    # What an earlier call left set is no part of the tokenizer's content; `encode` sets both.
+    if sum(map(len, texts)) < _LEAST:
+        return make()
+    # What an earlier call left set is no part of the tokenizer's content.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    path = cache_folder() / "tokens" / f"{_digest(examples, tokenizer, max_length)}.safetensors"
-    if (found := _read(path)) is not None and found.rows == len(examples.texts):
+    path = cache_folder() / "tokens" / f"{_digest(texts, tokenizer, settings)}.safetensors"
+    if (found := _read(path, kind)) is not None:
         return found
-    encoded = encode(examples, tokenizer, max_length)
+    made = make()
     with contextlib.suppress(OSError, files.FileError):
-        _write(path, encoded)
-    return encoded
+        _write(path, made)
+    return made
 
 
-def _digest(examples: Examples, tokenizer: tokenizers.Tokenizer, max_length: int) -> str:
-    digest = hashlib.sha256(f"{_VERSION} {max_length} {examples.pairs is None}\0".encode())
+def _digest(texts: Sequence[str], tokenizer: tokenizers.Tokenizer, settings: str) -> str:
+    digest = hashlib.sha256(f"{settings}\0".encode())
     digest.update(tokenizer.to_str().encode())
-    for texts in (examples.texts, examples.pairs or ()):
-        for text in texts:
-            # Lengths, so that no two lists of texts join to the same bytes.
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little") + data)
+    for text in texts:
+        # Lengths, so that no two lists of texts join to the same bytes.
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 
-def _read(path: Path) -> Encoded | None:
+def _read(path: Path, kind: type[Tokens]) -> Tokens | None:
     try:
         held = files.read_safetensors(path)
-        truncated, max_length = (int(number) for number in held["numbers"])
-        encoded = Encoded(held["ids"], held["types"], held["offsets"], truncated, max_length)
-    except (files.FileError, KeyError, ValueError):
+        fields = {name: int(value) if value.ndim == 0 else value for name, value in held.items()}
+        tokens = kind(**fields)
+    except (files.FileError, KeyError, ValueError, TypeError):
         return None
-    return encoded if encoded.offsets[-1] == len(encoded.ids) == len(encoded.types) else None
+    lengths = {len(value) for name, value in held.items() if value.ndim and name != "offsets"}
+    return tokens if lengths == {int(tokens.offsets[-1])} else None
 
 
-def _write(path: Path, encoded: Encoded) -> None:
+def _write(path: Path, tokens: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    numbers = np.array([encoded.truncated, encoded.max_length])
-    arrays = {"ids": encoded.ids, "types": encoded.types, "offsets": encoded.offsets, "numbers": numbers}
-    files.write_safetensors(path, arrays)
+    files.write_safetensors(path, {name: np.asarray(value) for name, value in tokens._asdict().items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -63,6 +64,11 @@ def methods(workload: Workload) -> dict[str, lj.Method]:
         "LoRA all linear, r=4": lora("all-linear", 4),
         "LoRA all linear, r=8": lora("all-linear"),
         "LoRA all linear, r=64": lora("all-linear", 64),
+        "PiSSA all linear, r=8": dataclasses.replace(lora("all-linear"), init="pissa"),
+        "LoRA-FA all linear, r=8": dataclasses.replace(lora("all-linear"), freeze_a=True),
+        "DoRA all linear, r=8": lj.DoRA(rank=8, alpha=16, targets="all-linear", also_train=head),
+        "IA3": lj.IA3(also_train=head),
+        "VeRA all linear, r=256": lj.VeRA(rank=256, targets="all-linear", also_train=head),
     }
     has_biases = any(path.endswith("/bias") and "attention" in path for path in leaf_paths(workload.params))
     return rows if has_biases else {name: method for name, method in rows.items() if name != "BitFit"}
@@ -129,7 +135,9 @@ class Candidate:
 
 def matmul_flops(workload: Workload, method: lj.Method) -> float:
     """The formula: 2 operations a weight and token forward; again for the gradient of the activations, which a frozen
-    base has too; again for the weight's own in full fine-tuning; `6 · r · (in + out)` for factors beside it."""
+    base has too; again for the weight's own in full fine-tuning; `6 · r · (in + out)` for factors beside it, of which
+    `2 · r · in` are the gradient of `a`. Starts from the weight have twice the rank; DoRA's norms take
+    `2 · (r + 1) · in · out` a weight, however many tokens there are."""
     dense = sum(2 * i * o * tokens for i, o, tokens in workload.linear)
     attention = workload.attention_flops
     if isinstance(method, lj.FullFineTune):
@@ -144,11 +152,16 @@ def matmul_flops(workload: Workload, method: lj.Method) -> float:
             names = layer if method.targets == "attention" else ("query", "value")
             per_layer = _weights_per_layer(workload)
             chosen = [index for index in chosen if index % per_layer in {layer.index(name) for name in names}]
-        total += sum(
-            6 * method.rank * (workload.linear[index][0] + workload.linear[index][1]) * workload.linear[index][2]
-            for index in chosen
-        )
+        total += sum(_low_rank_flops(method, *workload.linear[index]) for index in chosen)
+    if isinstance(method, lj.VeRA):
+        total += sum(method.rank * (4 * i + 6 * o) * tokens for i, o, tokens in workload.linear)
     return total
+
+
+def _low_rank_flops(method: lj.LoRA, inner: int, outer: int, tokens: int) -> float:
+    rank = method.rank * (2 if method.init in ("pissa", "orthogonal") else 1)
+    norms = 2 * (rank + 1) * inner * outer if isinstance(method, lj.DoRA) else 0
+    return rank * ((4 if method.freeze_a else 6) * inner + 6 * outer) * tokens + norms
 
 
 def _weights_per_layer(workload: Workload) -> int:

@@ -17,7 +17,7 @@ from lora_jax.cli.main import main, make_parser
 from lora_jax.training import load_predictor
 from lora_jax.training.config import TrainConfig, read_yaml
 
-COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "analyze", "demo")
+COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "analyze", "demo")
 
 
 def run(*arguments) -> int:
@@ -112,6 +112,8 @@ def test_train_eval_predict_merge(options, data, tmp_path, capsys, monkeypatch):
 
     assert run("merge", "--adapter", output, "--output", tmp_path / "merged") == 0
     assert "model.safetensors" in capsys.readouterr().out
+    assert run("merge", "--adapter", output, "--output", tmp_path / "parts", "--max-shard-size", "20kB") == 0
+    assert "model.safetensors.index.json" in capsys.readouterr().out
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good great\n\nbad poor hate\n")))
@@ -167,13 +169,26 @@ def test_predict_of_pairs_needs_fields(finished, tmp_path, capsys):
     assert "takes pairs: give JSONL with the fields 'text' and 'b'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--prompt", "text"), "`prompt` is for causal-lm, and `task` is classification"),
+        (("--top-k", 3), "`top_k` is for adapters of a causal-lm, and this one is of a classification"),
+        (("--generate",), "`generate` is for adapters of a causal-lm"),
+    ],
+)
+def test_an_adapter_with_labels_writes_nothing(flags, message, finished, data, capsys):
+    assert run("eval", "--adapter", finished.output, "--test", data["test"], *flags) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_eval_names_an_unknown_label(finished, tmp_path, capsys):
     (tmp_path / "a.tsv").write_text("text\tlabel\ngood\tpos\nbad\tawful\n")
     assert run("eval", "--adapter", finished.output, "--test", tmp_path / "a.tsv") == 2
     assert "a.tsv, row 2 has the label 'awful'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "full", "random-subspace"])
+@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "dora", "ia3", "vera", "full", "random-subspace"])
 def test_inspect_foretells_what_is_saved(method, base, data, options, tmp_path, capsys):
     flags = ("--base", base, "--method", method, "--train", data["train"])
     assert run("inspect", *flags, "--json") == 0

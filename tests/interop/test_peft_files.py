@@ -544,7 +544,7 @@ def test_other_trees_are_not_exported(tmp_path: Path) -> None:
         lj.AdapterError, match=r"lacks base weights or factors, at query/kernel, value/kernel: pass `lj.com"
     ):
         export_peft(tmp_path, lj.partition(params, lj.trainable_mask(params, method)).trainable, method, names=NAMES)
-    with pytest.raises(lj.AdapterError, match="`config` describes another adapter than this one: `use_dora`: DoRA"):
+    with pytest.raises(lj.AdapterError, match="`config` describes another adapter than this one: `use_dora` is True"):
         export_peft(tmp_path, params, method, names=NAMES, config=kit.config(use_dora=True))
     with pytest.raises(lj.AdapterError, match=r"`task_type` must be one of SEQ_CLS, .*, got 'chess'"):
         export_peft(tmp_path, params, method, names=NAMES, task_type="chess")

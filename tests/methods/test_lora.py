@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lora_jax as lj
+from tests.models_table import moved
 
 KEY = jax.random.key(0)
 
@@ -50,7 +52,8 @@ def test_alpha_is_a_positive_number(alpha: Any) -> None:
         ({"dropout": True}, r"`dropout` must be in \[0, 1\), got True"),
         ({"dropout": math.nan}, r"`dropout` must be in \[0, 1\), got nan"),
         ({"scaling": "rslora"}, r"`scaling` must be one of \('standard', 'rank_stabilized'\), got 'rslora'"),
-        ({"init": "zero"}, r"`init` must be one of \('gaussian', 'kaiming'\), got 'zero'"),
+        ({"init": "zero"}, r"`init` must be one of \('gaussian', 'kaiming', 'pissa', 'orthogonal'\), got 'zero'"),
+        ({"freeze_a": 1}, "`freeze_a` must be True or False, got 1"),
         ({"targets": ()}, "`targets` is empty: name what to train"),
         ({"targets": None}, "`targets` must be a regular expression, a sequence of names or a callable .* got None"),
         ({"targets": (1,)}, r"`targets` must be .* got \(1,\)"),
@@ -63,7 +66,7 @@ def test_other_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_what_defines_the_result_has_no_default() -> None:
-    with pytest.raises(TypeError, match=r"rank.*alpha.*targets"):
+    with pytest.raises(TypeError, match=r"3 required .* 'targets', 'rank', and 'alpha'"):
         lj.LoRA()  # type: ignore[call-arg]
 
 
@@ -207,6 +210,120 @@ def test_rank_is_that_of_the_matrix_not_of_an_axis() -> None:
     assert node(lora(rank=8), (8, 2, 4), "ioo").rank == 8
     with pytest.raises(ValueError, match=r"`rank` 9 .* labelled 'ioo' is 8 in by 8 out, so at most 8"):
         node(lora(rank=9), (8, 2, 4), "ioo")
+
+
+# Starts from the weight.
+
+
+def random(*shape: int) -> Any:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def flat(array: Any) -> Any:
+    return np.asarray(array, np.float64).reshape(array.shape[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((30, 20), "io"), ((20, 30), "oi"), ((12, 4, 5), "ioo"), ((4, 5, 12), "iio")]
+)
+def test_pissa_starts_at_the_principal_part(shape: tuple[int, ...], axes: str) -> None:
+    """The best approximation of rank r to W, by NumPy's singular value decomposition; halved between the factors."""
+    weight = random(*shape)
+    tree = lj.attach({"w": weight}, lora(init="pissa"), key=KEY, uses={"w": lj.Use("dot_general", axes)})
+    found = tree["w"]
+    inner = [axis for axis, label in enumerate(axes) if label == "i"]
+    outer = [axis for axis, label in enumerate(axes) if label == "o"]
+    matrix = weight.transpose(inner + outer).reshape(math.prod(shape[axis] for axis in inner), -1)
+    u, s, v = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    np.testing.assert_allclose(1.5 * flat(found.a).T @ flat(found.b), (u[:, :4] * s[:4]) @ v[:4], atol=2e-4)
+    for factor in (found.a, found.b):
+        np.testing.assert_allclose(flat(factor) @ flat(factor).T, np.diag(s[:4] / 1.5), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_orthogonal_starts_at_the_qr_decomposition(shape: tuple[int, ...]) -> None:
+    weight = random(*shape)
+    found = lj.attach({"w": weight}, lora(init="orthogonal"), key=KEY)["w"]
+    q, r = np.linalg.qr(weight.T.astype(np.float64))
+    np.testing.assert_allclose(found.b @ found.b.T, np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(found.a.T @ found.b, (q[:, :4] @ r[:4]).T, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "orthogonal"])
+def test_each_member_of_a_stack_starts_from_its_own_weight(init: Any) -> None:
+    weight = random(2, 30, 20)
+    stacked = lj.attach({"w": weight}, lora(init=init), key=KEY, uses={"w": lj.Use("dot_general", "sio")})["w"]
+    for member in range(2):
+        alone = lj.attach({"w": weight[member]}, lora(init=init), key=KEY)["w"]
+        product = np.asarray(stacked.a[member]).T @ np.asarray(stacked.b[member])
+        np.testing.assert_allclose(product, alone.a.T @ alone.b, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "orthogonal"])
+def test_a_start_from_the_weight_leaves_base_and_function_as_they_are(init: Any) -> None:
+    base = {"w": jnp.asarray(random(30, 20))}
+    method = lora(init=init)
+    params = lj.attach(base, method, key=KEY)
+    x = jnp.asarray(random(7, 30))
+    assert lj.detach(params)["w"] is base["w"]
+    found = lj.adapt(lambda params, x: x @ params["w"], on_materialize="error")(params, x)
+    np.testing.assert_allclose(found, x @ base["w"], atol=1e-4)
+    np.testing.assert_allclose(lj.merge_params(params)["w"], base["w"], atol=1e-5)
+    assert np.abs(params["w"].delta()).max() < 1e-5 < np.abs(params["w"].a).max()
+
+
+def test_the_start_stays_frozen_and_outlives_a_donated_factor() -> None:
+    method = lora(init="orthogonal")
+    params = lj.attach({"w": jnp.asarray(random(30, 20))}, method, key=KEY)
+    labels = lj.label_params(params, method)["w"]
+    assert (labels.a, labels.b, labels.start_a, labels.start_b) == ("lora_a", "lora_b", "frozen", "frozen")
+    assert lj.count_params(params, {"w": labels}).trainable == 4 * (30 + 20)
+    start = np.array(params["w"].start_a)
+    trainable, frozen = lj.partition(params, lj.trainable_mask(params, method))
+    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(trainable)
+    np.testing.assert_array_equal(frozen["w"].start_a, start)
+
+
+def test_half_a_start_is_refused(tmp_path: Any) -> None:
+    start = node(lora())
+    shapes = {"a": (4, 300), "b": (4, 200), "start_a": (4, 300)}
+    assert start.misfit({"a": (4, 300), "b": (4, 200)}) is None
+    assert start.misfit(shapes) == "it has one of `start_a` and `start_b`, which belong together"
+    assert "`start_b` has the shape (3, 200), expected (4, 200)" in start.misfit({**shapes, "start_b": (3, 200)})
+
+
+def test_a_start_from_the_weight_is_truncated_to_plain_factors() -> None:
+    """What is kept is the best approximation to `B A − B₀ A₀`, and needs no start any more."""
+    method = lora(rank=2, init="pissa")
+    params = lj.attach({"w": jnp.asarray(random(30, 20))}, method, key=KEY)
+    params = moved(params, lj.trainable_mask(params, method), seed=1)
+    whole = lj.truncate_lora(params, method, rank=4)
+    assert (whole.method.rank, whole.method.init, whole.params["w"].start_a) == (4, "gaussian", None)
+    np.testing.assert_allclose(whole.params["w"].merge(), params["w"].merge(), atol=1e-5)
+    u, s, v = np.linalg.svd(np.asarray(params["w"].delta(), np.float64))
+    less = lj.truncate_lora(params, method, rank=3)
+    np.testing.assert_allclose(less.params["w"].delta(), (u[:, :3] * s[:3]) @ v[:3], atol=1e-4)
+    assert lj.label_params(less.params, less.method)["w"].a == "lora_a"
+
+
+# A frozen `a`.
+
+
+def test_a_frozen_a_has_no_gradient_and_no_state(tmp_path: Any) -> None:
+    """LoRA-FA trains r · out numbers; the random `a` belongs to the adapter and is saved with it."""
+    method = lora(freeze_a=True)
+    base = {"w": jnp.asarray(random(30, 20))}
+    params = lj.attach(base, method, key=KEY)
+    labels = lj.label_params(params, method)
+    assert (labels["w"].a, labels["w"].b) == ("frozen", "lora_b")
+    assert lj.count_params(params, labels).trainable == 4 * 20
+    trainable, _ = lj.partition(params, lj.trainable_mask(params, method))
+    assert [leaf.shape for leaf in jax.tree.leaves(trainable)] == [(4, 20)]
+    state = lj.make_optimizer(optax.adam(1e-3), labels).init(trainable)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == 2 * 4 * 20
+    loaded = lj.load_adapter(lj.save_adapter(tmp_path, params, method), base)
+    np.testing.assert_array_equal(loaded.params["w"].a, params["w"].a)
+    assert loaded.method.freeze_a  # type: ignore[attr-defined]
 
 
 # Lookups and matmuls beyond the laws' models.

@@ -16,7 +16,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.files import FileError, read_json, read_safetensors, write_safetensors
-from lora_jax.models import loading
+from lora_jax.models import loading, reading
 from lora_jax.paths import leaves_by_path
 from tests.tiny_decoders import CLASSES, FAMILIES, split_into_parts, write_tiny_decoder
 from tests.tiny_encoders import write_tiny
@@ -67,7 +67,9 @@ def test_every_leaf_is_its_tensor(family: str, scan: bool, bases: dict[str, Path
     params = models.unstack_layers(model.params) if scan else model.params
     seen = set()
     for path, leaf in leaves(params).items():
-        name = f"{model.names[path]}.{'bias' if path.endswith('bias') else 'weight'}"
+        module = model.names[path]
+        module = module if isinstance(module, str) else module[0]  # a tied head has no tensor
+        name = f"{module}.{'bias' if path.endswith('bias') else 'weight'}"
         turned = path.endswith("kernel") and (family != "gpt2" or path.startswith("lm_head"))
         np.testing.assert_array_equal(leaf, tensors[name].T if turned else tensors[name], err_msg=path)
         seen.add(name)
@@ -113,14 +115,14 @@ def test_parts_are_read_as_one_each_tensor_once(
 ):
     split_into_parts(folder)
     held: list[int] = []
-    real = loading.read_tensors
+    real = reading.read_tensors
 
     def counted(tensors: Any, names: Any) -> Any:
         for name, array in real(tensors, names):
             held.append(array.nbytes)
             yield name, array
 
-    monkeypatch.setattr(loading, "read_tensors", counted)
+    monkeypatch.setattr(reading, "read_tensors", counted)
     model = models.load(folder, task="causal-lm", scan_layers=scan)
     monkeypatch.undo()
     assert len(held) == len(read_safetensors(bases["llama"] / "model.safetensors"))  # each read once
@@ -159,10 +161,43 @@ def test_a_tied_head_may_be_in_the_checkpoint(family: str, tmp_path: Path):
     assert_equal(models.load(folder, task="causal-lm").params, plain.params)
     edit_tensors(folder, lambda tensors: tensors.__setitem__("lm_head.weight", tensors[word] + 1))
     with pytest.raises(
-        FileError, match=rf"ties the head to the embeddings, and 'lm_head.weight' differs from '{word}'"
+        FileError, match=r"the head is tied to the embeddings, and 'lm_head.weight' differs .*pass `tie_word_embed"
     ):
         models.load(folder, task="causal-lm")
     assert_equal(models.load(folder).params, plain.params)  # without logits it means nothing
+    untied = models.load(folder, task="causal-lm", tie_word_embeddings=False).params
+    np.testing.assert_array_equal(
+        untied["lm_head"]["kernel"].T, np.asarray(plain.params["embeddings"]["word"]["embedding"]) + 1
+    )
+
+
+@every_family
+@both_forms
+def test_a_tied_head_becomes_a_leaf_of_its_own(family: str, scan: bool, tmp_path: Path):
+    """The same function, and a folder of an untied model; and back, where the two are equal."""
+    folder = write_tiny_decoder(tmp_path / "base", family, tie_word_embeddings=True)
+    tied = models.load(folder, task="causal-lm", scan_layers=scan)
+    model = models.load(folder, task="causal-lm", scan_layers=scan, tie_word_embeddings=False)
+    ids = np.array([[3, 9, 4]])
+    np.testing.assert_allclose(model.apply(model.params, ids), tied.apply(tied.params, ids), atol=1e-5)
+    word = "embeddings/word/embedding"
+    assert (model.names["lm_head/kernel"], model.names[word]) == (tied.names[word][1], tied.names[word][0])
+    assert model.names["lm_head/kernel"] == "lm_head"
+
+    saved = models.save_pretrained(tmp_path / "out", model, model.params, source=folder)
+    assert read_json(saved / "config.json")["tie_word_embeddings"] is False
+    assert_equal(models.load(saved, task="causal-lm", scan_layers=scan).params, model.params)
+    back = models.load(saved, task="causal-lm", scan_layers=scan, tie_word_embeddings=True)
+    assert_equal(back.params, tied.params)
+    assert read_json(models.save_pretrained(tmp_path / "tied", back, back.params, source=saved) / "config.json")[
+        "tie_word_embeddings"
+    ]
+
+
+def test_an_untied_head_that_is_missing_is_not_made_up(folder: Path):
+    edit_tensors(folder, drop("lm_head.weight"))
+    with pytest.raises(FileError, match=r"missing lm_head.weight\."):
+        models.load(folder, task="causal-lm", tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -212,6 +247,8 @@ def test_a_saved_folder_loads_again(family: str, scan: bool, task: Any, bases: d
         ({"task": "classification", "num_labels": 2}, r'`task` of a llama must be "causal-lm" or None, not \'classifi'),
         ({"task": "causal-lm", "num_labels": 2}, r'`num_labels` is 2, and a "causal-lm" has its vocabulary'),
         ({"pooling": "mean"}, r"`pooling` is for the heads of encoders, and a llama has none of them"),
+        ({"tie_word_embeddings": False}, r"`tie_word_embeddings` is for a decoder with its head: pass `task"),
+        ({"task": "causal-lm", "tie_word_embeddings": 1}, r"`tie_word_embeddings` must be true, false or None, not 1"),
     ],
 )
 def test_a_bad_argument_is_refused(folder: Path, options: dict[str, Any], message: str):

@@ -316,7 +316,7 @@ def test_a_family_says_what_is_transposed(write: Callable[..., Path], tmp_path: 
     folder = write("distilbert", head=3)
     plain = models.load(folder, task="classification")
     kernels = {path for path in leaves(plain) if path.endswith("kernel") and path.startswith("encoder")}
-    tensors = {f"{plain.names[path].removeprefix('distilbert.')}.weight" for path in kernels}
+    tensors = {f"{str(plain.names[path]).removeprefix('distilbert.')}.weight" for path in kernels}
     edit_tensors(folder, lambda held: held.update({name: np.ascontiguousarray(held[name].T) for name in tensors}))
     family = families.FAMILIES["distilbert"]
     names = dataclasses.replace(

@@ -159,7 +159,9 @@ def test_a_saved_model_gives_equal_logits_in_transformers(tmp_path: Path, family
     base = write(tmp_path / "base", family)
     model = models.load(base, task="causal-lm", scan_layers=family in ("gpt2", "qwen3"))
     params = jax.tree.map(lambda leaf: leaf * 1.1, model.params)
-    folder = models.save_pretrained(tmp_path / "out", model, params, source=base)
+    size = "8kB" if family in ("gpt2", "llama") else "5GB"  # in many files, in one
+    folder = models.save_pretrained(tmp_path / "out", model, params, source=base, max_shard_size=size)
+    assert (len(list(folder.glob("*.safetensors"))) > 3) == (size == "8kB")
     batch = random_batch("left")
     loaded = reference(folder)
     assert type(loaded).__name__ == CLASSES[family]
@@ -193,7 +195,9 @@ def test_gradients_are_those_of_pytorch(tmp_path: Path, family: str):
     )
     tensors = dict(other.named_parameters())
     for path, grad in leaves_by_path(grads).items():
-        tensor = tensors[f"{model.names[path]}.{'bias' if path.endswith('bias') else 'weight'}"].grad.numpy()
+        module = model.names[path]
+        module = module if isinstance(module, str) else module[0]  # a tied head has no parameter of its own
+        tensor = tensors[f"{module}.{'bias' if path.endswith('bias') else 'weight'}"].grad.numpy()
         turned = path.endswith("kernel") and (family != "gpt2" or path.startswith("lm_head"))
         tensor = tensor.T if turned else tensor
         np.testing.assert_allclose(grad, tensor, atol=1e-5 + 1e-4 * np.abs(tensor).max(), err_msg=path)
@@ -252,6 +256,19 @@ def test_beam_search_token_by_token(tmp_path: Path, family: str, beams: int, pen
     found = models.generate(model, model.params, **batch, **options)
     assert_equal_tokens(found, generated(other, batch, **options), 3)
     assert penalty > 1 or int(found.lengths.min()) < 10  # a row has ended
+
+
+@pytest.mark.parametrize(("beams", "size"), [(1, 2), (3, 2), (3, 3), (1, 1)])
+def test_no_run_of_tokens_comes_twice(tmp_path: Path, beams: int, size: int):
+    folder = write(tmp_path, "gpt2")
+    batch = {"input_ids": np.random.default_rng(2).integers(4, VOCABULARY, (3, 6))}
+    batch["attention_mask"] = np.ones_like(batch["input_ids"])
+    model, other = models.load(folder, task="causal-lm"), reference(folder)
+    other.generation_config.eos_token_id = None
+    options: dict[str, Any] = {"num_beams": beams, "max_new_tokens": 30, "pad_token_id": 3}
+    found = models.generate(model, model.params, **batch, **options, no_repeat_ngram_size=size)
+    assert_equal_tokens(found, generated(other, batch, **options, no_repeat_ngram_size=size), 3)
+    assert (found.tokens != models.generate(model, model.params, **batch, **options).tokens).any()
 
 
 def test_an_adapted_model_generates_what_its_merged_folder_does_there(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from lora_jax.training.batching import TrainingBatches, collate, plan_epoch, pla
 from lora_jax.training.buckets import bucket_of, choose_buckets, cover
 from lora_jax.training.encoding import Encoded
 from lora_jax.training.errors import ConfigError
+from lora_jax.training.labelled import LabelledRows
 
 
 def rows_of(lengths, seed=0):
@@ -118,7 +120,7 @@ def test_iteration_goes_on_from_any_step():
     encoded, targets = rows_of(LENGTHS), np.arange(len(LENGTHS), dtype=np.int32)
 
     def batches():
-        return TrainingBatches(encoded, targets, buckets=BUCKETS, batch_size=8, pad_id=0, seed=5, steps=30)
+        return TrainingBatches(LabelledRows(encoded, targets, 0), buckets=BUCKETS, batch_size=8, seed=5, steps=30)
 
     whole = list(batches().iterator())
     assert len(whole) == 30
@@ -130,5 +132,5 @@ def test_iteration_goes_on_from_any_step():
     rest = list(batches().iterator(position))
     assert len(rest) == 13
     for ours, theirs in zip(rest, whole[17:], strict=True):
-        for mine, other in zip(ours, theirs, strict=True):
+        for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(mine, other)

@@ -24,6 +24,7 @@ from lora_jax.training import (
 from lora_jax.training.data import read_examples
 from lora_jax.training.events import Evaluated, Note, StepDone
 from lora_jax.training.setup import prepare
+from lora_jax.training.task import Classification
 
 
 class Interrupted(Exception):
@@ -54,9 +55,11 @@ def test_a_tiny_model_learns(finished):
 def test_padding_is_what_the_batches_hold(finished, options):
     run = prepare(TrainConfig(**options, output="out"), lambda event: None)
     batches = [run.batches.batch(step) for step in range(run.steps)]
-    tokens = sum(int(batch.attention_mask[batch.weights > 0].sum()) for batch in batches)
-    assert tokens == 5 * run.splits["train"].encoded.lengths.sum()
-    assert finished.padding_share == pytest.approx(1 - tokens / sum(batch.input_ids.size for batch in batches))
+    tokens = sum(batch.tokens for batch in batches)
+    assert tokens == 5 * run.splits["train"].lengths.sum()
+    assert finished.padding_share == pytest.approx(
+        1 - tokens / sum(batch.inputs["input_ids"].size for batch in batches)
+    )
 
 
 def test_the_folder_of_a_run(finished):
@@ -146,7 +149,7 @@ def test_interrupted_anywhere_it_ends_the_same(finished, options, tmp_path):
 
 def test_best_checkpoint_is_the_adapter(options, tmp_path, monkeypatch):
     scores = iter([0.5, 0.9, 0.7])
-    monkeypatch.setattr(loop, "measure", lambda *args: {"accuracy": next(scores, 0.1), "loss": 1.0})
+    monkeypatch.setattr(Classification, "measure", lambda *args: {"accuracy": next(scores, 0.1), "loss": 1.0})
     result = train(TrainConfig(**{**options, "test": None, "epochs": 3}, output=str(tmp_path / "run")))
     assert (result.chosen_step, result.metrics["dev"]["accuracy"]) == (16, 0.9)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_16", "step_24"]
@@ -181,7 +184,7 @@ def test_dropout_rate_replaces_the_base_s(options, tmp_path):
         run = prepare(TrainConfig(**{**options, "dropout": dropout}, output="out"), lambda event: None)
         batch = run.batches.batch(0)
         params = lj.combine(run.state.trainable, run.frozen)
-        return np.asarray(run.apply(params, *batch[:3], dropout_key=jax.random.key(0)))
+        return np.asarray(run.apply(params, **batch.inputs, dropout_key=jax.random.key(0)))
 
     assert not np.array_equal(loss(0.5), loss(None))
     np.testing.assert_array_equal(loss(0.1), loss(None))  # the tiny base's own rates
@@ -234,7 +237,7 @@ def test_long_texts_are_reported(options, tmp_path):
     messages = [note.message for note in notes]
     assert "train: 1 of 2 texts cut at 32 tokens" in messages
     assert "`max_length` 99 is more than the base's positions: 32 are used" in messages
-    assert run.splits["train"].encoded.truncated == 1
+    assert run.splits["train"].truncated == 1
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.metrics import check_metric, measure
-from lora_jax.training.task import Task
+from lora_jax.training.task import Classification, Regression
 
-TWO = Task(kind="classification", labels=("a", "b"))
-NUMBER = Task(kind="regression")
+TWO = Classification(labels=("a", "b"))
+NUMBER = Regression()
 
 
 def test_classification_by_hand():
     # Predictions 0 0 1 1 1 against targets 0 1 1 1 0: one pair of mistakes.
     outputs = np.array([[2, 0], [1, 0], [0, 1], [0, 3], [0, 1]], np.float32)
     targets = np.array([0, 1, 1, 1, 0])
-    found = measure(TWO, outputs, targets)
+    found = TWO.measure(outputs, targets)
     assert found["accuracy"] == pytest.approx(3 / 5)
     # F1 of a: 2·1/(2+2); of b: 2·2/(3+3).
     assert found["macro_f1"] == pytest.approx((1 / 2 + 2 / 3) / 2)
@@ -29,7 +28,7 @@ def test_classification_by_hand():
 
 def test_regression_by_hand():
     outputs, targets = np.array([1.0, 2.0, 4.0], np.float32), np.array([1.0, 3.0, 2.0], np.float32)
-    found = measure(NUMBER, outputs, targets)
+    found = NUMBER.measure(outputs, targets)
     assert found["pearson"] == pytest.approx(np.corrcoef(outputs, targets)[0, 1])
     assert found["spearman"] == pytest.approx(0.5)
     assert found["loss"] == pytest.approx((0 + 1 + 4) / 3)
@@ -37,16 +36,16 @@ def test_regression_by_hand():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_constants_have_no_correlation(rows):
-    found = measure(NUMBER, np.ones(rows), np.arange(rows, dtype=np.float32))
+    found = NUMBER.measure(np.ones(rows), np.arange(rows, dtype=np.float32))
     assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
 
 
 def test_one_label_only_and_large_logits():
-    found = measure(TWO, np.array([[1e4, 0.0], [1e4, 0.0]]), np.array([0, 0]))
+    found = TWO.measure(np.array([[1e4, 0.0], [1e4, 0.0]]), np.array([0, 0]))
     assert found == {"accuracy": 1.0, "macro_f1": 1.0, "matthews": 0.0, "loss": 0.0}
 
 
 def test_metric_must_be_of_the_task():
-    assert check_metric("macro_f1", TWO) == "macro_f1"
+    assert TWO.check_metric("macro_f1") == "macro_f1"
     with pytest.raises(ConfigError, match=r"`metric` is 'accuracy', and a regression has pearson, spearman, loss"):
-        check_metric("accuracy", NUMBER)
+        NUMBER.check_metric("accuracy")

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax.training.events import Evaluated, Note, StepDone
+from lora_jax.training.events import Evaluated, Note, StepDone, WeightsRead
 from lora_jax.training.meter import Meter
 from lora_jax.training.progress import LiveProgress, format_bytes, format_seconds
 
@@ -57,6 +57,12 @@ def test_one_live_line_in_a_terminal():
     assert text.count("\n") <= 2
 
 
+def test_weights_are_shown_in_a_terminal_alone():
+    events = [WeightsRead(done=done, total=2_000_000) for done in (0, 1_000_000, 2_000_000)]
+    assert "weights  1 MB of 2 MB" in shown(*events, step(1), terminal=True)
+    assert shown(*events, terminal=False) == ""
+
+
 def test_formats():
     assert [format_seconds(s) for s in (0.4, 61, 3725)] == ["0:00", "1:01", "1:02:05"]
     assert [format_bytes(n) for n in (0, 999, 1500, 1_336_344, 272_000_000, 2.5e9)] == [
@@ -75,7 +81,7 @@ def test_compiling_does_not_count_as_pace():
     for length, pause in ((8, 0.2), (8, 0.01), (8, 0.01), (16, 0.2), (16, 0.01)):
         meter.dispatch((4, length))
         time.sleep(pause)
-        meter.count(tokens=20, slots=32, loss=1.0, correct=2.0, rows=4.0)
+        meter.count(tokens=20, slots=32, loss=1.0, correct=2.0, count=4.0)
     meter.stop()
     assert 5.4 < meter.seconds < 10
     assert meter.step_ms is not None

@@ -13,14 +13,14 @@ import pytest
 import lora_jax as lj
 from lora_jax.training.batching import Batch
 from lora_jax.training.step import TrainState, make_step
-from lora_jax.training.task import Task
+from lora_jax.training.task import Classification
 
-TASK = Task(kind="classification", labels=("a", "b", "c"))
+TASK = Classification(labels=("a", "b", "c"))
 METHOD = lj.LoRA(rank=2, alpha=4, targets=("dense",), also_train=("classifier",))
 
 
-def model(params, ids, mask: Any = None, types=None, *, dropout_key=None):
-    x = params["table"][ids]
+def model(params, input_ids, attention_mask: Any = None, token_type_ids=None, *, dropout_key=None):
+    x, mask = params["table"][input_ids], attention_mask
     x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     x = jnp.tanh(x @ params["dense"]["kernel"] + params["dense"]["bias"])
     if dropout_key is not None:
@@ -80,7 +80,7 @@ def test_loss_and_count_are_means_over_the_batch():
     _, output = run(batch=data)
     np.testing.assert_allclose(output.loss, TASK.losses(logits, jnp.asarray(data.targets)).mean(), rtol=1e-5)
     assert float(output.correct) == float((logits.argmax(-1) == data.targets).sum())
-    assert float(output.rows) == 8
+    assert float(output.count) == 8
 
 
 def test_update_is_the_gradient_of_the_mean_loss():
@@ -158,9 +158,9 @@ def test_dropout_follows_key_and_step():
 def test_one_program_a_shape():
     traces = []
 
-    def counted(params, *args, **kwargs):
-        traces.append(args[0].shape)
-        return model(params, *args, **kwargs)
+    def counted(params, *, input_ids, **kwargs):
+        traces.append(input_ids.shape)
+        return model(params, input_ids, **kwargs)
 
     tx = optax.adamw(1e-2)
     step = make_step(lj.adapt(counted), TASK, tx)

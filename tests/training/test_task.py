@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax.training.data import Examples
 from lora_jax.training.errors import ConfigError, DataError
-from lora_jax.training.task import Task, make_task
+from lora_jax.training.task import Classification, Regression, make_task
 
 
 def examples(*labels):
@@ -69,12 +69,12 @@ def test_unknown_kind():
 
 
 def test_losses_are_those_of_the_formula():
-    task = Task(kind="classification", labels=("a", "b", "c"))
+    task = Classification(labels=("a", "b", "c"))
     logits = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], np.float32)
     targets = np.array([1, 0])
     expected = -np.log(np.exp(logits)[[0, 1], targets] / np.exp(logits).sum(-1))
     np.testing.assert_allclose(task.losses(jnp.asarray(logits), jnp.asarray(targets)), expected, rtol=1e-6)
     np.testing.assert_array_equal(task.correct(jnp.asarray(logits), jnp.asarray(targets)), [1.0, 0.0])
 
-    task = Task(kind="regression")
+    task = Regression()
     np.testing.assert_allclose(task.losses(jnp.array([1.0, 3.0]), jnp.array([0.0, 5.0])), [1.0, 4.0])

@@ -1,0 +1,81 @@
+"""Which method to take: the smallest of those that can't be told from the best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lora_jax.training.metrics import better
+
+from .quality import Quality
+from .settings import Prepared
+from .summary import Summary
+
+ONE_SEED_MARGIN = 0.01
+
+RULE = (
+    "Of the candidates whose mean on dev is within one standard error of the best candidate's mean (over its seeds; "
+    f"with one seed, within {ONE_SEED_MARGIN:g}; in accuracy never less than one dev row), the one that trains the "
+    "fewest parameters. It is the one-standard-error rule of model selection (Hastie, Tibshirani and Friedman, The "
+    "Elements of Statistical Learning, section 7.10), with seeds in place of folds."
+)
+
+
+class Recommendation(NamedTuple):
+    """The choice.
+
+    Attributes:
+        summary: of the recommended candidate.
+        reason: in one sentence, with figures.
+        best: the candidate with the best mean on dev.
+        margin: that was allowed.
+        within: how many candidates are within it.
+    """
+
+    summary: Summary
+    reason: str
+    best: Summary
+    margin: float
+    within: int
+
+
+def recommend(summaries: Sequence[Summary], prepared: Prepared) -> Recommendation | None:
+    """Chooses by `RULE`; `None` where no run has succeeded."""
+    return choose(summaries, metric=prepared.metric, dev_rows=len(prepared.splits.examples["dev"]))
+
+
+def choose(summaries: Sequence[Summary], *, metric: str, dev_rows: int) -> Recommendation | None:
+    """As `recommend`.
+
+    Args:
+        summaries: of the candidates.
+        metric: that the scores are of.
+        dev_rows: how many rows the dev scores are over.
+    """
+    means = [(s, better(metric, mean)) for s in summaries if (mean := s.mean("dev")) is not None]
+    if not means:
+        return None
+    best, top = max(means, key=lambda pair: (pair[1], -pair[0].trainable))
+    error = best.standard_error("dev")
+    margin = ONE_SEED_MARGIN if error is None else error
+    if metric == "accuracy":
+        margin = max(margin, 1 / dev_rows)
+    near = [summary for summary, mean in means if mean >= top - margin - 1e-9]
+    chosen = min(near, key=lambda summary: summary.trainable)
+    return Recommendation(chosen, _reason(chosen, best, margin, len(near), Quality(metric)), best, margin, len(near))
+
+
+def _reason(chosen: Summary, best: Summary, margin: float, within: int, quality: Quality) -> str:
+    size = f"{chosen.trainable:,} parameters ({chosen.percent:.3g} %)"
+    mean, top = (quality.spread(summary.scores["dev"]) for summary in (chosen, best))
+    seeds = f"{len(best.seeds)} seeds" if len(best.seeds) > 1 else "one seed"
+    if chosen is best:
+        near = quality.difference(margin)
+        rivals = f"of the {within} candidates within {near} of it, it trains the fewest parameters"
+        if within == 1:
+            rivals = f"none of the others is within {near} of it"
+        return f"it is the best on dev ({quality.name} {mean}, {seeds}), {rivals}: {size}."
+    return (
+        f"of the {within} candidates within {quality.difference(margin)} of the best on dev "
+        f"({best.candidate.label}: {quality.name} {top}, {seeds}), it trains the fewest parameters: {size}, at {mean}."
+    )

@@ -1,0 +1,83 @@
+"""Candidates: their names, their rates, and the files and options that they come from."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_jax.study.candidates import GRID, default_candidates, describe, make_candidate, read_grid
+from lora_jax.training.errors import ConfigError
+from lora_jax.training.method_options import METHODS
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({"name": "frozen"}, "head only"),
+        ({"name": "bitfit"}, "BitFit"),
+        ({"name": "bitfit", "targets": ["attention/query", "mlp/up"]}, "BitFit, attention/query+mlp/up"),
+        ({"name": "lora", "rank": 4}, "LoRA r=4, all linear"),
+        ({"name": "lora", "rank": 4, "targets": ["query"], "dropout": 0.1}, "LoRA r=4, query, dropout 0.1"),
+        ({"name": "lora", "rank": 4, "init": "gaussian"}, "LoRA r=4, all linear, init gaussian"),
+        ({"name": "full"}, "full fine-tuning"),
+    ],
+)
+def test_a_label_says_what_differs(options, label):
+    assert make_candidate(options).label == describe(make_candidate(options).method) == label
+
+
+def test_rates_are_the_default_first_and_around_it():
+    assert make_candidate("full").rates == (1e-4, 3.3e-5, 3e-4)
+    assert make_candidate("full", factors=[1, 2]).rates == (1e-4, 2e-4)
+    assert make_candidate("full", rates=[5e-5]).rates == (5e-5,)
+
+
+def test_an_id_is_of_the_method_not_of_the_label():
+    one, other = make_candidate("lora", label="one"), make_candidate("lora", label="other")
+    assert one.id == other.id
+    assert len({one.id, make_candidate({"name": "lora", "rank": 4}).id, make_candidate("lora", train_rows=9).id}) == 3
+
+
+def test_every_method_has_its_place_in_the_default_grid():
+    assert {options["name"] for options in GRID} <= set(METHODS)
+    labels = [candidate.label for candidate in default_candidates()]
+    assert len(set(labels)) == len(labels) == len(GRID)
+
+
+def test_methods_and_ranks_are_chosen():
+    assert {c.method["name"] for c in default_candidates(["bitfit", "full"])} == {"bitfit", "full"}
+    chosen = [(c.method["rank"], c.method["targets"]) for c in default_candidates(["lora"], ranks=[1, 64])]
+    assert chosen == [(r, t) for t in (["query", "value"], "all-linear") for r in (1, 64)]
+    with pytest.raises(ConfigError, match="`methods` has 'lorra', and frozen, bitfit"):
+        default_candidates(["lorra"])
+
+
+def test_a_grid_file(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "- {name: bitfit, lr: 1e-3}\n- {name: lora, rank: 3, targets: [query], lr: [1e-3, 2e-3], label: mine}\n"
+    )
+    bitfit, lora = read_grid(path)
+    assert (bitfit.label, bitfit.rates) == ("BitFit", (1e-3,))
+    assert (lora.label, lora.rates, lora.method["rank"]) == ("mine", (1e-3, 2e-3), 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: lora", "must hold a list of methods"),
+        ("- {name: lora", "can't be read as YAML"),
+        ("- {name: bitfit}\n- {name: lora, rnak: 3}", "entry 2: `rnak` is no option of lora; the nearest is `rank`"),
+        ("- {name: lorra}", "entry 1: `method` is 'lorra'"),
+        ("- {name: bitfit, lr: high}", "entry 1: `lr` is 'high', and a number is expected"),
+        ("- {name: bitfit, lr: -1.0}", "entry 1: `lr` of 'BitFit' has -1.0, and a number above 0"),
+        ("- {name: bitfit, lr: []}", "entry 1: `lr` of 'BitFit' is empty"),
+        ("- {name: bitfit, label: 3}", "entry 1: `label` is 3, and a text is expected"),
+    ],
+)
+def test_a_wrong_grid_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_grid(path)
+    with pytest.raises(ConfigError, match="doesn't exist"):
+        read_grid(tmp_path / "none.yaml")

@@ -1,0 +1,251 @@
+"""The loop: order, resumption, broken runs, time, folders; on runs that cost nothing; and compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from lora_jax.study import Comparison, compare, make_candidate
+from lora_jax.study.programs import shared_programs
+from lora_jax.training.config import TrainConfig
+from lora_jax.training.errors import CheckpointError, ConfigError, DataError, NotFiniteError, RunFolderError
+from lora_jax.training.loop import train
+
+EVERYTHING = [
+    ("BitFit", 0.1, 0),
+    ("FullFineTune", 0.1, 0),
+    ("BitFit", 0.2, 0),
+    ("FullFineTune", 0.2, 0),
+    ("BitFit", 0.2, 1),
+    ("FullFineTune", 0.2, 1),
+]
+
+
+def rows_of(settings: Comparison) -> list[dict]:
+    return [json.loads(line) for line in (Path(settings.output) / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_whole_grid_in_order(small, fake):
+    outcome = compare(small)
+    assert fake.ran == EVERYTHING
+    assert outcome.left == 0
+    assert [(s.rate, s.scores["test"], s.seeds) for s in outcome.summaries] == [(0.2, [0.9, 0.9], [0, 1])] * 2
+
+
+def test_killed_at_any_run_it_goes_on(small, fake):
+    for run in EVERYTHING[1:]:
+        fake.errors = {run: KeyboardInterrupt()}
+        with pytest.raises(KeyboardInterrupt):
+            compare(small)
+        assert len(rows_of(small)) == len(fake.ran)
+    fake.errors = {}
+    compare(small)
+    assert fake.ran == EVERYTHING  # none twice
+    before = rows_of(small)
+    compare(small)
+    assert rows_of(small) == before
+
+
+def test_a_broken_run_is_a_row_and_the_next_begins(small, fake):
+    fake.errors = {
+        EVERYTHING[0]: NotFiniteError("The loss became nan at step 3", step=3),
+        EVERYTHING[3]: jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    }
+    told = []
+    outcome = compare(small, on_progress=told.append)
+    assert len(fake.ran) == 4
+    assert [row["error"] for row in rows_of(small) if row["error"]] == [
+        "NotFiniteError: The loss became nan at step 3",
+        "JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory",
+    ]
+    assert [s.rate for s in outcome.summaries] == [0.2, 0.1]
+    assert outcome.summaries[0].errors == [(0.1, 0, "NotFiniteError: The loss became nan at step 3")]
+    # Not again by itself, but on request.
+    fake.errors = {}
+    compare(small)
+    assert len(fake.ran) == 4
+    compare(small, retry_failed=True)
+    assert {EVERYTHING[0], EVERYTHING[3]} <= set(fake.ran)
+
+
+def test_what_the_next_run_would_meet_too_ends_it(small, fake):
+    fake.errors = {EVERYTHING[2]: CheckpointError("the disk is full")}
+    with pytest.raises(CheckpointError):
+        compare(small)
+    assert len(rows_of(small)) == 2
+    fake.errors = {}
+    compare(small)
+    assert fake.ran == EVERYTHING
+
+
+@pytest.mark.parametrize(
+    ("minutes", "runs"),
+    [(0.01, 1), (0.4, 2), (0.5, 3), (0.99, 5), (1.0, 6)],
+    ids=["the first always", "half as much again for what is unknown", "as long as it took", "almost all", "all"],
+)
+def test_a_run_is_started_only_if_it_fits(small, fake, minutes, runs):
+    """Each takes 10 s; what hasn't run is taken for 15 s."""
+    small = dataclasses.replace(small, minutes=minutes)
+    told = []
+    outcome = compare(small, on_progress=told.append, clock=fake.clock)
+    assert len(fake.ran) == runs
+    assert outcome.left + runs >= len(EVERYTHING)
+    assert any("runs are left" in getattr(event, "message", "") for event in told) == bool(outcome.left)
+    compare(dataclasses.replace(small, minutes=None))
+    assert sorted(set(fake.ran)) == sorted(fake.ran)
+    assert set(EVERYTHING) == set(fake.ran)
+
+
+def test_only_adapters_of_chosen_rates_are_kept(small, fake):
+    compare(small)
+    runs = Path(small.output) / "runs"
+    kept = {path.name.partition("-lr")[2] for path in runs.iterdir()}
+    assert kept == {"0.2-seed0", "0.2-seed1"}
+    assert not list(runs.glob("*/checkpoints"))
+    assert len(list(runs.glob("*/adapter"))) == 4
+
+
+def test_candidates_and_seeds_may_be_added_later(small, fake):
+    compare(small)
+    more = dataclasses.replace(
+        small, candidates=(*(small.candidates or ()), make_candidate("frozen", rates=[0.1])), seeds=(0, 1, 2)
+    )
+    outcome = compare(more)
+    added = [("Frozen", 0.1, 0), ("Frozen", 0.1, 1)]
+    assert fake.ran[6:] == [*added, ("BitFit", 0.2, 2), ("FullFineTune", 0.2, 2), ("Frozen", 0.1, 2)]
+    assert [len(s.seeds) for s in outcome.summaries] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"candidates": (make_candidate({"name": "lora", "targets": ["qurey"]}),)},
+            ConfigError,
+            r"Candidate 'LoRA r=8, qurey': .*query",
+        ),
+        (
+            {"candidates": (make_candidate("full"), make_candidate("full"))},
+            ConfigError,
+            "Two candidates are called 'full",
+        ),
+        (
+            {"candidates": (make_candidate("full", label="a"), make_candidate("full", label="b"))},
+            ConfigError,
+            "'b' is 'a' again",
+        ),
+        ({"train_rows": 61}, ConfigError, "`train_rows` is 61"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_run(small, fake, change, error, message):
+    with pytest.raises(error, match=message):
+        compare(dataclasses.replace(small, **change))
+    assert not fake.ran
+    assert not Path(small.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"epocs": 3}, ConfigError, "`epocs` is no option of a training run; the nearest is `epochs`"),
+        ({"metric": "f1"}, ConfigError, "`metric` is 'f1'"),
+        ({"train": "none.tsv"}, DataError, "none.tsv doesn't exist"),
+        ({"base": "nowhere/at-all"}, ValueError, "nowhere/at-all"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_run(small, fake, options, error, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(error, match=message):
+        compare(dataclasses.replace(small, options={**small.options, **options}))
+    assert not fake.ran
+    assert not Path(small.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": {"method": "lora"}}, "`method` can't be given to a comparison"),
+        ({"seeds": ()}, r"`seeds` are \(\)"),
+        ({"seeds": (1, 1)}, "each is expected once"),
+        ({"minutes": 0.0}, "`minutes` is 0.0"),
+        ({"preset": "paper"}, "`preset` is 'paper', and one of paper-lora-targets"),
+        ({"candidates": ()}, "`candidates` is empty"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Comparison(output="out", **change)
+
+
+def test_a_folder_of_another_comparison_is_refused(small, fake, tmp_path):
+    compare(small)
+    other = dataclasses.replace(small, options={**small.options, "epochs": 3})
+    with pytest.raises(RunFolderError, match=r"holds another comparison: `options.epochs` is 2 there and 3 here"):
+        compare(other)
+    with pytest.raises(RunFolderError, match="`data_seed` is 0 there and 4 here"):
+        compare(dataclasses.replace(small, data_seed=4))
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "letter.txt").write_text("dear")
+    with pytest.raises(RunFolderError, match=r"holds other files \(letter.txt\)"):
+        compare(dataclasses.replace(small, output=str(tmp_path / "held")))
+
+
+def test_changed_data_is_another_comparison(small, fake, tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text(Path(small.options["train"]).read_text())
+    mine = dataclasses.replace(small, options={**small.options, "train": str(path)})
+    compare(mine)
+    path.write_text(path.read_text().replace("good", "bad"))
+    with pytest.raises(RunFolderError, match=r"`content\.train` is"):
+        compare(mine)
+
+
+def test_slices_take_as_many_steps_as_the_whole(small, fake):
+    sliced = make_candidate("full", label="few rows", rates=[0.1], train_rows=20)
+    compare(dataclasses.replace(small, candidates=(make_candidate("full", rates=[0.1]), sliced), seeds=(0,)))
+    whole, few = (row["config"] for row in rows_of(small))
+    assert (few["steps"], few["eval_every"]) == (whole["steps"], whole["eval_every"]) == (8, 4)
+    assert few["train"].endswith("train-20.jsonl")
+    assert len(Path(few["train"]).read_text().splitlines()) == 20
+
+
+def test_rates_and_seeds_share_one_program(shared, tmp_path):
+    """The second run compiles nothing that it doesn't find."""
+    counts: dict[str, int] = {}
+
+    def count(event: str, **_) -> None:
+        counts[event] = counts.get(event, 0) + 1
+
+    jax.monitoring.register_event_listener(count)
+    try:
+        for rate, seed in ((1e-3, 0), (2e-3, 1)):
+            counts.clear()
+            output = str(tmp_path / f"run-{seed}")
+            train(TrainConfig(**shared, method="bitfit", lr=rate, seed=seed, output=output))
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+    assert counts["/jax/compilation_cache/cache_hits"] > 0
+    assert "/jax/compilation_cache/cache_misses" not in counts
+
+
+def test_programs_are_kept_in_the_folder_and_settings_restored(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with shared_programs(tmp_path / "programs"):
+            jax.jit(lambda x: x * 3 + 1)(2.0)
+        assert list((tmp_path / "programs").iterdir())
+        assert jax.config.jax_compilation_cache_dir is None  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+        with shared_programs(tmp_path / "unused"):
+            pass
+        assert not (tmp_path / "unused").exists()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        from jax.experimental.compilation_cache import compilation_cache
+
+        compilation_cache.reset_cache()

@@ -1,0 +1,54 @@
+"""Rows on disk: whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_jax.study.results_file import ResultsFile
+from lora_jax.training.errors import RunFolderError
+
+
+def row(name: str, error: str | None = None) -> dict:
+    return {"id": name, "candidate_id": "c", "error": error, "text": "größer\u2028 <b>"}
+
+
+def test_rows_come_back(tmp_path):
+    path = tmp_path / "results.jsonl"
+    results = ResultsFile(path)
+    assert results.rows == {}
+    results.append(row("a"))
+    results.append(row("b", "broke"))
+    assert ResultsFile(path).rows == results.rows == {"a": row("a"), "b": row("b", "broke")}
+
+
+def test_half_a_line_at_the_end_is_taken_away(tmp_path):
+    path = tmp_path / "results.jsonl"
+    ResultsFile(path).append(row("a"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-9])
+    results = ResultsFile(path)
+    assert path.read_bytes() == whole
+    results.append(row("b"))
+    assert list(ResultsFile(path).rows) == ["a", "b"]
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    ResultsFile(path).append(row("a"))
+    path.write_text(path.read_text() + '{"id": "b"}\n')
+    with pytest.raises(RunFolderError, match=r"results.jsonl, line 2 isn't a row of a comparison"):
+        ResultsFile(path)
+
+
+def test_failures_are_forgotten_on_request(tmp_path):
+    path = tmp_path / "results.jsonl"
+    results = ResultsFile(path)
+    results.append(row("a"))
+    results.append(row("b", "broke"))
+    assert results.forget_failures() == 1
+    assert list(results.rows) == list(ResultsFile(path).rows) == ["a"]
+
+
+def test_what_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(RunFolderError, match=r"can't be written: .*The rows before are whole"):
+        ResultsFile(tmp_path / "missing" / "results.jsonl").append(row("a"))

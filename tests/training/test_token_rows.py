@@ -1,0 +1,258 @@
+"""What a language model is asked to predict, token by token, and rows that several texts share."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax.training import language, token_cache
+from lora_jax.training.batching import BatchPlan
+from lora_jax.training.data import Columns
+from lora_jax.training.documents import pairs_of, read_documents
+from lora_jax.training.errors import DataError
+from lora_jax.training.language import token_rows
+from lora_jax.training.packing import first_fit
+from lora_jax.training.token_rows import TokenRows, make_rows
+from tests.tiny_language import write_language_base
+
+PAIR = Columns(prompt="q", completion="a")
+CHAT = Columns(messages="messages")
+TALK = [
+    {"role": "user", "content": "good"},
+    {"role": "assistant", "content": "great"},
+    {"role": "user", "content": "bad"},
+    {"role": "assistant", "content": "poor film"},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return write_language_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def made(base, tmp_path):
+    """Rows of a JSONL file, one text each."""
+
+    def make(rows, columns, *, max_length=32, packing=False) -> TokenRows:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        special = lj.models.read_special_tokens(base)
+        documents = read_documents(str(path), columns, special=special)
+        return token_rows(documents, lj.models.load_tokenizer(base), special, max_length, packing=packing)
+
+    return make
+
+
+def shown(rows: TokenRows, base: str) -> list[list[str]]:
+    """The tokens of each row; those to be predicted in brackets."""
+    tokenizer = lj.models.load_tokenizer(base)
+    texts = [(tokenizer.id_to_token(token) or "").replace("Ġ", "_").replace("Ċ", "/") for token in rows.ids.tolist()]
+    marked = [f"[{text}]" if target else text for text, target in zip(texts, rows.targets, strict=True)]
+    bounds = rows.offsets.tolist()
+    return [marked[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def test_plain_text_is_learnt_whole(made, base):
+    rows = made([{"text": "good film"}, {"text": "bad"}], Columns())
+    assert shown(rows, base) == [["<s>", "[_good]", "[_film]", "[</s>]"], ["<s>", "[_bad]", "[</s>]"]]
+
+
+def test_of_a_pair_the_completion_is_learnt(made, base):
+    rows = made([{"q": "good film", "a": "great plot"}], PAIR)
+    # The tokenizer of the tiny base puts a space before each part.
+    assert shown(rows, base) == [["<s>", "_good", "_film", "/", "[_great]", "[_plot]", "[</s>]"]]
+
+
+def test_of_a_conversation_the_answers_are_learnt(made, base):
+    (row,) = shown(made([{"messages": TALK}], CHAT, max_length=128), base)
+    text = "".join(row)
+    # The answers and the end of each; not the line end that the template writes after it.
+    assert "assistant:/[_great][</s>]_/_user:" in text
+    assert text.endswith("assistant:/[_poor][_film][</s>]_/")
+    assert text.count("[") == 5
+    assert "[_good]" not in text
+    assert text.startswith("<s>_user:/good/")
+
+
+def test_a_batch_asks_for_the_next_token(made):
+    rows = made([{"q": "good", "a": "great"}, {"q": "the film was bad", "a": "poor"}], PAIR)
+    batch = rows.batch(BatchPlan(np.array([1, 0]), 10), 3)
+    ids = [rows.ids[rows.offsets[i] : rows.offsets[i + 1]].tolist() for i in (0, 1)]
+    assert batch.input_ids[:2].tolist() == [ids[1] + [0] * 2, ids[0] + [0] * 5]
+    assert batch.targets[0, :7].tolist() == ids[1][1:]
+    assert batch.weights.tolist() == [[0] * 5 + [1, 1, 0, 0, 0], [0] * 2 + [1, 1] + [0] * 6, [0] * 10]
+    assert batch.segments.tolist()[:2] == [[1] * 8 + [0] * 2, [1] * 5 + [0] * 5]
+    assert batch.tokens == 13
+    assert set(batch.inputs) == {"input_ids", "segments"}
+
+
+def test_long_plain_text_is_predicted_once_and_in_order(made):
+    words = ["good", "bad", "film", "plot", "great", "poor", "love", "hate", "thanks", "sorry"]
+    rows = made([{"text": " ".join(words)}], Columns(), max_length=5)
+    assert (rows.rows, rows.truncated, rows.dropped) == (3, 0, 0)
+    whole = made([{"text": " ".join(words)}], Columns(), max_length=32)
+    assert rows.ids[rows.targets].tolist() == whole.ids[1:].tolist()
+    for start, end in ((5, 4), (10, 9)):  # each chunk begins with the last token of the one before
+        assert rows.ids[start] == rows.ids[end]
+    assert rows.lengths.tolist() == [5, 5, 4]
+
+
+def test_what_is_cut_is_counted(made, base):
+    rows = made(
+        [
+            {"q": "good", "a": "great film"},
+            {"q": "the film was", "a": "good great plot"},  # loses its end
+            {"q": "the film was very very bad", "a": "poor"},  # loses all of its answer
+        ],
+        PAIR,
+        max_length=7,
+    )
+    assert (rows.rows, rows.texts, rows.truncated, rows.dropped) == (2, 3, 2, 1)
+    assert shown(rows, base)[1] == ["<s>", "_the", "_film", "_was", "/", "[_good]", "[_great]"]
+    assert rows.notes("train") == [
+        "train: 2 of 3 texts cut at 7 tokens",
+        "train: 1 of 3 texts left out: all that was to be predicted lay beyond 7 tokens",
+    ]
+    with pytest.raises(DataError, match=r"all that was to be predicted lies beyond `max_length`, 4 tokens"):
+        made([{"q": "the film was bad", "a": "poor"}], PAIR, max_length=4)
+
+
+def test_tokens_are_kept_by_content(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "_LEAST", 1)
+    calls = []
+    tokenize = language.tokenize
+    monkeypatch.setattr(language, "tokenize", lambda *args: calls.append(args) or tokenize(*args))
+    rows = [{"q": "good", "a": "great"}, {"q": "the film", "a": "poor order"}]
+    first, again = (made(rows, PAIR, packing=True) for _ in range(2))
+    assert len(calls) == 1
+    assert again.fingerprint() == first.fingerprint()
+    assert (again.texts, again.max_length, again.targets.dtype) == (2, 32, bool)
+    made(rows, PAIR, max_length=31)
+    made(rows, Columns(prompt="a", completion="q"))
+    assert len(calls) == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+
+def test_first_fit_against_its_definition():
+    rng = np.random.default_rng(0)
+    for size in (1, 7, 64):
+        lengths = rng.integers(1, size + 1, 200).tolist()
+        expected: list[list[int]] = []
+        for item, length in enumerate(lengths):
+            room = [size - sum(lengths[i] for i in row) for row in expected]
+            place = next((place for place, left in enumerate(room) if left >= length), None)
+            if place is None:
+                expected.append([item])
+            else:
+                expected[place].append(item)
+        assert first_fit(lengths, size) == expected
+
+
+def random_rows(count=60, max_length=24) -> TokenRows:
+    rng = np.random.default_rng(1)
+    texts = []
+    for _ in range(count):
+        length = int(rng.integers(2, max_length + 1))
+        texts.append((rng.integers(1, 1000, length).astype(np.int32), rng.random(length) < 0.9))
+    return make_rows(texts, max_length, chunk=False)
+
+
+def texts_in(rows: TokenRows) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    found = []
+    for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
+        for number in np.unique(rows.segments[start:end]):
+            inside = rows.segments[start:end] == number
+            found.append((tuple(rows.ids[start:end][inside]), tuple(rows.targets[start:end][inside])))
+    return found
+
+
+def test_packing_loses_no_token_and_splits_no_text():
+    rows = random_rows()
+    packed = rows.packed(seed=3)
+    assert sorted(texts_in(packed)) == sorted(texts_in(rows))
+    assert packed.lengths.max() <= rows.max_length
+    assert packed.rows < rows.rows
+    for start, end in zip(packed.offsets[:-1], packed.offsets[1:], strict=True):
+        steps = np.diff(packed.segments[start:end])
+        assert packed.segments[start] == 1
+        assert set(steps) <= {0, 1}  # a text is a run of its own
+
+
+def test_packing_follows_from_the_seed():
+    rows = random_rows()
+    assert rows.packed(seed=3).fingerprint() == rows.packed(seed=3).fingerprint()
+    assert rows.packed(seed=3).fingerprint() != rows.packed(seed=4).fingerprint()
+
+
+def test_no_target_crosses_a_border():
+    packed = random_rows().packed(seed=0)
+    batch = packed.batch(BatchPlan(np.arange(packed.rows), packed.max_length), packed.rows)
+    asked = batch.weights[:, :-1] > 0
+    assert (batch.segments[:, :-1][asked] == batch.segments[:, 1:][asked]).all()
+    assert batch.weights[:, -1].sum() == 0
+    assert batch.weights.sum() == packed.targets.sum()
+
+
+# -------------------------------------------------------------------------------------------------- files and messages
+
+
+def test_a_text_file_is_one_text(base, tmp_path):
+    (tmp_path / "book.txt").write_text("good film\n\nbad plot\n")
+    documents = read_documents(str(tmp_path / "book.txt"), Columns(), special=lj.models.read_special_tokens(base))
+    assert [[part.text for part in parts] for parts in documents.rows] == [["good film\n\nbad plot\n"]]
+    with pytest.raises(DataError, match=r"holds plain texts: to generate, prompts and completions are needed"):
+        pairs_of(documents)
+
+
+def test_pairs_are_prompt_and_answer(base, tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": TALK}) + "\n")
+    (pair,) = pairs_of(read_documents(str(path), CHAT, special=lj.models.read_special_tokens(base)))
+    assert pair.prompt.endswith("user:\nbad\nassistant:\n")
+    assert pair.completion == "poor film</s>\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"q": "x"}, PAIR, r"has no column 'a'; its columns are q. Choose with `--prompt` and `--completion`"),
+        ({"q": "x", "a": " "}, PAIR, r"row 1: column 'a' is empty"),
+        ({"other": "x"}, Columns(), r"has no column 'text'; its columns are other. Choose with `--text`"),
+        ({"other": "x"}, CHAT, r"has no column 'messages'.*Choose with `--messages`"),
+        ({"messages": "Hi"}, CHAT, r"row 1: column 'messages' holds 'Hi', and a list of messages is expected"),
+        ({"messages": []}, CHAT, r"row 1: column 'messages' holds \[\], and a list of messages"),
+        (
+            {"messages": [{"role": "bot", "content": "x"}]},
+            CHAT,
+            r"message 1 has the role 'bot', and one of system, user",
+        ),
+        ({"messages": [{"role": "user"}]}, CHAT, r"row 1: column 'messages', message 1 has the content None"),
+        ({"messages": TALK[:1]}, CHAT, r"row 1 has no message of the role 'assistant'"),
+    ],
+)
+def test_messages_of_bad_rows(made, row, columns, message):
+    with pytest.raises(DataError, match=message):
+        made([row], columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        ("gone.txt", None, Columns(), r"gone.txt doesn't exist"),
+        ("a.txt", b" \n", Columns(), r"a.txt is empty: a text is expected"),
+        ("a.txt", b"ab\xff", Columns(), r"a.txt is not UTF-8: byte 3 is 0xff"),
+        ("a.txt", b"ab", PAIR, r"a.txt is plain text and has no columns: leave out `--prompt` and `--messages`"),
+    ],
+)
+def test_messages_of_bad_text_files(base, tmp_path, name, content, columns, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_documents(str(tmp_path / name), columns, special=lj.models.read_special_tokens(base))
