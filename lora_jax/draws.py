@@ -23,12 +23,12 @@ def leaf_seed(seed: int, path: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-def random_bits(seed: jax.typing.ArrayLike, shape: Sequence[int], *, stream: int = 0) -> jax.Array:
+def random_bits(seed: jax.typing.ArrayLike, shape: Sequence[int], *, stream: jax.typing.ArrayLike = 0) -> jax.Array:
     """Uniform 32-bit words of the given shape; another `stream` of one seed is independent of it."""
     from jax.extend.random import threefry_2x32  # on first use: it brings Pallas along
 
     counts = lax.iota(jnp.uint32, math.prod(shape))
-    words = threefry_2x32((jnp.asarray(seed, jnp.uint32), jnp.uint32(stream)), counts)
+    words = threefry_2x32((jnp.asarray(seed, jnp.uint32), jnp.asarray(stream, jnp.uint32)), counts)
     return words.reshape(tuple(shape))
 
 
@@ -49,12 +49,14 @@ def spread_places(seed: jax.typing.ArrayLike, count: int, total: int) -> jax.Arr
     return start + random_bits(seed, (count,)) % size
 
 
-def permutation(seed: jax.typing.ArrayLike, size: int, *, stream: int) -> jax.Array:
+def permutation(seed: jax.typing.ArrayLike, size: int, *, stream: jax.typing.ArrayLike) -> jax.Array:
     """The numbers below `size` in random order."""
     return jnp.argsort(random_bits(seed, (size,), stream=stream))
 
 
-def signs_and_normals(seed: jax.typing.ArrayLike, shape: Sequence[int], *, stream: int) -> tuple[jax.Array, jax.Array]:
+def signs_and_normals(
+    seed: jax.typing.ArrayLike, shape: Sequence[int], *, stream: jax.typing.ArrayLike
+) -> tuple[jax.Array, jax.Array]:
     """A random sign and a standard normal number in each place, float32, from one word: its last bit, its first 24."""
     words = random_bits(seed, shape, stream=stream)
     signs = 1 - 2 * (words & jnp.uint32(1)).astype(jnp.float32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from .paths import flatten_with_paths
-from .weights import AdaptedWeight, is_adapted, is_traced, lend, placement, wider
+from .weights import AdaptedWeight, is_adapted, is_traced, merge_on_entry, placement, wider
 
 
 def merge_params(params: Any, *, dtype: Any = None) -> Any:
@@ -41,10 +41,24 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` must be a floating type, got {dtype!r}")
     paths, leaves, treedef = flatten_with_paths(params)
-    leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in lend(leaves)]
+    leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in leaves]
     _refuse_not_finite(dict(zip(paths, leaves, strict=True)))
-    merged = [_merged(leaf, dtype) if is_adapted(leaf) else leaf for leaf in leaves]
+    whole = merge_on_entry([_widened(leaf, dtype) if _is_whole(leaf) else leaf for leaf in leaves])
+    merged = [
+        _finished(array, leaf, dtype) if _is_whole(leaf) else _merged(leaf, dtype) if is_adapted(leaf) else leaf
+        for array, leaf in zip(whole, leaves, strict=True)
+    ]
     return jax.tree.unflatten(treedef, merged)
+
+
+def _is_whole(leaf: Any) -> bool:
+    return is_adapted(leaf) and leaf.merged_on_entry
+
+
+def _finished(array: jax.Array, node: AdaptedWeight, dtype: Any) -> jax.Array:
+    place = placement(node.base)
+    array = array.astype(node.dtype if dtype is None else dtype)
+    return array if place is None else jax.device_put(array, place)
 
 
 def _refuse_not_finite(leaves: dict[str, Any]) -> None:
@@ -73,10 +87,6 @@ def _merged(node: AdaptedWeight, dtype: Any) -> jax.Array:
     dtype = node.dtype if dtype is None else jnp.dtype(dtype)
     if is_traced(node):
         return _fold(node, dtype)
-    if node.merged_on_entry:
-        # Its seed is part of the node's type: compiled as a whole it would be so for each leaf anew.
-        merged, place = _fold(node, dtype), placement(node.base)
-        return merged if place is None else jax.device_put(merged, place)
     return _compiled_fold(placement(node.base))(node, dtype=dtype)
 
 
@@ -87,4 +97,8 @@ def _compiled_fold(sharding: Sharding | None) -> Callable[..., jax.Array]:
 
 
 def _fold(node: AdaptedWeight, dtype: Any) -> jax.Array:
-    return node.with_base(node.base.astype(wider(node.dtype, dtype))).merge().astype(dtype)
+    return _widened(node, dtype).merge().astype(dtype)
+
+
+def _widened(node: AdaptedWeight, dtype: Any) -> AdaptedWeight:
+    return node.with_base(node.base.astype(node.dtype if dtype is None else wider(node.dtype, dtype)))

@@ -79,8 +79,6 @@ class AdaptedWeight:
     # Those of `fields` that a task saves, and those among them that a node may do without.
     saved: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ()
-    # Those of `fields` that one node of a tree holds for all of its class that come after it, see `lend`.
-    shared: ClassVar[tuple[str, ...]] = ()
     # Whether functions are given the merged array, because there is no way to compute with the parts.
     merged_on_entry: ClassVar[bool] = False
     # Every registered node class by the name under which an adapter file knows it.
@@ -94,6 +92,11 @@ class AdaptedWeight:
     def merge(self) -> jax.Array:
         """The one array that this node stands for, in the base's shape and dtype."""
         raise NotImplementedError
+
+    @classmethod
+    def merge_all(cls, nodes: Sequence[Self]) -> list[jax.Array]:
+        """What a tree's nodes of this class stand for, in tree order; for nodes that share something."""
+        return [node.merge() for node in nodes]
 
     def label(self, method_labels: bool) -> Self:
         """This node with a label in place of every array; `"frozen"` throughout unless `method_labels`."""
@@ -341,19 +344,17 @@ def is_adapted(node: Any) -> bool:
     return isinstance(node, AdaptedWeight)
 
 
-def lend(leaves: Sequence[Any]) -> list[Any]:
-    """A tree's leaves, each adapted weight with the shared arrays that an earlier one of its class holds."""
-    held: dict[tuple[type, str], Any] = {}
-    lent = []
-    for leaf in leaves:
-        for name in leaf.shared if is_adapted(leaf) else ():
-            own = getattr(leaf, name)
-            if own is None:
-                leaf = dataclasses.replace(leaf, **{name: held.get((type(leaf), name))})
-            else:
-                held[type(leaf), name] = own
-        lent.append(leaf)
-    return lent
+def merge_on_entry(leaves: Sequence[Any]) -> list[Any]:
+    """A tree's leaves, those that are `merged_on_entry` merged."""
+    places: dict[type[AdaptedWeight], list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        if is_adapted(leaf) and leaf.merged_on_entry:
+            places.setdefault(type(leaf), []).append(place)
+    merged = list(leaves)
+    for cls, own in places.items():
+        for place, array in zip(own, cls.merge_all([leaves[place] for place in own]), strict=True):
+            merged[place] = array
+    return merged
 
 
 def placement(leaf: Any) -> Sharding | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..matmul import STRATEGIES, Strategy
 from ..paths import flatten_with_paths
-from ..weights import AdaptedWeight, Unfactorable, is_adapted, lend
+from ..weights import AdaptedWeight, Unfactorable, is_adapted, merge_on_entry
 from . import jax_compat
 from .jax_compat import Equation, Program
 
@@ -157,7 +157,8 @@ def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...],
     paths, leaves, treedef = _flatten_arguments(args, kwargs)
     if not any(map(is_adapted, leaves)):
         return fn(*args, **kwargs)
-    leaves = [_entering(walker, path, leaf) for path, leaf in zip(paths, lend(leaves), strict=True)]
+    _report_entering(walker, paths, leaves)
+    leaves = merge_on_entry(leaves)
     places = [index for index, leaf in enumerate(leaves) if is_adapted(leaf)]
     if not places:
         args, kwargs = jax.tree.unflatten(treedef, leaves)
@@ -183,13 +184,12 @@ def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...],
     return jax.tree.unflatten(result["treedef"], whole)
 
 
-def _entering(walker: Walker, path: str, leaf: Any) -> Any:
-    """What goes into the function. A merge that is the method's own way is reported and isn't warned of."""
-    if not is_adapted(leaf) or not leaf.merged_on_entry:
-        return leaf
-    reason = f"a {type(leaf).__name__} is merged before the function is called"
-    walker.report(Encounter(path, "call", False, "the function's call", reason))
-    return leaf.merge()
+def _report_entering(walker: Walker, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """A merge that is the method's own way is reported, and isn't warned of."""
+    for path, leaf in zip(paths, leaves, strict=True):
+        if is_adapted(leaf) and leaf.merged_on_entry:
+            reason = f"a {type(leaf).__name__} is merged before the function is called"
+            walker.report(Encounter(path, "call", False, "the function's call", reason))
 
 
 def is_array(value: Any) -> bool:

@@ -14,6 +14,7 @@ from ..draws import permutation, signs_and_normals
 # The Walsh-Hadamard matrix of 2^m rows is a Kronecker product of smaller ones. To multiply with factors of 2^5 rows
 # takes m / 5 passes over memory, where butterflies take m.
 _FACTOR = 5
+_CHUNK = 2**19  # rows computed at once
 
 
 def padded_length(dimension: int) -> int:
@@ -30,8 +31,8 @@ def fastfood(vector: jax.Array, seed: jax.Array, *, count: int) -> jax.Array:
     `⌈count / L⌉` blocks stand on each other, and the first `count` rows are taken. An entry of `V` has mean 0 and
     variance `L`.
 
-    All of it is computed again from `seed` in the backward pass too, where `Vᵀ` is applied: nothing of the size of
-    `count` is kept.
+    All of it is computed again from `seed` in the backward pass too, where `Vᵀ` is applied; both go through the rows in
+    chunks, so that besides the result memory is taken for one chunk.
 
     Args:
         vector: `x (d,)`, float32.
@@ -53,17 +54,19 @@ def fastfood(vector: jax.Array, seed: jax.Array, *, count: int) -> jax.Array:
         diagonal `S`, which gives the rows the lengths of a Gaussian kernel's, is left out, as in Li et al. (2018).
     """
 
-    @jax.checkpoint
-    def transform(vector: jax.Array) -> jax.Array:
-        length = padded_length(vector.shape[0])
-        blocks = -(-count // length)
-        # One stream for all but the permutation.
-        signs, normals = signs_and_normals(seed, (length, blocks), stream=0)
-        filled = jnp.pad(vector, (0, length - vector.shape[0]))
-        mixed = hadamard(signs * filled[:, None])[permutation(seed, length, stream=1)]
-        return hadamard(normals * mixed).reshape(-1)[:count]
+    length = padded_length(vector.shape[0])
+    blocks = -(-count // length)
+    width = min(blocks, max(1, _CHUNK // length))
 
-    return transform(vector)
+    @jax.checkpoint
+    def chunk(filled: jax.Array, order: jax.Array, number: jax.Array) -> jax.Array:
+        signs, normals = signs_and_normals(seed, (length, width), stream=1 + number)
+        return hadamard(normals * hadamard(signs * filled[:, None])[order]).ravel()
+
+    filled = jnp.pad(vector, (0, length - vector.shape[0]))
+    order = permutation(seed, length, stream=0)
+    numbers = lax.iota(jnp.uint32, -(-blocks // width))
+    return lax.map(lambda number: chunk(filled, order, number), numbers).reshape(-1)[:count]
 
 
 def hadamard(columns: jax.Array) -> jax.Array:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ..draws import leaf_seed
 from ..weights import OUT, register, wider
@@ -23,36 +25,58 @@ class SubspaceWeight(WholeWeight):
     """`θ₀ + λ · P z`, where `P` is computed from `seed` and `z` is one vector for the whole tree.
 
     Attributes:
-        z: shape `(d,)`, float32, in the first node of a tree; `None` in the others, which are lent it
-            (`weights.lend`).
+        z: shape `(d,)`, float32, in the first node of a tree; `None` in the others, which are merged with it.
         gain: `λ`, a float32 scalar; `None` where there is none.
-        scale: of `P`: 1 over the expected length of its columns without it, those of all leaves together.
+        scale: 1 over the expected length of the columns of the Fastfood transform.
+        offset: the first of this leaf's rows of `P`, which has those of all leaves.
     """
 
     fields: ClassVar[dict[str, str]] = {"z": "d", "gain": ""}
     saved: ClassVar[tuple[str, ...]] = ("z", "gain")
     optional: ClassVar[tuple[str, ...]] = ("z", "gain")
-    shared: ClassVar[tuple[str, ...]] = ("z",)
 
     z: Any = None
     gain: Any = None
     scale: float = dataclasses.field(kw_only=True)
+    offset: int = dataclasses.field(kw_only=True)
 
-    def merge(self) -> jax.Array:
+    @classmethod
+    def merge_all(cls, nodes: Sequence[Self]) -> list[jax.Array]:
+        merged: list[jax.Array] = []
+        firsts = [place for place, node in enumerate(nodes) if node.z is not None]
         require(
-            self.z is not None,
+            firsts[:1] == [0],
             "this part of the tree lacks the vector that all its adapted weights share: the tree's first one holds it, "
             "so pass or merge the whole tree",
         )
-        step = self.scale * fastfood(self.z, jnp.uint32(self.seed), count=self.size).reshape(self.shape)
-        step = step if self.gain is None else self.gain * step
-        wide = wider(self.base.dtype, jnp.float32)
-        return (self.base.astype(wide) + step.astype(wide)).astype(self.base.dtype)
+        for first, end in itertools.pairwise([*firsts, len(nodes)]):
+            merged += _merged(nodes[first:end])
+        return merged
+
+    def merge(self) -> jax.Array:
+        return self.merge_all([self])[0]
 
     def label(self, method_labels: bool) -> Self:
         word = "subspace" if method_labels else "frozen"
         own = {name: None if getattr(self, name) is None else word for name in self.fields}
         return dataclasses.replace(self, base="frozen", **own)
+
+
+def _merged(nodes: Sequence[SubspaceWeight]) -> list[jax.Array]:
+    """Of one tree, the first holding `z`. `P z` is computed for all of them at once: one program, whatever the tree."""
+    first = nodes[0]
+    rows: list[int] = []  # of each node, and before it of those that aren't there
+    for node in nodes:
+        gap = node.offset - sum(rows)
+        require(gap >= 0, "the adapted weights are in another order than when they were made: keep the tree's keys")
+        rows += [gap, node.size]
+    step = first.scale * fastfood(first.z, jnp.uint32(first.seed), count=sum(rows))
+    merged = []
+    for node, own in zip(nodes, lax.split(step, rows)[1::2], strict=True):
+        own = own.reshape(node.shape) if node.gain is None else node.gain * own.reshape(node.shape)
+        wide = wider(node.dtype, jnp.float32)
+        merged.append((node.base.astype(wide) + own.astype(wide)).astype(node.dtype))
+    return merged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,16 +88,16 @@ class RandomSubspace(WholeMethod):
     *intrinsic dimension* of the task (Li et al.).
 
     `P` is a Fastfood transform, `fastfood.fastfood`, with columns of length 1 in expectation. It is computed from the
-    seed at every use, forward and backward, so that it takes memory for a leaf at a time. The cost of a step is that of
-    full fine-tuning and of `P` besides: functions get the merged weights, and the gradient of `z` is `Pᵀ` times that of
-    all weights. It is an experiment, not a way to save time.
+    seed at every use, forward and backward, and never stored; `P z` is, for a moment, as large as the targets. The cost
+    of a step is that of full fine-tuning and of `P` besides: functions get the merged weights, and the gradient of `z`
+    is `Pᵀ` times that of all weights. It is an experiment, not a way to save time.
 
     Args:
         dimension: `d`, the vector's numbers, and with `structure_aware` the gains' too.
         structure_aware: `θ = θ₀ + λ · P z` with a `λ` for each leaf that learns too and starts at 1. Of the `d` numbers
             as many as there are leaves are these; the rest are `z`.
         targets: what moves: `"all"` leaves but the head's, or those at and below what is named; see `paths.select`.
-        seed: of `P`; that of a leaf's rows follows from it and the leaf's path. The key of `attach` isn't used.
+        seed: of `P`. The key of `attach` isn't used.
         also_train: the head, see `Method`.
 
     Raises:
@@ -123,18 +147,17 @@ class RandomSubspace(WholeMethod):
             "larger one, or fewer `targets`",
         )
         scale = 1 / math.sqrt(padded_length(numbers) * total)
-        nodes = {
-            path: SubspaceWeight(
+        nodes: dict[str, SubspaceWeight] = {}
+        for path in paths:
+            nodes[path] = SubspaceWeight(
                 leaves[path],
+                z=None if nodes else jnp.zeros(numbers, jnp.float32),
                 gain=jnp.ones((), jnp.float32) if self.structure_aware else None,
-                seed=leaf_seed(self.seed, path),
+                seed=leaf_seed(self.seed, "z"),
                 scale=scale,
+                offset=sum(node.size for node in nodes.values()),
                 axes=OUT * len(leaves[path].shape),
             )
-            for path in paths
-        }
-        first = paths[0]
-        nodes[first] = dataclasses.replace(nodes[first], z=jnp.zeros(numbers, jnp.float32))
         return nodes
 
     def resolved(self, leaves: Mapping[str, Any]) -> Self:

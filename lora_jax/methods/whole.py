@@ -47,7 +47,7 @@ class WholeMethod(Method, abstract=True):
 
     Attributes:
         targets: `"all"`, which leaves out the head alone, or what `paths.select` reads.
-        seed: of what is drawn; that of a leaf follows from it and the leaf's path. The key of `attach` isn't used.
+        seed: of what is drawn. The key of `attach` isn't used.
     """
 
     nodes: ClassVar[tuple[type[WholeWeight], ...]]

@@ -18,7 +18,7 @@ from ..low_rank import svd_of_product
 from ..methods import LoRAWeight
 from ..methods.base import is_trainable
 from ..paths import is_bias_name, leaves_by_path, listed
-from ..weights import IN, OUT, STACK, is_adapted, lend, wider
+from ..weights import IN, OUT, STACK, AdaptedWeight, is_adapted, merge_on_entry, wider
 
 
 class LeafChange(NamedTuple):
@@ -314,8 +314,9 @@ def _pairs(base_params: Any, params: Any) -> dict[str, tuple[Any, Any]]:
         raise ValueError(
             f"`base_params` and `params` are no trees of one model; they differ at {', '.join(differing[:5])}"
         )
-    lent = dict(zip(after, lend(list(after.values())), strict=True))
-    return {path: (leaf, lent[path]) for path, leaf in before.items() if is_trainable(path, leaf)}
+    wide = [_widened(leaf) if is_adapted(leaf) else leaf for leaf in after.values()]
+    whole = dict(zip(after, merge_on_entry(wide), strict=True))
+    return {path: (leaf, whole[path]) for path, leaf in before.items() if is_trainable(path, leaf)}
 
 
 def _is_low_rank(leaf: Any) -> bool:
@@ -348,9 +349,13 @@ def _difference(before: Any, after: Any) -> np.ndarray:
         if np.shape(before) != np.shape(after):
             raise ValueError(f"a leaf has the shape {np.shape(after)}, and the base's {np.shape(before)}")
         return _float64(after) - _float64(before)
-    # In a wider type, so that small changes of a bfloat16 base aren't rounded away.
-    wide = after.with_base(after.base.astype(wider(after.dtype, jnp.float32)))
+    wide = _widened(after)
     return _float64(wide.merge()) - _float64(wide.base)
+
+
+def _widened(node: AdaptedWeight) -> AdaptedWeight:
+    """In float32 at least, so that small changes of a bfloat16 base aren't rounded away."""
+    return node.with_base(node.base.astype(wider(node.dtype, jnp.float32)))
 
 
 def _float64(array: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import lora_jax as lj
+import lora_jax.methods.fastfood
 from lora_jax.methods.fastfood import fastfood, hadamard
 from lora_jax.methods.random_subspace import SubspaceWeight
 from lora_jax.paths import leaves_by_path
@@ -39,8 +40,9 @@ def test_the_hadamard_transform_is_its_matrix(rows: int) -> None:
 
 
 @pytest.mark.parametrize(("d", "count"), [(1, 9), (3, 2), (20, 1000), (33, 64)])
-def test_the_projection_is_linear_and_random(d: int, count: int) -> None:
+def test_the_projection_is_linear_and_random(d: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its entries have variance `L`, columns are nearly orthogonal; the gradient is the transpose's."""
+    monkeypatch.setattr(lora_jax.methods.fastfood, "_CHUNK", 256)  # several chunks, the last of them cut
     v = matrix(d, count)
     z, g = (np.random.default_rng(1).normal(size=size).astype(np.float32) for size in (d, count))
     np.testing.assert_allclose(fastfood(jnp.asarray(z), jnp.uint32(5), count=count), v @ z, rtol=1e-4, atol=1e-3)
@@ -68,7 +70,7 @@ def test_columns_of_the_whole_tree_have_length_one() -> None:
 
 
 def _settings(node: SubspaceWeight) -> dict[str, Any]:
-    return {"seed": node.seed, "scale": node.scale, "axes": node.axes}
+    return {"seed": node.seed, "scale": node.scale, "offset": node.offset, "axes": node.axes}
 
 
 def test_one_vector_is_shared_by_the_whole_tree() -> None:
@@ -86,8 +88,9 @@ def test_one_vector_is_shared_by_the_whole_tree() -> None:
         return jnp.sum(tree["a"]["kernel"] ** 2) + jnp.sum(tree["b"] ** 3)
 
     gradient = jax.grad(loss)(trainable)["a"]["bias"].z
-    v = {name: matrix(4, size, leaves[name].seed) * leaves[name].scale for name, size in (("a/kernel", 30), ("b", 7))}
-    np.testing.assert_allclose(gradient, 2 * v["a/kernel"].sum(0) + 3 * v["b"].sum(0), rtol=1e-4)
+    node = leaves["a/bias"]
+    v = matrix(4, 5 + 30 + 7, node.seed) * node.scale  # the leaves' rows, in tree order
+    np.testing.assert_allclose(gradient, 2 * v[5:35].sum(0) + 3 * v[35:].sum(0), rtol=1e-4)
 
 
 def test_a_part_of_the_tree_is_refused() -> None:
@@ -96,6 +99,19 @@ def test_a_part_of_the_tree_is_refused() -> None:
         lj.merge_params(params["b"])
     with pytest.raises(ValueError, match="pass or merge the whole tree"):
         lj.adapt(lambda w: w.sum())(params["b"])
+
+
+def test_what_is_left_of_a_tree_keeps_its_rows() -> None:
+    method = lj.RandomSubspace(dimension=4)
+    params = lj.attach(base(), method, key=KEY)
+    params = jax.tree.map(lambda leaf, mask: leaf + 1 if mask else leaf, params, lj.trainable_mask(params, method))
+    part = {"a": {"bias": params["a"]["bias"]}, "head": params["head"]}
+    found, whole = lj.merge_params(part), lj.merge_params(params)
+    np.testing.assert_array_equal(found["head"], whole["head"])
+    np.testing.assert_array_equal(found["a"]["bias"], whole["a"]["bias"])
+    exchanged = {"a": params["a"]["bias"], "b": params["head"], "c": params["b"]}
+    with pytest.raises(ValueError, match="in another order than when they were made: keep the tree's keys"):
+        lj.merge_params(exchanged)
 
 
 def test_two_trees_keep_their_own_vectors() -> None:
@@ -180,7 +196,7 @@ def test_nothing_of_the_projection_s_size_is_in_the_program_or_kept() -> None:
         if " constant(" in line
     ]
     assert max(sizes) == 32 * 32
-    _, saved = jax.vjp(lambda z: fastfood(z, jnp.uint32(0), count=60_000), jnp.ones(100))
+    _, saved = jax.vjp(lambda z: fastfood(z, jnp.uint32(0), count=2_000_000), jnp.ones(100))
     assert max(leaf.size for leaf in jax.tree.leaves(saved)) <= 32 * 32
 
 

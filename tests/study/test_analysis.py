@@ -173,11 +173,14 @@ def test_bias_changes_by_layer_and_term() -> None:
     "method",
     [
         lj.LoRA(rank=2, alpha=3, targets=("up",), also_train=("head",)),
+        lj.LoRA(rank=2, alpha=3, targets=("up",), init="pissa"),
+        lj.DoRA(rank=2, alpha=3, targets=("up",)),
+        lj.VeRA(rank=3, targets=("up",)),
         lj.BitFit(),
         lj.RandomMask(size=0.3),
         lj.RandomSubspace(dimension=5),
     ],
-    ids=lambda method: type(method).__name__,
+    ids=["lora", "pissa", "dora", "vera", "bitfit", "mask", "subspace"],
 )
 def test_changes_are_those_of_the_merged_tree(method: lj.Method) -> None:
     """Whatever the method: NumPy's norms of the differences. LoRA's product isn't formed."""
