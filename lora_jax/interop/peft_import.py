@@ -112,7 +112,7 @@ def import_peft(
     _require_equal(tensors, plan, parts, file)
     nodes = {path: _node(parts[path], tensors, config, target) for path, target in plan.targets.items()}
     saved = {path: layout.restore(tensors[name]) for path, (name, layout) in plan.saved.items()}
-    replaced = stacks.together(nodes, lambda path, members: stack_weights(path, leaves[path], members))
+    replaced = stacks.together(nodes, lambda path, members: stack_weights(leaves[path], members))
     for path, array in stacks.together(saved, lambda _, members: np.stack(members)).items():
         replaced[path] = _placed(array, placement(leaves[path]))
     _, _, treedef = flatten_with_paths(base_params)
@@ -184,7 +184,22 @@ def _planned(
     table, file = NameTable(names, parts), weights_file(folder)
     header = read_safetensors_header(file)
     plan = Planner(file, header, config, table, parts, stacks.uses(uses), fan_in_fan_out).plan()
+    try:
+        stacks.together(plan.targets, _require_alike)
+        stacks.together(plan.saved, lambda *_: None)
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error}") from None
     return _Planned(config, stacks, parts, plan)
+
+
+def _require_alike(path: str, targets: Sequence[Target]) -> None:
+    """What a stack has once has to be that of every layer."""
+    found = dict.fromkeys(f"rank {target.rank} and alpha {target.alpha}" for target in targets)
+    if len(found) > 1:
+        raise AdapterError(
+            f"`{path}` is one leaf for {len(targets)} layers, and their factors differ, {', '.join(found)}: use a tree "
+            "with its layers side by side (`lj.models.unstack_layers`)"
+        )
 
 
 def _require_base(config: Mapping[str, Any], base_name: str | None, folder: Path) -> None:

@@ -133,22 +133,10 @@ class Stacks:
         return result
 
 
-def stack_weights(path: str, base: Any, nodes: list[AdaptedWeight]) -> AdaptedWeight:
-    """One adapted weight of those of all layers, beside the stacked base.
-
-    Raises:
-        AdapterError: they differ in rank, scale or anything else that a stack has once.
-    """
+def stack_weights(base: Any, nodes: list[AdaptedWeight]) -> AdaptedWeight:
+    """One adapted weight of those of all layers, which are alike, beside the stacked base."""
     first, *rest = [dataclasses.replace(node, base=None) for node in nodes]
-    try:
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), first, *rest)
-    except ValueError as error:
-        scales = [f"rank {getattr(node, 'rank', '?')}, scale {getattr(node, 'scale', '?')}" for node in nodes]
-        differing = ", ".join(dict.fromkeys(scales))
-        raise AdapterError(
-            f"`{path}` is one leaf for {len(nodes)} layers, and their factors differ ({differing}): use a tree with "
-            "its layers side by side (`lj.models.unstack_layers`)"
-        ) from error
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), first, *rest)
     node = dataclasses.replace(stacked, base=base, axes=STACK + first.axes)
     places = node.placements()
     arrays = {name: jax.device_put(getattr(node, name), places[name]) for name in node.saved if name in places}

@@ -266,11 +266,11 @@ def test_a_stack_goes_out_as_its_layers_do_and_comes_back(tmp_path: Path, kind: 
         ),
         (
             {"targets": ("query",), "rank_overrides": {"layers/1/query": 3}},
-            r"`layers/query/kernel` is one leaf .* differ \(rank 2, scale 2.0, rank 3, scale 1.33.*\): .*unstack_la",
+            r"`layers/query/kernel` is one leaf .* differ, rank 2 and alpha 4, rank 3 and alpha 4: .*unstack_la",
         ),
         (
             {"targets": ("query",), "alpha_overrides": {"layers/1/query": 8}},
-            r"their factors differ \(rank 2, scale 2.0, rank 2, scale 4.0\)",
+            r"their factors differ, rank 2 and alpha 4, rank 2 and alpha 8",
         ),
         (
             {"targets": ("query",), "also_train": ("layers/2/up",)},
@@ -283,8 +283,10 @@ def test_layers_that_differ_are_no_stack(tmp_path: Path, method: dict[str, Any],
     method_ = lj.LoRA(rank=2, alpha=4, **method)
     folder = export_peft(tmp_path, lj.attach(apart(base), method_, key=KEY), method_, names=NAMES)
     import_peft(folder, apart(base), names=NAMES)
-    with pytest.raises(lj.AdapterError, match=message):
+    with pytest.raises(lj.AdapterError, match=rf"{folder}.*{message}"):
         import_peft(folder, base, names=NAMES)
+    with pytest.raises(lj.AdapterError, match=rf"{folder}.*{message}"):  # by the header alone
+        lj.interop.check_peft(folder, jax.eval_shape(lambda: base), names=NAMES)
 
 
 def test_names_have_every_layer_of_a_stack() -> None:
