@@ -110,19 +110,25 @@ def _settings(own: dict[str, Any], options: dict[str, Any]) -> Comparison:
     from lora_jax.training.errors import ConfigError
 
     chosen = [name for name in ("grid", "preset") if own[name] is not None]
-    adjusted = [name for name in ("methods", "ranks", "rate_factors") if own[name] is not None]
+    adjusted = [name for name in ("methods", "ranks") if own[name] is not None]
+    if own["grid"] is not None and own["rate_factors"] is not None:
+        raise ConfigError("`grid` and `rate_factors` each say which rates are tried: put `lr` into the grid's entries.")
     if len(chosen) + bool(adjusted) > 1:
         first, second = [*chosen, *adjusted][:2]
         raise ConfigError(f"`{first}` and `{second}` each say what is compared: give one of them.")
     candidates = None
     if own["grid"] is not None:
         candidates = read_grid(own["grid"])
-    elif adjusted:
+    elif own["preset"] is None and (adjusted or own["rate_factors"] is not None):
         factors = own["rate_factors"] or RATE_FACTORS
         candidates = default_candidates(own["methods"], ranks=own["ranks"], factors=factors)
     names = ("output", "preset", "train_rows", "dev_share", "data_seed", "minutes")
     return Comparison(
-        **{name: own[name] for name in names}, options=options, candidates=candidates, seeds=tuple(own["seeds"])
+        **{name: own[name] for name in names},
+        options=options,
+        candidates=candidates,
+        rate_factors=None if own["rate_factors"] is None else tuple(own["rate_factors"]),
+        seeds=tuple(own["seeds"]),
     )
 
 

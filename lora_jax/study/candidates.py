@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,10 @@ class Candidate:
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
                 raise ConfigError(f"`lr` of {self.label!r} has {rate!r}, and a number above 0 is expected.")
 
+    def at(self, factors: Sequence[float]) -> Candidate:
+        """This candidate at other rates: its first one times `factors`."""
+        return replace(self, rates=_rates(self.rates[0], factors))
+
     @property
     def id(self) -> str:
         """Of its method and rows, whatever its label: a name for files."""
@@ -113,7 +117,7 @@ def make_candidate(
     return Candidate(
         label=label if label is not None else describe(options),
         method=options,
-        rates=tuple(rates) if rates is not None else tuple(float(f"{rate * factor:.2g}") for factor in factors),
+        rates=tuple(rates) if rates is not None else _rates(rate, factors),
         series=series if series is not None else describe({**options, "rank": None}),
         mark=mark,
         x=x,
@@ -191,6 +195,10 @@ def read_grid(path: str | Path) -> tuple[Candidate, ...]:
         except (ValueError, TypeError) as error:
             raise ConfigError(f"`grid` {path}, entry {number}: {error}") from error
     return tuple(candidates)
+
+
+def _rates(rate: float, factors: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(f"{rate * factor:.2g}") for factor in factors)
 
 
 def _made(method: Mapping[str, Any] | str) -> Any:

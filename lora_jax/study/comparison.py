@@ -159,9 +159,14 @@ def _describe(prepared: Prepared, run: PlannedRun, config: TrainConfig) -> dict[
         "content": prepared.splits.fingerprints,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "device": {"platform": device.platform, "kind": device.device_kind, "cores": os.cpu_count()},
+        "device": {"platform": device.platform, "kind": device.device_kind, "cores": _cores()},
         "metric": prepared.metric,
     }
+
+
+def _cores() -> int | None:
+    """Those that this process may run on, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _measured(result: RunResult | None) -> dict[str, Any]:

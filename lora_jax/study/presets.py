@@ -129,7 +129,7 @@ def _methods(rows: int) -> tuple[Candidate, ...]:
     return (
         *_known([{"name": "frozen"}, {"name": "bitfit"}]),
         _lora("qv", 8),
-        *_known([*relatives, {"name": "norms"}, {"name": "full"}]),
+        *_known([*relatives, {"name": "norms"}, {"name": "top-layers"}, {"name": "full"}]),
     )
 
 
@@ -221,7 +221,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "paper-methods": Preset(
         title="Do the methods reach full fine-tuning?",
-        question="The head alone, biases, low-rank factors and their relatives, norms, and everything.",
+        question="The head, biases, low-rank factors and their relatives, norms, the last layers, and everything.",
         candidates=_methods,
         published=Published(
             source=f"{_LORA}, table 2",

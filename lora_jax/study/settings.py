@@ -21,8 +21,8 @@ from .splits import Splits, read_splits, take_rows, write_rows
 
 _VARIED = ("method", "lr", "seed", "output")
 _FORMAT = 1
-# Few rows want small batches: these are the options of `lora-jax demo`.
-_DEMONSTRATION = {"epochs": 5, "batch_size": 16}
+# Few rows want small batches. In half as many epochs, those of `lora-jax demo`, most rates learn too little to differ.
+_DEMONSTRATION = {"epochs": 10, "batch_size": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Comparison:
             shipped messages are used, a demonstration.
         candidates: what is compared; `None` for the preset's or the default grid.
         preset: a name in `presets.PRESETS`, which brings candidates, an axis and published figures.
+        rate_factors: of the default rate of each of a preset's candidates, those to try; `None` for the usual ones.
         seeds: of head, factors, order and dropout. Rates are chosen with the first.
         train_rows: of the training rows, so many are drawn; `None` for all.
         dev_share: of the training rows, held out where `options` have no dev.
@@ -46,6 +47,7 @@ class Comparison:
     options: Mapping[str, Any] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] | None = None
     preset: str | None = None
+    rate_factors: tuple[float, ...] | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     train_rows: int | None = None
     dev_share: float = 0.2
@@ -207,6 +209,8 @@ def _candidates(settings: Comparison, rows: int) -> tuple[Candidate, ...]:
         candidates = settings.candidates
     elif settings.preset is not None:
         candidates = PRESETS[settings.preset].candidates(rows)
+        if settings.rate_factors is not None:
+            candidates = tuple(candidate.at(settings.rate_factors) for candidate in candidates)
     else:
         candidates = default_candidates()
     labels = [candidate.label for candidate in candidates]

@@ -60,6 +60,7 @@ def test_the_plan_runs_nothing(flags, tmp_path, capsys):
         (["--grid", "none.yaml"], "`grid` none.yaml doesn't exist"),
         (["--grid", "g.yaml", "--preset", "low-data"], "`grid` and `preset` each say what is compared"),
         (["--preset", "low-data", "--ranks", "2"], "`preset` and `ranks` each say what is compared"),
+        (["--grid", "g.yaml", "--rate-factors", "1"], "`grid` and `rate_factors` each say which rates are tried"),
         (["--minutes", "-1"], "`minutes` is -1.0"),
         (["--seeds", "0", "0"], "each is expected once"),
     ],
@@ -81,4 +82,4 @@ def test_without_data_the_shipped_messages(base, tmp_path):
         "test": 96,
     }
     assert prepared.settings.is_demonstration
-    assert (prepared.config.epochs, prepared.config.batch_size) == (5, 16)
+    assert (prepared.config.epochs, prepared.config.batch_size) == (10, 16)

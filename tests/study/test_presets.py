@@ -36,6 +36,14 @@ def test_the_commands_offer_them_all():
     assert tuple(PRESETS) == OFFERED
 
 
+def test_a_preset_at_its_default_rates_alone(shared, tmp_path):
+    own = prepare(Comparison(output=str(tmp_path / "out"), options=shared, preset="paper-lora-targets"))
+    once = prepare(
+        Comparison(output=str(tmp_path / "out"), options=shared, preset="paper-lora-targets", rate_factors=(1.0,))
+    )
+    assert [c.rates for c in once.candidates] == [c.rates[:1] for c in own.candidates]
+
+
 def test_targets_are_compared_at_one_budget(shared, tmp_path):
     settings = Comparison(output=str(tmp_path / "study"), options=shared, preset="paper-lora-targets")
     prepared = prepare(settings)
