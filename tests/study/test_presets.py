@@ -16,7 +16,7 @@ from tests.tiny_bert import write_tiny_bert
 @pytest.fixture(scope="module")
 def wide(shared, tmp_path_factory) -> dict:
     """On a base that a rank of 64 fits in."""
-    return {**shared, "base": str(write_tiny_bert(tmp_path_factory.mktemp("wide"), layers=1, hidden=64, positions=32))}
+    return {**shared, "base": str(write_tiny_bert(tmp_path_factory.mktemp("wide"), layers=2, hidden=64, positions=32))}
 
 
 @pytest.mark.parametrize("name", PRESETS)
