@@ -50,7 +50,7 @@ _RATES = {
     "full": 1e-4,
     "norms": 3e-3,
     "top-layers": 1e-4,
-    "random-mask": 1e-3,
+    "random-mask": 3e-3,
     "random-subspace": 1e-2,
 }
 
