@@ -71,7 +71,7 @@ DATA = {
         ("--train", "glue_cola/train.tsv", "--test", "glue_cola/dev.tsv"),
         (
             *("--text", "sentence", "--metric", "matthews"),
-            *("--steps", "150", "--eval-every", "75", "--max-length", "48"),
+            *("--steps", "500", "--eval-every", "125", "--max-length", "48"),
         ),
     ),
     "rte": Data(

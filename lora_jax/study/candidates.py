@@ -35,6 +35,8 @@ TITLES = {
     "dora": "DoRA",
     "ia3": "(IA)³",
     "vera": "VeRA",
+    "adapter": "bottleneck adapters",
+    "prefix": "prefix",
     "full": "full fine-tuning",
     "norms": "norms",
     "top-layers": "last layers",
