@@ -40,8 +40,8 @@ def merge_adapter(
     if source.method.inserts:
         raise ValueError(
             f"{source.folder} is of {type(source.method).__name__}, which puts new arrays into the layers: no weights "
-            "of the base's own compute the same, so there is nothing to fold them into. Keep the adapter beside its base: "
-            "`lora-jax predict` and `lora_jax.load_adapter` use it as it is."
+            "of the base's own compute the same, so there is nothing to fold them into. Keep the adapter beside its "
+            "base: `lora-jax predict` and `lora_jax.load_adapter` use it as it is."
         )
     merged = lj.merge_params(source.params)
     labels = list(source.task_file.task.labels) if source.task_file is not None else None
