@@ -108,7 +108,7 @@ EXPERIMENTS = {
     "trec-targets": Experiment("trec", ("--preset", "paper-lora-targets", *_HIGHER)),
     "trec-terms": Experiment("trec", ("--preset", "paper-bitfit-terms", *_BOTH)),
     "trec-rank": Experiment("trec", ("--preset", "paper-lora-rank", *_HIGHER)),
-    "trec-dimension": Experiment("trec", ("--preset", "intrinsic-dimension", *_BOTH)),
+    "trec-dimension": Experiment("trec", ("--preset", "intrinsic-dimension", "--rate-factors", "1")),
     "trec-budgets": Experiment("trec", ("--grid", str(GRIDS / "budgets.yaml"))),
     **{
         f"{data}-methods": Experiment(data, ("--grid", str(GRIDS / "methods.yaml")))
