@@ -358,8 +358,8 @@ def _node(
 ) -> AdaptedWeight:
     values = {name: value for name, value in static.items() if name != "node"}
     axes = values.get("axes")
-    known = isinstance(axes, str) and not set(axes) - {IN, OUT, STACK}
-    if not known or (base is not None and len(axes) != len(base.shape)):
+    length = None if base is None else len(base.shape)
+    if not isinstance(axes, str) or set(axes) - {IN, OUT, STACK} or length not in (None, len(axes)):
         expected = "labels of an array" if base is None else f"the base's {shape_text(base)}"
         raise AdapterError(f"{folder}: the axis labels {axes!r} of `{path}` do not fit {expected}")
     numbers = {name: value for name, value in values.items() if name != "axes"}

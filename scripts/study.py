@@ -118,17 +118,11 @@ EXPERIMENTS = {
 }
 
 
-class Analysis(NamedTuple):
-    """`lora-jax analyze` of a run, by experiment, candidate and seed; and beside another."""
-
-    first: tuple[str, str, int]
-    other: tuple[str, str, int] | None = None
-
-
+# Runs that `lora-jax analyze` looks at, one or one beside another: experiment, candidate, seed.
 ANALYSES = {
-    "biases": Analysis(("trec-terms", "all biases", 0)),
-    "ranks": Analysis(("trec-rank", "LoRA, q,v, r=8", 0), ("trec-rank", "LoRA, q,v, r=64", 0)),
-    "seeds": Analysis(("trec-targets", "LoRA, q,v, r=4", 0), ("trec-targets", "LoRA, q,v, r=4", 1)),
+    "biases": [("trec-terms", "all biases", 0)],
+    "ranks": [("trec-rank", "LoRA, q,v, r=8", 0), ("trec-rank", "LoRA, q,v, r=64", 0)],
+    "seeds": [("trec-targets", "LoRA, q,v, r=4", 0), ("trec-targets", "LoRA, q,v, r=4", 1)],
 }
 
 
@@ -150,10 +144,9 @@ def run(arguments: list[str]) -> None:
 
 
 def analyze(name: str, folder: Path) -> list[str]:
-    analysis = ANALYSES[name]
-    adapters = [str(adapter(folder, *run)) for run in analysis[: 1 if analysis.other is None else 2]]
-    other = ("--other", adapters[1]) if analysis.other is not None else ()
-    return ["lora-jax", "analyze", adapters[0], *other, "--output", str(folder / "analyses" / name)]
+    first, *others = [str(adapter(folder, *run)) for run in ANALYSES[name]]
+    beside = ("--other", *others) if others else ()
+    return ["lora-jax", "analyze", first, *beside, "--output", str(folder / "analyses" / name)]
 
 
 def adapter(folder: Path, experiment: str, label: str, seed: int) -> Path:
@@ -254,6 +247,13 @@ def similarity(folder: Path) -> str:
     return table(("adapters", "i, j", "φ(i, j)"), lines)
 
 
+def latency() -> str:
+    """The table of the benchmark's last run, as `docs/benchmarks.md` has it."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    section = text.partition("\n## inference: ")[2].partition("\n## ")[0]
+    return "\n".join(line for line in section.splitlines() if line.startswith("|"))
+
+
 def page(folder: Path, data: str) -> str:
     """The template, with tables and scores of the finished runs, and figures put beside it."""
     text = TEMPLATE.read_text(encoding="utf-8")
@@ -273,6 +273,7 @@ def page(folder: Path, data: str) -> str:
     text = re.sub(r"<!-- FIGURE (?P<source>\S+): (?P<title>.+?) -->", figure, text)
     text = re.sub(r"<!-- QUALITY (\S+) -->", lambda match: quality(folder, match[1]), text)
     text = re.sub(r"\{\{(?P<experiment>[\w-]+): (?P<label>[^}]+)\}\}", score, text)
+    text = text.replace("<!-- LATENCY -->", latency())
     for mark, make in (("TASKS", tasks), ("BIASES", biases), ("SIMILARITY", similarity)):
         text = text.replace(f"<!-- {mark} -->", make(folder)) if f"<!-- {mark} -->" in text else text
     commands = [shlex.join(command(name, data, Path("runs/study"))) for name in EXPERIMENTS if summary(folder, name)]

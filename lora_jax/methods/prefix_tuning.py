@@ -145,12 +145,8 @@ class PrefixTuning(InsertingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("length", "hidden"):
-            value = getattr(self, name)
-            require(
-                (value is None and name == "hidden") or (is_number(value, int) and value >= 1),
-                f"`{name}` must be an integer of at least 1, got {value!r}",
-            )
+        for name, value in (("length", self.length), ("hidden", 1 if self.hidden is None else self.hidden)):
+            require(is_number(value, int) and value >= 1, f"`{name}` must be an integer of at least 1, got {value!r}")
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
         del uses

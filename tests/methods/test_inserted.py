@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from typing import Any
+from typing import Any, cast
 
 import chex
 import jax
@@ -70,7 +70,7 @@ def test_counts_of_bert_base_are_the_formulas(method: lj.Method, formula: int) -
     from lora_jax.models.bert import BertConfig
     from lora_jax.models.model import skeleton
 
-    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    sizes: Any = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     config = BertConfig(vocab_size=30522, max_position_embeddings=512, type_vocab_size=2, **sizes)
     params = skeleton(config, task="classification", num_labels=2).params
     tree = jax.eval_shape(lambda: lj.attach(params, method, key=jax.random.key(0)))
@@ -271,8 +271,8 @@ def test_a_foreign_tree_is_refused(method: lj.Method) -> None:
     ("make", "message"),
     [
         (lambda: lj.BottleneckAdapter(size=0), "`size` must be an integer of at least 1, got 0"),
-        (lambda: lj.BottleneckAdapter(placement="before"), "`placement` must be one of"),
-        (lambda: lj.BottleneckAdapter(train_norms="yes"), "`train_norms` must be true, false or None"),
+        (lambda: cast("Any", lj.BottleneckAdapter)(placement="before"), "`placement` must be one of"),
+        (lambda: cast("Any", lj.BottleneckAdapter)(train_norms="yes"), "`train_norms` must be true, false or None"),
         (lambda: lj.PrefixTuning(length=True), "`length` must be an integer of at least 1"),
         (lambda: lj.PrefixTuning(hidden=0), "`hidden` must be an integer of at least 1"),
     ],
