@@ -195,8 +195,10 @@ class Planner:
         rank, ranks_of_b = self.header[a].shape[0], self.header[b].shape[1]
         if rank != ranks_of_b:
             raise self.error(f"the factors of {module} have two ranks, {rank} and {ranks_of_b}")
-        if not 1 <= rank <= max(fan_in, fan_out):
-            allowed = f"`{path}` {self.shape(path)} allows 1 to {max(fan_in, fan_out)}"
+        # A start from the weight goes out as twice its rank, and that is at most `min(in, out)`.
+        most = max(fan_in, fan_out, 2 * min(fan_in, fan_out))
+        if not 1 <= rank <= most:
+            allowed = f"`{path}` {self.shape(path)} allows 1 to {most}"
             raise self.error(f"the factors of {module} have the rank {rank}, and {allowed}")
         try:
             key = self.ranks.first(module)
