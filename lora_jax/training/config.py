@@ -198,13 +198,13 @@ class TrainConfig:
         if not isinstance(self.method, LoRA) or self.method.freeze_a:
             name = method_name(self.method) + (" with `freeze_a`" if isinstance(self.method, LoRA) else "")
             raise ConfigError(
-                f"`lora_plus_ratio` is between the rates of LoRA's two factors, and {name} doesn't train them: leave it "
-                "out, or choose lora or dora."
+                f"`lora_plus_ratio` is between the rates of LoRA's two factors, and {name} doesn't train them: leave "
+                "it out, or choose lora or dora."
             )
         if isinstance(self.lr, Mapping):
             raise ConfigError(
-                "`lora_plus_ratio` multiplies one `lr`, and there is one for each label: leave it out, and give `lora_b` its "
-                "own."
+                "`lora_plus_ratio` multiplies one `lr`, and there is one for each label: leave it out, and give "
+                "`lora_b` its own."
             )
 
     @property
