@@ -32,6 +32,7 @@ from .masks import trainable_mask as trainable_mask
 from .merging import merge_params as merge_params
 from .methods import IA3 as IA3
 from .methods import BitFit as BitFit
+from .methods import BottleneckAdapter as BottleneckAdapter
 from .methods import DoRA as DoRA
 from .methods import DoRAWeight as DoRAWeight
 from .methods import Frozen as Frozen
@@ -41,6 +42,7 @@ from .methods import LoRA as LoRA
 from .methods import LoRAWeight as LoRAWeight
 from .methods import Method as Method
 from .methods import NormTuning as NormTuning
+from .methods import PrefixTuning as PrefixTuning
 from .methods import RandomMask as RandomMask
 from .methods import RandomSubspace as RandomSubspace
 from .methods import TopLayers as TopLayers

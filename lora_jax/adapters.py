@@ -29,7 +29,7 @@ from .fingerprint import fingerprint
 from .masks import label_params
 from .methods import Method
 from .methods.base import FROZEN
-from .paths import flatten_with_paths, leaves_by_path, nearest, shape_text
+from .paths import flatten_with_paths, leaves_by_path, nearest, shape_text, with_leaves
 from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
@@ -81,7 +81,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
     folder = Path(folder)
     leaves = leaves_by_path(params)
     labels = dict(zip(leaves, _leaves(label_params(params, method)), strict=True))
-    partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and leaf.base is None]
+    partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and leaf.has_base and leaf.base is None]
     if partial:
         raise AdapterError(
             f"`params` lacks the base weights, at {', '.join(partial[:5])}: save `lj.combine(trainable, frozen)`, so "
@@ -163,7 +163,9 @@ def load_adapter(
     trained: dict[str, Any] = {}
     shared: dict[Any, Any] = {}
     for path, static in description["adapted"].items():
-        trained[path] = _node(path, static, _base_leaf(path, leaves, folder), tensors, folder).regrown(shared)
+        cls = _node_class(path, static, folder)
+        base = _base_leaf(path, leaves, folder) if cls.has_base else _no_base(path, leaves, folder)
+        trained[path] = _node(cls, path, static, base, tensors, folder).regrown(shared)
     used = {f"{path}/{name}" for path in description["adapted"] for name in trained[path].fields}
     for name, array in tensors.items():
         if name in used:
@@ -176,7 +178,7 @@ def load_adapter(
         trained[name] = _placed(array, placement(base))
 
     if check_base != "ignore":
-        whole = {path: trained[path] for path in description["adapted"]}
+        whole = {path: trained[path] for path in description["adapted"] if trained[path].has_base}
         frozen = {path: leaf for path, leaf in leaves.items() if path in whole or path not in trained}
         found = fingerprint_differences(description["base"], fingerprint(frozen))
         if found:
@@ -188,6 +190,7 @@ def load_adapter(
             warnings.warn(message, stacklevel=2)
     _, _, treedef = flatten_with_paths(base_params)
     params = jax.tree.unflatten(treedef, [trained.get(path, leaf) for path, leaf in leaves.items()])
+    params = _with_inserted(params, {path: node for path, node in trained.items() if path not in leaves}, folder)
     method = _method_from_json(description["method"], folder)
     _require_agreement(params, method, tensors, folder)
     return Adapter(params, method)
@@ -256,7 +259,7 @@ def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict
     return {
         path: leaf.base if is_adapted(leaf) else leaf
         for path, leaf in leaves.items()
-        if is_adapted(leaf) or labels[path] == FROZEN
+        if (leaf.has_base if is_adapted(leaf) else labels[path] == FROZEN)
     }
 
 
@@ -325,15 +328,40 @@ def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
     return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
 
 
-def _node(path: str, static: Any, base: Any, tensors: Mapping[str, np.ndarray], folder: Path) -> AdaptedWeight:
+def _no_base(path: str, leaves: Mapping[str, Any], folder: Path) -> None:
+    if path in leaves:
+        raise AdapterError(f"{folder} inserts `{path}`, and the base has a leaf there: load the base it was trained on")
+
+
+def _with_inserted(params: Any, nodes: Mapping[str, AdaptedWeight], folder: Path) -> Any:
+    try:
+        return with_leaves(params, nodes)
+    except ValueError as error:
+        raise AdapterError(f"{folder} doesn't fit this base: {error}") from None
+
+
+def _node_class(path: str, static: Any, folder: Path) -> type[AdaptedWeight]:
     name = static.get("node") if isinstance(static, dict) else None
     cls = AdaptedWeight.registry.get(name) if isinstance(name, str) else None
     if cls is None or not cls.saved:
         raise AdapterError(f"{folder}: `{path}` is adapted in a way that this lora_jax does not know: {static!r:.80}")
+    return cls
+
+
+def _node(
+    cls: type[AdaptedWeight],
+    path: str,
+    static: Any,
+    base: Any,
+    tensors: Mapping[str, np.ndarray],
+    folder: Path,
+) -> AdaptedWeight:
     values = {name: value for name, value in static.items() if name != "node"}
     axes = values.get("axes")
-    if not isinstance(axes, str) or len(axes) != len(base.shape) or set(axes) - {IN, OUT, STACK}:
-        raise AdapterError(f"{folder}: the axis labels {axes!r} of `{path}` do not fit the base's {shape_text(base)}")
+    length = None if base is None else len(base.shape)
+    if not isinstance(axes, str) or set(axes) - {IN, OUT, STACK} or length not in (None, len(axes)):
+        expected = "labels of an array" if base is None else f"the base's {shape_text(base)}"
+        raise AdapterError(f"{folder}: the axis labels {axes!r} of `{path}` do not fit {expected}")
     numbers = {name: value for name, value in values.items() if name != "axes"}
     if not all(type(value) in (int, float) and abs(value) <= _LARGEST for value in numbers.values()):
         raise AdapterError(f"{folder}: `{path}` has settings that are no finite float32 numbers: {numbers!r:.200}")

@@ -9,7 +9,7 @@ import jax
 
 from .masks import copied
 from .methods import Method
-from .paths import flatten_with_paths, leaves_by_path, nearest
+from .paths import flatten_with_paths, leaves_by_path, nearest, with_leaves, without_leaves
 from .weights import is_adapted
 
 
@@ -59,11 +59,12 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
     changed = {path: copied(leaves[path]) for path in method.head(leaves)}
     changed |= method.attach(leaves, key=key, uses=uses)
     _, _, treedef = flatten_with_paths(params)
-    return jax.tree.unflatten(treedef, [changed.get(path, leaf) for path, leaf in leaves.items()])
+    tree = jax.tree.unflatten(treedef, [changed.get(path, leaf) for path, leaf in leaves.items()])
+    return with_leaves(tree, {path: node for path, node in changed.items() if path not in leaves})
 
 
 def detach(params: Any) -> Any:
-    """Takes the factors off: the base weights, and every other leaf as it is (trained biases and heads stay trained).
+    """Takes off what was attached: the base weights, and every other leaf as it is (trained biases stay trained).
 
     Example:
         >>> import lora_jax as lj
@@ -72,4 +73,10 @@ def detach(params: Any) -> Any:
         >>> lj.detach(tree)["w"] is params["w"]
         True
     """
+    if any(map(_is_inserted, leaves_by_path(params).values())):
+        params = without_leaves(params, _is_inserted)
     return jax.tree.map(lambda leaf: leaf.base if is_adapted(leaf) else leaf, params, is_leaf=is_adapted)
+
+
+def _is_inserted(leaf: Any) -> bool:
+    return is_adapted(leaf) and not leaf.has_base

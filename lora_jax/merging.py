@@ -18,6 +18,7 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     """The plain tree that an adapted one stands for: `W + scale · B A` at every adapted weight.
 
     The result has the base's structure, shapes and shardings, so a function compiled for the base runs on it as it is.
+    (What a method has inserted, an adapter or a prefix, stays in its place as plain arrays.)
     The sum is taken in float32 (or wider, for a wider base) and cast once, one leaf at a time. Leaves that are not
     adapted are the same objects.
 
@@ -101,4 +102,6 @@ def _fold(node: AdaptedWeight, dtype: Any) -> jax.Array:
 
 
 def _widened(node: AdaptedWeight, dtype: Any) -> AdaptedWeight:
+    if not node.has_base:
+        return node
     return node.with_base(node.base.astype(node.dtype if dtype is None else wider(node.dtype, dtype)))

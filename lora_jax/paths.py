@@ -87,6 +87,48 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     return table
 
 
+def with_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
+    """A copy of nested dicts with more leaves, by path; what was there stays the same objects.
+
+    Raises:
+        ValueError: a path leads through something that is no dict, or to something that is there already.
+
+    Example:
+        >>> with_leaves({"a": {"b": 1}}, {"a/c/d": 2})
+        {'a': {'b': 1, 'c': {'d': 2}}}
+    """
+    if not new:
+        return tree
+    if not isinstance(tree, dict):
+        raise ValueError(f"{next(iter(new))} can't be inserted into a {type(tree).__name__}: nested dicts are expected")
+    below: dict[str, dict[str, Any]] = {}
+    for path, leaf in new.items():
+        name, _, rest = path.partition("/")
+        below.setdefault(name, {})[rest] = leaf
+    result = dict(tree)
+    for name, leaves in below.items():
+        if "" not in leaves:
+            result[name] = with_leaves(tree.get(name, {}), leaves)
+        elif name in tree or len(leaves) > 1:
+            raise ValueError(f"there is something at {name!r} already")
+        else:
+            result[name] = leaves[""]
+    return result
+
+
+def without_leaves(tree: Any, drop: Callable[[Any], bool]) -> Any:
+    """Nested dicts without the leaves that `drop` takes, and without the dicts that held nothing else."""
+    kept = {}
+    for name, child in tree.items():
+        if isinstance(child, dict):
+            below = without_leaves(child, drop)
+            if below or not child:
+                kept[name] = below
+        elif not drop(child):
+            kept[name] = child
+    return kept
+
+
 def path_key(key: jax.Array, path: str) -> jax.Array:
     """The random key of the leaf at `path`: it depends on `key` and the path alone, so no other leaf changes it."""
     digest = hashlib.blake2s(path.encode(), digest_size=4).digest()

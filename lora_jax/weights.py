@@ -81,6 +81,8 @@ class AdaptedWeight:
     optional: ClassVar[tuple[str, ...]] = ()
     # Whether functions are given the merged array, because there is no way to compute with the parts.
     merged_on_entry: ClassVar[bool] = False
+    # Whether it stands where the base has a leaf; or in a place of its own, without a `base`.
+    has_base: ClassVar[bool] = True
     # Every registered node class by the name under which an adapter file knows it.
     registry: ClassVar[dict[str, type[AdaptedWeight]]] = {}
 

@@ -64,6 +64,10 @@ class Case:
             "random_columns": lambda: lj.RandomMask(size=0.3, kind="columns", also_train=self.head),
             "subspace": lambda: lj.RandomSubspace(dimension=24, also_train=self.head),
             "structured_subspace": lambda: lj.RandomSubspace(dimension=24, structure_aware=True, also_train=self.head),
+            "houlsby": lambda: lj.BottleneckAdapter(size=3, also_train=self.head),
+            "pfeiffer": lambda: lj.BottleneckAdapter(size=3, placement="pfeiffer", also_train=self.head),
+            "prefix": lambda: lj.PrefixTuning(length=3, hidden=5, also_train=self.head),
+            "direct_prefix": lambda: lj.PrefixTuning(length=3, hidden=None, also_train=self.head),
             "norms": lambda: lj.NormTuning(also_train=self.head),
             "top_layers": lambda: lj.TopLayers(count=1, also_train=self.head),
         }[name]()

@@ -349,7 +349,7 @@ def test_tensors_of_another_adapter(folder: Path) -> None:
         (
             ("method", "name"),
             "AdaLoRA",
-            "no method 'AdaLoRA', only BitFit, DoRA, Frozen, FullFineTune",
+            "no method .AdaLoRA., only BitFit, BottleneckAdapter, DoRA, Frozen, FullFineTune",
         ),
         (("method", "rank"), 0, "the description of the method LoRA is not usable: `rank` must be an integer"),
         (("method", "surprise"), 1, "the description of the method LoRA is not usable: .*surprise"),

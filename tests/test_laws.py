@@ -55,6 +55,11 @@ PAIRS += [("plain", "random_rows"), ("plain", "structured_subspace")]
 # Models that have norms, and layers.
 PAIRS += [("nnx_attention", "norms"), ("bert", "norms"), ("equinox", "top_layers"), ("bert", "top_layers")]
 
+# What inserts arrays works on the bundled models; on decoders, stacked or not, in tests/methods/test_inserted.py.
+INSERTING = ("houlsby", "pfeiffer", "prefix", "direct_prefix")
+every_folded_pair = pytest.mark.parametrize(("name", "method"), list(PAIRS))
+PAIRS += [("bert", method) for method in INSERTING]
+
 every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
 every_model = pytest.mark.parametrize("name", TABLE)
 in_each_dtype = pytest.mark.parametrize(
@@ -64,8 +69,10 @@ in_each_dtype = pytest.mark.parametrize(
         (name, dtype, method)
         for name, dtype in (("plain", "float32"), ("plain", "bfloat16"), ("linen_scanned", "float32"))
         for method in RELATIVES
-    ],
+    ]
+    + [("bert", dtype, method) for dtype in ("float32", "bfloat16") for method in ("houlsby", "pfeiffer")],
 )
+with_a_prefix = [("bert", dtype, method) for dtype in ("float32", "bfloat16") for method in ("prefix", "direct_prefix")]
 # Every operation is compiled alone, which takes its time: one model of each way to write one, bfloat16 on one.
 unjitted = pytest.mark.parametrize(
     ("name", "dtype"),
@@ -197,6 +204,16 @@ def test_law_1_bit_for_bit_without_jit(name: str, dtype: str) -> None:
 
 @in_each_dtype
 def test_law_2_adapted_equals_merged(name: str, dtype: str, method: str) -> None:
+    check_law_2(name, dtype, method)
+
+
+@pytest.mark.parametrize(("name", "dtype", "method"), with_a_prefix)
+def test_law_2_of_prefixes(name: str, dtype: str, method: str) -> None:
+    """They have no law 1: whatever they start from, tokens attend to them, and the function isn't the base's."""
+    check_law_2(name, dtype, method)
+
+
+def check_law_2(name: str, dtype: str, method: str) -> None:
     """`adapt(f)(p, x) == f(merge_params(p), x)` with B not zero, and so do the gradients of every trainable leaf.
 
     Bfloat16 gradients: 1e-1, for the rounding of merged weights enters twice, in the activations and in the way back.
@@ -236,7 +253,7 @@ def test_law_2_holds_under_strict_dtype_promotion(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@every_pair
+@every_folded_pair
 def test_law_3_merged_parameters_run_in_the_base_s_program(name: str, method: str, dtype: str) -> None:
     """`merge_params` returns the base's structure, shapes, dtypes and shardings; a jitted `f` compiles nothing new."""
     row = case(name, dtype)
@@ -249,6 +266,21 @@ def test_law_3_merged_parameters_run_in_the_base_s_program(name: str, method: st
         result = apply(whole, row.x)
     assert not compiled
     assert error(result, apply(base, row.x)) > 1e-3
+
+
+@pytest.mark.parametrize("method", INSERTING)
+def test_law_3_what_is_inserted_stays_and_the_base_is_as_it_was(method: str) -> None:
+    """`merge_params` leaves plain arrays in the inserted places, and the base's leaves with their shapes and dtypes."""
+    row = case("bert")
+    whole = leaves_by_path(lj.merge_params(row.trained(row.method(method))))
+    base = leaves_by_path(row.params)
+    assert {path: (whole[path].shape, whole[path].dtype) for path in base} == {
+        path: (leaf.shape, leaf.dtype) for path, leaf in base.items()
+    }
+    inserted = [path for path in whole if path not in base]
+    assert inserted
+    assert all(re.search("/(adapter/(down|up)|prefix)/", path) for path in inserted)
+    assert not any(map(is_adapted, whole.values()))
 
 
 @every_pair

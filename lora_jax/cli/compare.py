@@ -30,7 +30,7 @@ examples:
 
 a grid file:
   - {name: bitfit}
-  - {name: lora, rank: 4, targets: [query, value], lr: [5e-4, 2e-3], label: "LoRA, small"}
+  - {name: lora, rank: 4, targets: [query, value], lr: [5e-4, 2e-3], label: "LoRA, small", series: LoRA}
 
 in the output folder:
   report.html      the whole of it, one file; report.md the same

@@ -31,6 +31,10 @@ _METHOD_FLAGS = {
     "size": "size",
     "kind": "kind",
     "dimension": "dimension",
+    "placement": "placement",
+    "train_norms": "train_norms",
+    "length": "length",
+    "hidden": "hidden",
 }
 _BASELINES = ("norms", "top-layers", "random-mask", "random-subspace")
 
@@ -83,10 +87,11 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     _add(
         method,
         "--method",
-        choices=("frozen", "bitfit", "lora", "dora", "ia3", "vera", "full", *_BASELINES),
+        choices=("frozen", "bitfit", "lora", "dora", "ia3", "vera", "adapter", "prefix", "full", *_BASELINES),
         help="the head alone, biases, low-rank factors (lora is the default; dora trains magnitudes as well), learned\n"
-        "scales, vectors between shared random factors, or everything; and baselines: the norms' scales and\n"
-        "shifts, the last layers, numbers chosen by chance, a random subspace",
+        "scales, vectors between shared random factors, bottlenecks after the sublayers, a prefix of keys and values,\n"
+        "or everything; and baselines: the norms' scales and shifts, the last layers, numbers chosen by chance, a\n"
+        "random subspace",
     )
     _add(method, "--rank", type=int, metavar="R", help="LoRA, DoRA, VeRA: the rank (default: 8; of VeRA 256)")
     _add(method, "--alpha", type=float, metavar="A", help="LoRA, DoRA: updates are scaled by A/R (default: 16)")
@@ -135,7 +140,28 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=_size,
         metavar="K",
-        help="random-mask: how many numbers, their share as 0.01, or bitfit for as many as biases (default)",
+        help="random-mask: how many numbers, their share as 0.01, or bitfit for as many as biases (default);\n"
+        "adapter: the width of the bottleneck (default: 16)",
+    )
+    _add(
+        method,
+        "--placement",
+        choices=("houlsby", "pfeiffer"),
+        help="adapter: after attention and MLP (default), or after the MLP alone",
+    )
+    _add(
+        method,
+        "--train-norms",
+        action=argparse.BooleanOptionalAction,
+        help="adapter: the layers' norms too (default: as in the paper, with houlsby yes, with pfeiffer no)",
+    )
+    _add(method, "--length", type=int, metavar="M", help="prefix: keys and values in each layer (default: 16)")
+    _add(
+        method,
+        "--hidden",
+        type=_optional(int),
+        metavar="K",
+        help="prefix: of the network that it is trained through, or none (default: 512)",
     )
     _add(method, "--kind", choices=("uniform", "rows", "columns"), help="random-mask: numbers (default), or lines")
     _add(method, "--dimension", type=int, metavar="D", help="random-subspace: of its vector (default: 1000)")

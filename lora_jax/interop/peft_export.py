@@ -118,6 +118,11 @@ def export_peft(
         >>> sorted(path.name for path in folder.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    if method.inserts:
+        raise AdapterError(
+            f"{type(method).__name__} puts arrays into the layers that PEFT's adapters of weights have no place for: "
+            "keep the folder that `lj.save_adapter` writes"
+        )
     if not isinstance(method, LoRA):
         raise AdapterError(
             f"PEFT has no format for {type(method).__name__}, only for LoRA and DoRA: write what it changed with "

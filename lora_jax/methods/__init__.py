@@ -2,6 +2,7 @@
 
 from .base import Method as Method
 from .bitfit import BitFit as BitFit
+from .bottleneck import BottleneckAdapter as BottleneckAdapter
 from .dora import DoRA as DoRA
 from .dora import DoRAWeight as DoRAWeight
 from .frozen import Frozen as Frozen
@@ -11,6 +12,7 @@ from .ia3 import IA3Weight as IA3Weight
 from .lora import LoRA as LoRA
 from .low_rank import LoRAWeight as LoRAWeight
 from .norm_tuning import NormTuning as NormTuning
+from .prefix_tuning import PrefixTuning as PrefixTuning
 from .random_mask import RandomMask as RandomMask
 from .random_subspace import RandomSubspace as RandomSubspace
 from .top_layers import TopLayers as TopLayers

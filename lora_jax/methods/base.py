@@ -27,6 +27,8 @@ class Method:
 
     also_train: Selector = ()
 
+    # Whether it puts arrays where the base has none, so that no tree of the base's structure computes the same.
+    inserts: ClassVar[bool] = False
     # Every method by the name under which an adapter file knows it.
     registry: ClassVar[dict[str, type[Method]]] = {}
 
@@ -38,9 +40,13 @@ class Method:
             Method.registry[cls.__name__] = cls
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The leaves that the method replaces, by path; none unless it changes weights."""
+        """The leaves that the method replaces or inserts, by path; none unless it changes weights."""
         del leaves, key, uses
         return {}
+
+    def folded(self, params: Any) -> tuple[Any, Self]:
+        """A trained tree without what only its training needs, and the method that it is then of; the same function."""
+        return params, self
 
     def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         """Labels of what the method itself trains, by path."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .inserted import Adapter, Prefix, adapted, with_prefix
 from .layers import ACTIVATIONS, Norm, Table, attend, dropout, key_for, linear
 
 # Names of `jax.checkpoint_policies`, by how much of a layer the backward pass computes again: all of it, what is no
@@ -119,6 +120,8 @@ class Attention(nnx.Module):
         self.value = square()
         self.output = square()
         self.norm = Norm(width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.adapter: Adapter | None = None
+        self.prefix: Prefix | None = None
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         batch, time, width = x.shape
@@ -127,9 +130,11 @@ class Attention(nnx.Module):
             return layer(x).reshape(batch, time, self.heads, width // self.heads).transpose(0, 2, 1, 3)
 
         probs_key = key_for(key, "attention/probs")
-        context = attend(heads(self.query), heads(self.key), heads(self.value), mask, self.probs_dropout, probs_key)
+        k, v, mask = with_prefix(self.prefix, heads(self.key), heads(self.value), mask)
+        context = attend(heads(self.query), k, v, mask, self.probs_dropout, probs_key)
         context = context.transpose(0, 2, 1, 3).reshape(batch, time, width)
-        return self.norm(x + dropout(self.output(context), self.dropout, key_for(key, "attention/output")))
+        y = dropout(self.output(context), self.dropout, key_for(key, "attention/output"))
+        return self.norm(x + adapted(self.adapter, y))
 
 
 class MLP(nnx.Module):
@@ -140,7 +145,9 @@ class MLP(nnx.Module):
         self.up = linear(width, inner, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
         self.down = linear(inner, width, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
         self.norm = Norm(width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.adapter: Adapter | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         hidden = self.activation(self.up(x))
-        return self.norm(x + dropout(self.down(hidden), self.dropout, key_for(key, "mlp/down")))
+        y = dropout(self.down(hidden), self.dropout, key_for(key, "mlp/down"))
+        return self.norm(x + adapted(self.adapter, y))

@@ -20,6 +20,7 @@ from .causal import attend_visible
 from .decoder import Context, Decoder, DecoderConfig, Place, join_heads, make_layers, remembered, split_heads
 from .encoder import Remat
 from .family import Family, decoder_architectures
+from .inserted import Adapter, Prefix, adapted, with_prefix
 from .layers import ACTIVATIONS, Norm, Table, dropout, key_for, linear
 from .names import NameTable
 
@@ -169,6 +170,8 @@ class Attention(nnx.Module):
         self.norm = Norm(width, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
         self.query_key_value = linear(width, 3 * width, deviation=deviation, dtype=dtype, rngs=rngs)
         self.output = linear(width, width, deviation=deviation, dtype=dtype, rngs=rngs)
+        self.adapter: Adapter | None = None
+        self.prefix: Prefix | None = None
 
     def __call__(
         self, x: jax.Array, context: Context, place: Place, cache: Cache | None, key: jax.Array | None
@@ -176,11 +179,12 @@ class Attention(nnx.Module):
         parts = jnp.split(self.query_key_value(self.norm(x)), 3, axis=-1)
         q, k, v = (split_heads(part, self.heads) for part in parts)
         k, v, cache = remembered(cache, place, k, v)
+        k, v, seen = with_prefix(self.prefix, k, v, context.seen)
         scale = self.scale if place.setting is None else self.scale / place.setting
         probs_key = key_for(key, "attention/probs")
-        y = attend_visible(q, k, v, context.seen, scale=scale, rate=self.probs_dropout, dropout_key=probs_key)
-        y = self.output(join_heads(y))
-        return x + dropout(y, self.dropout, key_for(key, "attention/output")), cache
+        y = attend_visible(q, k, v, seen, scale=scale, rate=self.probs_dropout, dropout_key=probs_key)
+        y = dropout(self.output(join_heads(y)), self.dropout, key_for(key, "attention/output"))
+        return x + adapted(self.adapter, y), cache
 
 
 class MLP(nnx.Module):
@@ -192,10 +196,11 @@ class MLP(nnx.Module):
         self.norm = Norm(width, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
         self.up = linear(width, inner, deviation=deviation, dtype=dtype, rngs=rngs)
         self.down = linear(inner, width, deviation=deviation, dtype=dtype, rngs=rngs)
+        self.adapter: Adapter | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         y = self.down(self.activation(self.up(self.norm(x))))
-        return x + dropout(y, self.dropout, key_for(key, "mlp/down"))
+        return x + adapted(self.adapter, dropout(y, self.dropout, key_for(key, "mlp/down")))
 
 
 def is_transposed(path: str) -> bool:

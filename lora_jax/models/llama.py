@@ -26,6 +26,7 @@ from .causal import attend_visible
 from .decoder import Context, Decoder, DecoderConfig, Place, join_heads, make_layers, remembered, split_heads
 from .encoder import Remat
 from .family import Family, decoder_architectures
+from .inserted import Adapter, Prefix, adapted, with_prefix
 from .layers import ACTIVATIONS, RMSNorm, Table, key_for, linear
 from .names import NameTable
 from .rope import Rope, rotate, rotation
@@ -338,6 +339,8 @@ class Attention(nnx.Module):
         self.output = dense(queries * head, width, bias=config.has_bias("attention/output"))
         self.query_norm = norm(head) if config.head_norms else None
         self.key_norm = norm(head) if config.head_norms else None
+        self.adapter: Adapter | None = None
+        self.prefix: Prefix | None = None
 
     def __call__(
         self, x: jax.Array, context: Context, place: Place, cache: Cache | None, key: jax.Array | None
@@ -355,9 +358,10 @@ class Attention(nnx.Module):
         seen = context.seen
         if place.setting is not None and context.windowed is not None:
             seen = jnp.where(place.setting, context.windowed, seen)
+        k, v, seen = with_prefix(self.prefix, k, v, seen)
         probs_key = key_for(key, "attention/probs")
         y = attend_visible(q, k, v, seen, scale=self.scale, rate=self.dropout, dropout_key=probs_key)
-        return x + self.output(join_heads(y)), cache
+        return x + adapted(self.adapter, self.output(join_heads(y))), cache
 
 
 class MLP(nnx.Module):
@@ -369,10 +373,11 @@ class MLP(nnx.Module):
         self.gate = dense(width, inner, bias=config.has_bias("mlp/gate"))
         self.up = dense(width, inner, bias=config.has_bias("mlp/up"))
         self.down = dense(inner, width, bias=config.has_bias("mlp/down"))
+        self.adapter: Adapter | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm(x)
-        return x + self.down(self.activation(self.gate(y)) * self.up(y))
+        return x + adapted(self.adapter, self.down(self.activation(self.gate(y)) * self.up(y)))
 
 
 LLAMA = Family(

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from ..interop.names import Names
-from ..paths import leaf_paths, leaves_by_path
+from ..paths import leaves_by_path, with_leaves
 from ..weights import is_adapted, is_traced
 from .cache import Cache, empty_cache
 from .config import ModelConfig
@@ -22,6 +22,7 @@ from .encoder import Remat
 from .families import family_of
 from .family import Family, Task
 from .heads import Pooling
+from .inserted import insert, split_inserted
 from .layers import wide
 
 
@@ -125,15 +126,15 @@ def check_options(family: Family, *, task: object, pooling: Pooling, scan_layers
         raise ValueError(f"`scan_layers` is for decoders, and a {kind} is an encoder: leave it out.")
 
 
-def _split(build: Callable[..., Any]) -> tuple[Any, dict[str, Any], frozenset[str]]:
-    """The module's structure, the shapes of its parameters, and their paths."""
+def _split(build: Callable[..., Any]) -> tuple[Any, dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The module's structure, its parameters as shapes, and each one's shape by its path."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     shapes = _with_string_keys(nnx.to_pure_dict(state))
-    return graph, shapes, frozenset(leaf_paths(shapes))
+    return graph, shapes, {path: leaf.shape for path, leaf in leaves_by_path(shapes).items()}
 
 
 def _encoder(config: ModelConfig, task: Task, build: Callable[..., Any]) -> Skeleton:
-    graph, shapes, paths = _split(build)
+    graph, shapes, expected = _split(build)
 
     def apply(
         params: Mapping[str, Any],
@@ -143,9 +144,8 @@ def _encoder(config: ModelConfig, task: Task, build: Callable[..., Any]) -> Skel
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        _check_params(params, paths)
         input_ids, mask, token_types = _check_inputs(config, input_ids, attention_mask, token_type_ids)
-        model = nnx.merge(graph, _with_layer_numbers(params))
+        model = _with_params(graph, params, expected)
         result = model(input_ids, mask, token_types, dropout_key)
         if task is None:
             return result
@@ -156,7 +156,7 @@ def _encoder(config: ModelConfig, task: Task, build: Callable[..., Any]) -> Skel
 
 
 def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callable[..., Any]) -> Skeleton:
-    graph, shapes, paths = _split(build)
+    graph, shapes, expected = _split(build)
 
     def apply(
         params: Mapping[str, Any],
@@ -169,7 +169,6 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
         last_only: bool = False,
         dropout_key: jax.Array | None = None,
     ) -> Any:
-        _check_params(params, paths)
         input_ids, mask, positions, segments = _check_tokens(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, segments=segments
         )
@@ -178,7 +177,7 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
         if segments is not None and cache is not None:
             raise ValueError("`segments` are for rows that are run at once: leave out the `cache`, or the segments.")
         cache = _check_cache(config, input_ids, cache, dtype)
-        model = nnx.merge(graph, _with_layer_numbers(params))
+        model = _with_params(graph, params, expected)
         result, cache = model(input_ids, mask, positions, cache, dropout_key, segments=segments, last_only=last_only)
         result = result if task is None else result.astype(wide(result.dtype))
         return result if cache is None else (result, cache)
@@ -186,7 +185,8 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
     return Skeleton(apply, shapes)
 
 
-def _check_params(params: Mapping[str, Any], expected: frozenset[str]) -> None:
+def _with_params(graph: Any, params: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> Any:
+    """The module with these parameters, and with the adapters and prefixes that are among them."""
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
         if is_adapted(leaf):
@@ -194,8 +194,12 @@ def _check_params(params: Mapping[str, Any], expected: frozenset[str]) -> None:
                 f"`params` holds an adapted weight at {path}, and the model takes arrays: wrap its apply function with "
                 "`lora_jax.adapt`, or fold the weights in with `lora_jax.merge_params`."
             )
-    if leaves.keys() != expected:
-        raise ValueError(f"`params` isn't this model's tree: {difference(leaves.keys(), expected)}.")
+    own, inserted = split_inserted(leaves, expected)
+    if own.keys() != expected.keys():
+        raise ValueError(f"`params` isn't this model's tree: {difference(own.keys(), expected.keys())}.")
+    model = nnx.merge(graph, _with_layer_numbers(with_leaves({}, own) if inserted else params))
+    insert(model, inserted)
+    return model
 
 
 def _check_inputs(

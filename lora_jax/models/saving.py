@@ -16,6 +16,7 @@ from ..weights import is_adapted
 from .checkpoint import INDEX, locate_tensors, read_config, read_tensors
 from .families import family_of
 from .hub import find_base
+from .inserted import split_inserted
 from .model import Model, difference
 from .progress import ByteCount, Progress
 from .shards import HostTensor, index, is_weights_file, shard, size_in_bytes
@@ -110,6 +111,11 @@ def _check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     for path, leaf in leaves.items():
         if is_adapted(leaf):
             raise ValueError(f"`params` holds an adapted weight at {path}: fold it in with `lora_jax.merge_params`.")
+    if inserted := split_inserted(leaves, {path: jnp.shape(leaf) for path, leaf in expected.items()})[1]:
+        raise ValueError(
+            f"`params` has {next(iter(inserted))}, which the base hasn't and transformers doesn't know: save it with "
+            "`lora_jax.save_adapter`, beside the base."
+        )
     if leaves.keys() != expected.keys():
         raise ValueError(f"`params` isn't this model's tree: {difference(leaves.keys(), expected.keys())}.")
     for path, leaf in leaves.items():

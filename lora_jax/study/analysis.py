@@ -308,7 +308,9 @@ def amplification(base: Any, leaf: Any, *, rank: int | None = None, seed: int = 
 
 def _pairs(base_params: Any, params: Any) -> dict[str, tuple[Any, Any]]:
     """`{path: (before, after)}` of the leaves that could be trained."""
-    before, after = leaves_by_path(base_params), leaves_by_path(params)
+    before = leaves_by_path(base_params)
+    # What is inserted was nothing before, so that it has not changed.
+    after = {path: leaf for path, leaf in leaves_by_path(params).items() if not is_adapted(leaf) or leaf.has_base}
     if before.keys() != after.keys():
         differing = sorted(before.keys() ^ after.keys())
         raise ValueError(

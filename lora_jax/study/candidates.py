@@ -35,6 +35,8 @@ TITLES = {
     "dora": "DoRA",
     "ia3": "(IA)³",
     "vera": "VeRA",
+    "adapter": "bottleneck adapters",
+    "prefix": "prefix",
     "full": "full fine-tuning",
     "norms": "norms",
     "top-layers": "last layers",
@@ -169,7 +171,7 @@ def default_candidates(
 
 
 def read_grid(path: str | Path) -> tuple[Candidate, ...]:
-    """Candidates from a YAML file: a list of method options, each with `label` and `lr` (one or several) if wanted.
+    """Candidates from YAML: a list of method options, each with `label`, `series` and `lr`, one or several, if wanted.
 
     Raises:
         ConfigError: what isn't such a list; an unknown method or option; an entry is named by its number.
@@ -185,13 +187,14 @@ def read_grid(path: str | Path) -> tuple[Candidate, ...]:
     candidates = []
     for number, entry in enumerate(entries, start=1):
         options = dict(entry)
-        label, rates = options.pop("label", None), options.pop("lr", None)
+        label, series, rates = (options.pop(name, None) for name in ("label", "series", "lr"))
         try:
-            if label is not None and not isinstance(label, str):
-                raise ConfigError(f"`label` is {label!r}, and a text is expected.")
+            for name, text in (("label", label), ("series", series)):
+                if text is not None and not isinstance(text, str):
+                    raise ConfigError(f"`{name}` is {text!r}, and a text is expected.")
             rates = None if rates is None else [_rate(rate) for rate in (rates if isinstance(rates, list) else [rates])]
             mark = f"r={options['rank']}" if "rank" in options else ""
-            candidates.append(make_candidate(options, label=label, rates=rates, mark=mark))
+            candidates.append(make_candidate(options, label=label, rates=rates, series=series, mark=mark))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"`grid` {path}, entry {number}: {error}") from error
     return tuple(candidates)

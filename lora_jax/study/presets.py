@@ -129,7 +129,11 @@ def _methods(rows: int) -> tuple[Candidate, ...]:
     return (
         *_known([{"name": "frozen"}, {"name": "bitfit"}]),
         _lora("qv", 8),
-        *_known([*relatives, {"name": "norms"}, {"name": "top-layers"}, {"name": "full"}]),
+        *_known(relatives),
+        make_candidate({"name": "adapter", "size": 8}, label="Houlsby adapters, m=8"),
+        make_candidate({"name": "adapter", "size": 16, "placement": "pfeiffer"}, label="Pfeiffer adapters, m=16"),
+        make_candidate({"name": "prefix"}, label="prefix, m=16"),
+        *_known([{"name": "norms"}, {"name": "top-layers"}, {"name": "full"}]),
     )
 
 
@@ -221,7 +225,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "paper-methods": Preset(
         title="Do the methods reach full fine-tuning?",
-        question="The head, biases, low-rank factors and their relatives, norms, the last layers, and everything.",
+        question="The head, biases, low-rank factors and their relatives, adapters, a prefix, norms, the last layers, "
+        "and everything.",
         candidates=_methods,
         published=Published(
             source=f"{_LORA}, table 2",

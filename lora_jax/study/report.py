@@ -32,6 +32,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .875rem; }
 th, td { padding: .3rem .6rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; min-width: 4rem; }
+tbody th { border-bottom: 1px solid #ddd; vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums; padding-left: .6rem; white-space: nowrap; }
 th.number { white-space: normal; }
 tr.chosen td { background: #f0f6fa; font-weight: 600; }

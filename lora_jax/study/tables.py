@@ -86,7 +86,7 @@ def cost_table(outcome: Outcome) -> Table:
         "Step: the median, compiling aside, in the candidate's quickest run. Training: that times the steps of a run.",
         f"Step memory is the compiler's own account at batch {outcome.prepared.config.batch_size} × {tokens} tokens: "
         "the frozen base, what is trained with its optimizer state, activations.",
-        f"Latency of the model that is left, adapter merged, at {tokens} tokens; candidates take turns.",
+        f"Latency of the model that is left, at {tokens} tokens, merged where that is possible; candidates take turns.",
     )
     return Table("costs", (*columns, *(f"latency at batch {size}, ms" for size in BATCHES)), rows, notes)
 

@@ -95,8 +95,21 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
         trainable_bytes=trained_bytes,
         gradient_bytes=trained_bytes,
         optimizer_bytes=_bytes(optimizer),
-        adapter_bytes=_bytes(saved_arrays(params, config.method)),
+        adapter_bytes=_bytes(_saved(params, config.method)),
     )
+
+
+def _saved(params: Any, method: Any) -> dict[str, Any]:
+    """The arrays of the adapter's file; of shapes."""
+    kept: list[Any] = []
+
+    def fold(params: Any) -> Any:
+        folded, after = method.folded(params)
+        kept.append(after)
+        return folded
+
+    folded = jax.eval_shape(fold, params)
+    return saved_arrays(folded, kept[0])
 
 
 class Tensor(NamedTuple):

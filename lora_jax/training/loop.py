@@ -219,7 +219,7 @@ class _Progress:
             self.listen(Evaluated(step=step, split="test", metrics=metrics["test"]))
 
         params = lj.combine(chosen.state.trainable, run.frozen)
-        lj.save_adapter(folder.adapter, params, config.method)
+        lj.save_adapter(folder.adapter, *config.method.folded(params))
         write_task(
             folder.adapter,
             TaskFile(

@@ -32,11 +32,17 @@ def merge_adapter(
 
     Raises:
         FileError: `output` holds files.
-        ValueError: see `load_source`.
+        ValueError: an adapter that can't be folded in, since it inserts arrays; see `load_source` for others.
     """
     output = Path(output)
     files.require_new_folder(output, "output")  # told before the model is loaded
     source = load_source(adapter, base=base, progress=progress)
+    if source.method.inserts:
+        raise ValueError(
+            f"{source.folder} is of {type(source.method).__name__}, which puts new arrays into the layers: no weights "
+            "of the base's own compute the same, so there is nothing to fold them into. Keep the adapter beside its "
+            "base: `lora-jax predict` and `lora_jax.load_adapter` use it as it is."
+        )
     merged = lj.merge_params(source.params)
     labels = list(source.task_file.task.labels) if source.task_file is not None else None
     options = {"labels": labels or None, "max_shard_size": max_shard_size, "progress": progress}

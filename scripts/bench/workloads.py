@@ -70,6 +70,12 @@ def methods(workload: Workload) -> dict[str, lj.Method]:
         "IA3": lj.IA3(also_train=head),
         "VeRA all linear, r=256": lj.VeRA(rank=256, targets="all-linear", also_train=head),
     }
+    if workload.chain.startswith("embeddings"):  # a bundled model as a whole: its function reads what is inserted
+        rows |= {
+            "Houlsby adapters, m=8": lj.BottleneckAdapter(size=8, also_train=head),
+            "Pfeiffer adapters, m=16": lj.BottleneckAdapter(size=16, placement="pfeiffer", also_train=head),
+            "prefix, m=16": lj.PrefixTuning(length=16, also_train=head),
+        }
     has_biases = any(path.endswith("/bias") and "attention" in path for path in leaf_paths(workload.params))
     return rows if has_biases else {name: method for name, method in rows.items() if name != "BitFit"}
 
@@ -137,7 +143,9 @@ def matmul_flops(workload: Workload, method: lj.Method) -> float:
     """The formula: 2 operations a weight and token forward; again for the gradient of the activations, which a frozen
     base has too; again for the weight's own in full fine-tuning; `6 · r · (in + out)` for factors beside it, of which
     `2 · r · in` are the gradient of `a`. Starts from the weight have twice the rank; DoRA's norms take
-    `2 · (r + 1) · in · out` a weight, however many tokens there are."""
+    `2 · (r + 1) · in · out` a weight, however many tokens there are. An adapter of width `m` is two weights of `m · d`,
+    forward, backward and their own gradients; a prefix is `m` more keys and values in each attention, and its network.
+    """
     dense = sum(2 * i * o * tokens for i, o, tokens in workload.linear)
     attention = workload.attention_flops
     if isinstance(method, lj.FullFineTune):
@@ -153,6 +161,15 @@ def matmul_flops(workload: Workload, method: lj.Method) -> float:
             per_layer = _weights_per_layer(workload)
             chosen = [index for index in chosen if index % per_layer in {layer.index(name) for name in names}]
         total += sum(_low_rank_flops(method, *workload.linear[index]) for index in chosen)
+    layers = len(workload.linear) // _weights_per_layer(workload)
+    inner, _, tokens = workload.linear[0]
+    if isinstance(method, lj.BottleneckAdapter):
+        places = layers * (2 if method.placement == "houlsby" else 1)
+        total += places * 12 * method.size * inner * tokens
+    if isinstance(method, lj.PrefixTuning):
+        assert method.hidden is not None
+        network = method.length * method.hidden * inner * (1 + 2 * layers)
+        total += 3 * layers * 4 * method.length * inner * tokens + 6 * network
     if isinstance(method, lj.VeRA):
         total += sum(method.rank * (4 * i + 6 * o) * tokens for i, o, tokens in workload.linear)
     return total

@@ -197,7 +197,9 @@ def test_eval_names_an_unknown_label(finished, tmp_path, capsys):
     assert "a.tsv, row 2 has the label 'awful'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["frozen", "bitfit", "lora", "dora", "ia3", "vera", "full", "random-subspace"])
+@pytest.mark.parametrize(
+    "method", ["frozen", "bitfit", "lora", "dora", "ia3", "vera", "adapter", "prefix", "full", "random-subspace"]
+)
 def test_inspect_foretells_what_is_saved(method, base, data, options, tmp_path, capsys):
     flags = ("--base", base, "--method", method, "--train", data["train"])
     assert run("inspect", *flags, "--json") == 0
@@ -217,6 +219,23 @@ def test_inspect_foretells_what_is_saved(method, base, data, options, tmp_path, 
     capsys.readouterr()
     assert run("inspect", *flags) == 0
     assert f"{report['trainable']:,} of {report['total']:,} parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [("adapter", "--placement", "pfeiffer", "--size", 2), ("prefix", "--hidden", 4)])
+def test_what_is_inserted_predicts_and_is_not_merged(method, base, data, tmp_path, capsys):
+    """A prefix's network is folded before it is saved; the test score was that of the network."""
+    flags = ("--base", base, "--method", *method, "--train", data["train"], "--test", data["test"])
+    assert run("train", *flags, "--steps", 2, "--output", tmp_path / "out", "--buckets", 1) == 0
+    trained = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["test"]
+    capsys.readouterr()
+    assert run("eval", "--adapter", tmp_path / "out", "--test", data["test"], "--json") == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(trained["loss"], rel=1e-4)
+    assert run("inspect", "--adapter", tmp_path / "out") == 0
+    assert "table" not in capsys.readouterr().out
+    assert run("merge", "--adapter", tmp_path / "out", "--output", tmp_path / "merged") == 2
+    assert "there is nothing to fold them into. Keep the adapter beside its base" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert run("analyze", tmp_path / "out") == 0
 
 
 def test_inspect_an_adapter(finished, capsys):

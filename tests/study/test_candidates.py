@@ -72,6 +72,7 @@ def test_a_grid_file(tmp_path):
         ("- {name: bitfit, lr: -1.0}", "entry 1: `lr` of 'BitFit' has -1.0, and a number above 0"),
         ("- {name: bitfit, lr: []}", "entry 1: `lr` of 'BitFit' is empty"),
         ("- {name: bitfit, label: 3}", "entry 1: `label` is 3, and a text is expected"),
+        ("- {name: bitfit, series: [a]}", r"entry 1: `series` is \['a'\], and a text is expected"),
     ],
 )
 def test_a_wrong_grid_file_is_refused(tmp_path, text, message):
