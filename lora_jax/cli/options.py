@@ -24,6 +24,8 @@ _METHOD_FLAGS = {
     "scaling": "scaling",
     "init": "init",
     "freeze_a": "freeze_a",
+    "d_initial": "d_initial",
+    "projection_seed": "projection_seed",
     "feedforward": "feedforward",
     "count": "count",
     "size": "size",
@@ -119,6 +121,14 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     _add(method, "--freeze-a", action="store_true", help="LoRA, DoRA: train the factor b alone (LoRA-FA)")
     _add(
         method,
+        "--d-initial",
+        type=float,
+        metavar="D",
+        help="VeRA: what its vector of the rank starts at (default: 0.1)",
+    )
+    _add(method, "--projection-seed", type=int, metavar="N", help="VeRA: of the factors that are shared (default: 0)")
+    _add(
+        method,
         "--feedforward",
         nargs="*",
         metavar="NAME",
@@ -178,6 +188,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=_rate,
         metavar="RATE",
         help="peak learning rate (default: by method), or one a label: lora_a=1e-3,lora_b=4e-3,head=1e-3",
+    )
+    _add(
+        training,
+        "--lora-plus-ratio",
+        type=float,
+        metavar="L",
+        help="LoRA, DoRA: the rate of the factor b is L times --lr (LoRA+; 16 in its paper)",
     )
     _add(training, "--seed", type=int, metavar="N", help="of head, factors, order and dropout (default: 0)")
     _add(training, "--log-every", type=int, metavar="STEPS", help="rows of metrics.jsonl (default: 10)")

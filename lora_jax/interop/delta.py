@@ -29,7 +29,7 @@ from ..fingerprint import differences, fingerprint
 from ..paths import flatten_with_paths, leaves_by_path, nearest
 from ..weights import is_adapted, placement
 from .layout import leaf_layout
-from .names import Names, NameTable, kind, selects
+from .names import Names, NameTable, kind
 
 DESCRIPTION, TENSORS = "lora_jax_delta.json", "delta.safetensors"
 FORMAT, VERSION = "lora_jax delta", 1
@@ -43,7 +43,7 @@ def export_delta(
     names: Names,
     base_name: str | None = None,
     uses: Mapping[str, Any] | None = None,
-    fan_in_fan_out: Sequence[str] = (),
+    fan_in_fan_out: Sequence[str] | None = None,
     absent: Collection[str] = (),
 ) -> Path:
     """Writes the leaves in which two trees differ, with their new values, under Hugging Face names.
@@ -59,7 +59,7 @@ def export_delta(
         names: `{leaf path: Hugging Face module}`; what has changed must be in it.
         base_name: a name of the base, to be kept in the description.
         uses: from `trace_weights`, if weights of more than two axes, or stored `(out, in)`, have changed.
-        fan_in_fan_out: modules that store `(in, out)` there, see `export_peft`.
+        fan_in_fan_out: modules that store a weight as `(in, out)` there, see `export_peft`.
         absent: leaves that the base as others have it lacks, such as a head that was drawn: written whether they have
             changed or not, and what they replace isn't held against anything.
 
@@ -68,7 +68,7 @@ def export_delta(
 
     Raises:
         AdapterError: the trees differ in structure or shapes, or in nothing; an adapted weight; a changed leaf has no
-            name, or values that are not finite.
+            name, values that are not finite, or a layout there that isn't told (see `fan_in_fan_out`).
         FileError: the files cannot be written.
 
     Example:
@@ -89,13 +89,13 @@ def export_delta(
         raise AdapterError(str(error)) from None
     leaves, before = leaves_by_path(params), leaves_by_path(base_params)
     changed = [path for path in leaves if path in {*changed, *absent}]
-    table = NameTable(names, leaves)
+    table = NameTable(names, leaves, fan_in_fan_out)
     if not changed:
         raise AdapterError("`params` and `base_params` are equal: there is nothing to write")
     tensors, replaced, tied = {}, {}, {}
     for path in changed:
         module = table.module(path)
-        layout = leaf_layout(path, leaves[path], uses, conv1d=selects(set(fan_in_fan_out), module))
+        layout = leaf_layout(path, leaves[path], uses, in_out=table.stores_in_out(module))
         tensors[table.tensor(path)] = layout.export(leaves[path])
         if path not in absent:
             replaced[table.tensor(path)] = layout.export(before[path])
@@ -130,7 +130,7 @@ def apply_delta(
     *,
     names: Names | None = None,
     uses: Mapping[str, Any] | None = None,
-    fan_in_fan_out: Sequence[str] = (),
+    fan_in_fan_out: Sequence[str] | None = None,
     check_base: Literal["error", "warn", "ignore"] = "error",
 ) -> Any:
     """Puts a delta's values in place of a base's, in a tree of ours or in a mapping of Hugging Face names.
@@ -175,7 +175,7 @@ def apply_delta(
         adapted = [path for path, leaf in here.items() if is_adapted(leaf)]
         if adapted:
             raise AdapterError(f"`target` has factors, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`")
-        table = NameTable(names, here)
+        table = NameTable(names, here, fan_in_fan_out)
         places = {}
         for name in header:
             module, _, part = name.rpartition(".")
@@ -184,8 +184,7 @@ def apply_delta(
                 raise AdapterError(
                     f"{folder} has '{name:.200}', and `names` has no leaf for it. Nearest: {table.near(module[:200])}"
                 )
-            conv1d = selects(set(fan_in_fan_out), module)
-            places[name] = path, leaf_layout(path, here[path], uses, conv1d=conv1d)
+            places[name] = path, leaf_layout(path, here[path], uses, in_out=table.stores_in_out(module))
 
     replaced = {}
     for name, (place, layout) in places.items():

@@ -83,20 +83,32 @@ def require_no_stack(path: str, labels: str) -> None:
         )
 
 
-def leaf_layout(path: str, leaf: Any, uses: Mapping[str, Any] | None, *, conv1d: bool = False) -> Layout:
+def leaf_layout(path: str, leaf: Any, uses: Mapping[str, Any] | None, *, in_out: bool | None = False) -> Layout:
     """How the whole leaf lies in a checkpoint.
 
     Args:
         path, leaf: the leaf, or an adapted weight, whose base is meant.
         uses: from `trace_weights`, for weights of more than two axes and those stored `(out, in)`.
-        conv1d: whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does.
+        in_out: whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does; `None` if nobody has said.
+
+    Raises:
+        AdapterError: as `axis_labels`; or `in_out` is `None`, and the leaf is square, so that its shape doesn't show a
+            mistake.
     """
     shape = tuple(leaf.shape)
     if not is_weight_name(path) or len(shape) < 2:  # biases and norms, though they may be split into heads
         return Layout(shape, tuple(range(len(shape))), (math.prod(shape),) if shape else ())
     labels = axis_labels(path, leaf, uses)
     inside, outside = ([axis for axis, own in enumerate(labels) if own == label] for label in (IN, OUT))
-    first, second = (inside, outside) if conv1d or is_embedding(path, uses) else (outside, inside)
+    fan_in, fan_out = factor_sizes(shape, labels)
+    embedding = is_embedding(path, uses)
+    if in_out is None and fan_in == fan_out > 1 and not embedding:
+        raise AdapterError(
+            f"`{path}` {shape_text(leaf)} is square, so its shape doesn't tell whether it is stored there as by "
+            "`torch.nn.Linear`, (out, in), or as by GPT-2's `Conv1D`, (in, out): pass `fan_in_fan_out=()` if no module "
+            'stores (in, out), else the names of those that do, such as `fan_in_fan_out=("c_attn", "c_proj")`'
+        )
+    first, second = (inside, outside) if in_out or embedding else (outside, inside)
     sizes = tuple(math.prod(shape[axis] for axis in axes) for axes in (first, second))
     return Layout(shape, (*first, *second), sizes)
 

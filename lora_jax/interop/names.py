@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..adapters import AdapterError
@@ -15,6 +15,27 @@ WEIGHT, BIAS = "weight", "bias"
 Names = Mapping[str, str | tuple[str, ...]]
 
 
+class ModuleNames(dict[str, str | tuple[str, ...]]):
+    """A table of names that says as well which modules store a weight as `(in, out)` there: a bundled model's.
+
+    A plain dict made of it no longer says so, and then a square weight is refused rather than guessed.
+
+    Args:
+        names: `{leaf path: Hugging Face module}`.
+        fan_in_fan_out: those modules, by their names or by what follows a dot in them; empty if all are
+            `torch.nn.Linear`, whose weight is `(out, in)`.
+
+    Example:
+        >>> names = ModuleNames({"up/kernel": "h.0.mlp.c_fc"}, fan_in_fan_out=("c_fc",))
+        >>> names["up/kernel"], names.fan_in_fan_out
+        ('h.0.mlp.c_fc', ('c_fc',))
+    """
+
+    def __init__(self, names: Names, *, fan_in_fan_out: Sequence[str]) -> None:
+        super().__init__(names)
+        self.fan_in_fan_out = tuple(fan_in_fan_out)
+
+
 class NameTable:
     """Leaf paths and Hugging Face names, each found by the other.
 
@@ -25,9 +46,12 @@ class NameTable:
         names: `{leaf path: Hugging Face module}`; leaves that stay as they are may be missing. A leaf that is several
             modules there, as an embedding tied to the output is, has them in a tuple, the embedding first.
         leaves: the tree's leaves by path.
+        fan_in_fan_out: modules that store a weight as `(in, out)` there, by their names or by what follows a dot in
+            them; what `names` says of it if `None`.
 
     Raises:
-        AdapterError: no such table, a path that the tree does not have, two leaves of one name.
+        AdapterError: no such table, a path that the tree does not have, two leaves of one name; `fan_in_fan_out` is no
+            list of names, has one that means no module, or contradicts `names`.
 
     Example:
         >>> table = NameTable({"dense/kernel": "layer.0.dense", "dense/bias": "layer.0.dense"},
@@ -39,7 +63,7 @@ class NameTable:
         ('model.embed', 'words/embedding', ('lm_head',))
     """
 
-    def __init__(self, names: Names, leaves: Mapping[str, Any]) -> None:
+    def __init__(self, names: Names, leaves: Mapping[str, Any], fan_in_fan_out: Sequence[str] | None = None) -> None:
         if not isinstance(names, Mapping) or not all(_modules_of(name) for name in names.values()):
             raise AdapterError(
                 "`names` must map leaf paths to Hugging Face module names, such as "
@@ -68,6 +92,37 @@ class NameTable:
                         "of its own"
                     )
                 self._paths[key] = path
+        self._transposed = self._stored_in_out(names, fan_in_fan_out)
+
+    def _stored_in_out(self, names: Names, said: Sequence[str] | None) -> frozenset[str] | None:
+        """The entries that mean modules which store `(in, out)`; `None` if nobody has said."""
+        known = frozenset(names.fan_in_fan_out) if isinstance(names, ModuleNames) else None
+        if said is None:
+            return known
+        if isinstance(said, str) or not all(isinstance(entry, str) for entry in said):
+            raise AdapterError(f'`fan_in_fan_out` must be a list of module names, such as ("c_attn",), got {said!r}')
+        modules = {*self._modules.values(), *(other for others in self._tied.values() for other in others)}
+        idle = [entry for entry in said if not any(selects({entry}, module) for module in modules)]
+        if idle:
+            raise AdapterError(
+                f"`fan_in_fan_out` has {idle[0]!r}, and `names` has no such module. Nearest: {self.near(idle[0])}"
+            )
+        entries = frozenset(said)
+        wrong = [
+            module
+            for module in sorted(modules)
+            if known is not None and selects(known, module) != selects(entries, module)
+        ]
+        if wrong:
+            raise AdapterError(
+                f"`fan_in_fan_out` is {tuple(said)!r}, and `names` says otherwise of {', '.join(wrong[:5])}: "
+                "leave it out"
+            )
+        return entries
+
+    def stores_in_out(self, module: str) -> bool | None:
+        """Whether a module stores a weight as `(in, out)`, as GPT-2's `Conv1D` does; `None` if nobody has said."""
+        return None if self._transposed is None else selects(self._transposed, module)
 
     @property
     def modules(self) -> list[str]:

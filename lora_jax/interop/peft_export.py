@@ -22,7 +22,7 @@ from ..methods.starts import FROM_WEIGHT
 from ..paths import leaves_by_path
 from ..weights import AdaptedWeight, is_adapted, is_traced
 from .layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
-from .names import BIAS, Names, NameTable, kind, selects
+from .names import BIAS, Names, NameTable, kind
 from .patterns import PatternError, Patterns, literal
 from .peft_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, scale_of, variants
 from .peft_keys import factor_key, leaf_key
@@ -65,7 +65,7 @@ def export_peft(
     base_name: str | None = None,
     task_type: str | None = None,
     uses: Mapping[str, Any] | None = None,
-    fan_in_fan_out: Sequence[str] = (),
+    fan_in_fan_out: Sequence[str] | None = None,
     dtype: Any = None,
     config: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -88,8 +88,9 @@ def export_peft(
             the head in the file, so the head is written, trained or not.
         uses: from `trace_weights`; needed where a leaf that is written in full has more than two axes, or a weight is
             stored `(out, in)`, as Equinox does.
-        fan_in_fan_out: modules (their names, or what follows a dot in them) that store `(in, out)` there: a bundled
-            model's `fan_in_fan_out`, for GPT-2 `("c_attn", "c_proj", "c_fc")`.
+        fan_in_fan_out: modules (their names, or what follows a dot in them) that store a weight as `(in, out)` there,
+            GPT-2's `Conv1D`: `("c_attn", "c_proj", "c_fc")`. A bundled model's `names` say it already; for a table of
+            your own it is asked for where a square weight is written in full, `()` if there are none.
         dtype: of the tensors; those of the tree if `None`.
         config: entries of another `adapter_config.json` to keep where the tree doesn't decide them, from
             `read_peft_config`: what was imported goes out as it came in.
@@ -99,7 +100,8 @@ def export_peft(
 
     Raises:
         AdapterError: PEFT has no place for what is trained: another method, a stack of layers, a convolution; or a
-            trained leaf has no name, or values that are not finite.
+            trained leaf has no name, values that are not finite, or a layout there that isn't told (see
+            `fan_in_fan_out`).
         FileError: the files cannot be written.
 
     Warns:
@@ -142,8 +144,7 @@ def export_peft(
         )
     stacks = Stacks(names, leaves)
     leaves, uses = stacks.apart(leaves), stacks.uses(uses)
-    table = NameTable(names, leaves)
-    conv1d = frozenset(fan_in_fan_out)
+    table = NameTable(names, leaves, fan_in_fan_out)
     factored = {path: _factored(path, leaf, table, uses, method) for path, leaf in leaves.items() if is_adapted(leaf)}
     if not factored:
         raise AdapterError("`params` has no factors: pass the tree from `lj.attach`, not a merged one")
@@ -172,7 +173,7 @@ def export_peft(
             tensors[factor_key(target.module, "magnitude", embedding=None)] = np.asarray(target.node.magnitude).ravel()
     for path in whole.paths:
         for module in (table.module(path), *table.tied_to(path)):
-            layout = leaf_layout(path, leaves[path], uses, conv1d=selects(conv1d, module))
+            layout = leaf_layout(path, leaves[path], uses, in_out=table.stores_in_out(module))
             tensors[leaf_key(module, kind(path), wrapped=module in targets)] = layout.export(leaves[path])
     if dtype is not None:
         tensors = {name: array.astype(jnp.dtype(dtype)) for name, array in tensors.items()}
@@ -190,7 +191,7 @@ def export_peft(
         "use_dora": dora,
         "bias": whole.bias,
         "modules_to_save": whole.entries or None,
-        "fan_in_fan_out": bool(kept.get("fan_in_fan_out")) or any(selects(conv1d, module) for module in targets),
+        "fan_in_fan_out": bool(kept.get("fan_in_fan_out")) or any(map(table.stores_in_out, targets)),
         "init_lora_weights": kept.get("init_lora_weights", True),
         **(_listed(sorted(targets | shared)) if shared else _selection(kept, targets, table, whole)),
     }

@@ -50,7 +50,7 @@ def import_peft(
     names: Names,
     uses: Mapping[str, Any] | None = None,
     base_name: str | None = None,
-    fan_in_fan_out: Sequence[str] = (),
+    fan_in_fan_out: Sequence[str] | None = None,
 ) -> Adapter:
     """Puts an adapter that PEFT saved onto a base of ours.
 
@@ -72,9 +72,7 @@ def import_peft(
         uses: from `trace_weights`, for weights of more than two axes, or stored `(out, in)`.
         base_name: the name of your base; if given, a folder that names another is refused. Only what follows the last
             `/` is compared, since PEFT writes the path that the base was loaded from.
-        fan_in_fan_out: modules (their names, or what follows a dot in them) that store a whole weight as `(in, out)`
-            there: a bundled model's `fan_in_fan_out`, for GPT-2 `("c_attn", "c_proj", "c_fc")`. Matters for
-            `modules_to_save` alone.
+        fan_in_fan_out: see `export_peft`. Matters for weights that are in the file in full, `modules_to_save`, alone.
 
     Returns:
         `Adapter(params, method)`: the adapted tree, and the `LoRA` or `DoRA` that labels it. What is trained is
@@ -135,7 +133,7 @@ def check_peft(
     names: Names,
     uses: Mapping[str, Any] | None = None,
     base_name: str | None = None,
-    fan_in_fan_out: Sequence[str] = (),
+    fan_in_fan_out: Sequence[str] | None = None,
 ) -> list[str]:
     """Raises what `import_peft` would by config, names, dtypes and shapes; reads no tensor.
 
@@ -168,7 +166,7 @@ def _planned(
     names: Names,
     uses: Mapping[str, Any] | None,
     base_name: str | None,
-    fan_in_fan_out: Sequence[str],
+    fan_in_fan_out: Sequence[str] | None,
 ) -> _Planned:
     config = read_peft_config(folder)
     require_representable(config, folder)
@@ -181,9 +179,9 @@ def _planned(
         )
     stacks = Stacks(names, leaves)
     parts = stacks.apart(leaves)
-    table, file = NameTable(names, parts), weights_file(folder)
+    table, file = NameTable(names, parts, fan_in_fan_out), weights_file(folder)
     header = read_safetensors_header(file)
-    plan = Planner(file, header, config, table, parts, stacks.uses(uses), fan_in_fan_out).plan()
+    plan = Planner(file, header, config, table, parts, stacks.uses(uses)).plan()
     try:
         stacks.together(plan.targets, _require_alike)
         stacks.together(plan.saved, lambda *_: None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from ..methods.base import is_trainable
 from ..paths import shape_text
 from ..weights import IN, OUT
 from .layout import Layout, axis_labels, factor_sizes, is_embedding, leaf_layout
-from .names import BIAS, WEIGHT, NameTable, kind, selects
+from .names import BIAS, WEIGHT, NameTable, kind
 from .patterns import PatternError, Patterns
 from .peft_config import CONFIG, is_saved, listed_targets
 from .peft_keys import FactorKey, LeafKey, factor_key, leaf_key, parse_key
@@ -55,10 +55,9 @@ class Planner:
         table: NameTable,
         leaves: Mapping[str, Any],
         uses: Mapping[str, Any] | None,
-        fan_in_fan_out: Sequence[str],
     ) -> None:
         self.file, self.header, self.config, self.table = file, header, config, table
-        self.leaves, self.uses, self.conv1d = leaves, uses, frozenset(fan_in_fan_out)
+        self.leaves, self.uses = leaves, uses
         self.saved_entries = frozenset(config.get("modules_to_save") or ())
         self.ranks = Patterns(config.get("rank_pattern") or ())
         self.alphas = Patterns(config.get("alpha_pattern") or ())
@@ -196,8 +195,10 @@ class Planner:
         rank, ranks_of_b = self.header[a].shape[0], self.header[b].shape[1]
         if rank != ranks_of_b:
             raise self.error(f"the factors of {module} have two ranks, {rank} and {ranks_of_b}")
-        if not 1 <= rank <= max(fan_in, fan_out):
-            allowed = f"`{path}` {self.shape(path)} allows 1 to {max(fan_in, fan_out)}"
+        # A start from the weight goes out as twice its rank, and that is at most `min(in, out)`.
+        most = max(fan_in, fan_out, 2 * min(fan_in, fan_out))
+        if not 1 <= rank <= most:
+            allowed = f"`{path}` {self.shape(path)} allows 1 to {most}"
             raise self.error(f"the factors of {module} have the rank {rank}, and {allowed}")
         try:
             key = self.ranks.first(module)
@@ -261,17 +262,13 @@ class Planner:
         return any(is_saved(self.saved_entries, one) for one in modules)
 
     def layout(self, path: str, module: str, name: str) -> Layout:
-        leaf, stored = self.leaves[path], selects(self.conv1d, module)
-        layout = leaf_layout(path, leaf, self.uses, conv1d=stored)
+        try:
+            layout = leaf_layout(path, self.leaves[path], self.uses, in_out=self.table.stores_in_out(module))
+        except AdapterError as error:
+            raise self.error(f"'{name}': {error}") from None
         shape = self.header[name].shape
         if shape != layout.there:
             raise self.error(f"'{name}' has the shape {shape}, expected {layout.there} for `{path}` {self.shape(path)}")
-        square = len(shape) == 2 and shape[0] == shape[1] and not is_embedding(path, self.uses)
-        if square and self.config.get("fan_in_fan_out") and not self.conv1d:
-            raise self.error(
-                f"whether '{name}' is stored (in, out) or (out, in) can't be told, since {CONFIG} says "
-                "`fan_in_fan_out`: name the modules that store (in, out) in `fan_in_fan_out=`"
-            )
         return layout
 
     def require_complete(self, plan: Plan) -> None:

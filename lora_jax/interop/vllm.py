@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ..adapters import AdapterError
 from ..files import read_safetensors_header
-from .peft_config import read_peft_config, variants, weights_file
+from .patterns import PatternError, Patterns
+from .peft_config import read_peft_config, scale_of, variants, weights_file
 from .peft_keys import FactorKey, LeafKey, parse_key
 
 # What `--max-lora-rank` accepts; 16 unless it is set.
@@ -44,7 +47,10 @@ def vllm_problems(
         []
 
     Reference:
-        vLLM, `vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py` and `vllm/config/lora.py`. Read, not run.
+        vLLM, `vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py`, `vllm/lora/layers/base_linear.py` and
+        `vllm/config/lora.py`. Read, not run. `PEFTHelper` drops the entries of `adapter_config.json` that it doesn't
+        have, `rank_pattern` and `alpha_pattern` among them; ranks follow from the tensors, and `lora_alpha / r` (or
+        `/ √r`) is the scale of all. So patterns do no harm where every module's scale is that one.
     """
     if max_lora_rank not in RANKS:
         raise ValueError(f"`max_lora_rank` must be one of {', '.join(map(str, RANKS))}, got {max_lora_rank!r}")
@@ -64,12 +70,6 @@ def vllm_problems(
         problems.append("`ensure_weight_tying` is set, and vLLM doesn't read it.")
     if "target_modules" not in config:
         problems.append("`target_modules` is missing, and vLLM reads it.")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if config.get(name):
-            problems.append(
-                f"`{name}` is set, and vLLM doesn't read it: it scales every module by `lora_alpha` and `r`, so it "
-                "would compute another function."
-            )
     factors, whole = [], []
     for name in header:
         try:
@@ -80,6 +80,8 @@ def vllm_problems(
         if isinstance(key, FactorKey) and key.role == "magnitude" and not config.get("use_dora"):
             problems.append(f"'{name}' is DoRA's, and vLLM has plain LoRA only.")
         (factors if isinstance(key, FactorKey) else whole).append((name, key))
+    ranks = {key.module: header[name].shape[0] for name, key in factors if key.role == "a" and header[name].shape}
+    problems += _scales(config, ranks)
     problems += _ranks(config["r"], [header[name].shape for name, key in factors if key.role == "a"], max_lora_rank)
     rest = [name for name, key in whole if not (isinstance(key, LeafKey) and key.holder == "base_layer")]
     if rest and not config.get("modules_to_save") and config["bias"] == "none":
@@ -89,6 +91,31 @@ def vllm_problems(
         if targets:
             problems.append(f"The model doesn't adapt {', '.join(targets[:5])}{_more(len(targets) - 5)}.")
     return problems
+
+
+def _scales(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
+    """Modules that vLLM would scale by another number than PEFT: it has one number for all, by `lora_alpha` and `r`."""
+    set_here = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    if not set_here:
+        return []
+    rank_stabilized = bool(config.get("use_rslora"))
+    alphas = Patterns(config.get("alpha_pattern") or ())
+    everywhere = scale_of(config["lora_alpha"], config["r"], rank_stabilized=rank_stabilized)
+    said, other = " and ".join(f"`{name}`" for name in set_here), []
+    for module, rank in ranks.items():
+        try:
+            key = alphas.first(module)
+        except PatternError as error:
+            return [f"Whether vLLM would scale {module} as PEFT does can't be told: in `alpha_pattern`, {error}."]
+        alpha = config["lora_alpha"] if key is None else config["alpha_pattern"][key]
+        if rank and not math.isclose(scale_of(alpha, rank, rank_stabilized=rank_stabilized), everywhere, rel_tol=1e-6):
+            other.append(module)
+    if not other:
+        return []
+    return [
+        f"By {said}, PEFT scales {', '.join(other[:5])}{_more(len(other) - 5)} by another number than {everywhere:g}, "
+        "and vLLM, which doesn't read them, everything by it: it would compute another function."
+    ]
 
 
 def _ranks(r: int, shapes: list[tuple[int, ...]], most: int) -> list[str]:

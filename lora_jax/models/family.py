@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..interop.names import Names
+from ..interop.names import ModuleNames
 from .config import ModelConfig
 from .names import NameTable, is_kernel
 
@@ -48,7 +48,7 @@ class Family:
     def is_decoder(self) -> bool:
         return "causal-lm" in self.architectures
 
-    def leaf_modules(self, paths: Iterable[str], task: Task) -> Names:
+    def leaf_modules(self, paths: Collection[str], task: Task) -> ModuleNames:
         """The Hugging Face module of every leaf; of embeddings that are the head as well, both.
 
         Args:
@@ -59,12 +59,9 @@ class Family:
         names |= self.names.module_names(paths, prefix=self.names.prefix if task else "")
         if task == "causal-lm" and HEAD not in names:
             names[WORDS] = self.names.module(WORDS, prefix=self.names.prefix), self.names.module(HEAD)
-        return names
-
-    def fan_in_fan_out(self, paths: Iterable[str]) -> tuple[str, ...]:
-        """The modules, by their last segments, that store a linear layer's weight as here, `(in, out)`."""
         kept = [path for path in paths if is_kernel(path) and not self.names.is_transposed(path)]
-        return tuple(sorted({self.names.module(path).rpartition(".")[2] for path in kept}))
+        in_out = sorted({self.names.module(path).rpartition(".")[2] for path in kept})
+        return ModuleNames(names, fan_in_fan_out=in_out)
 
 
 def encoder_architectures(name: str) -> dict[Task, str]:

@@ -135,7 +135,6 @@ def load(
         params=params,
         config=config,
         names=family.leaf_modules(single, task),
-        fan_in_fan_out=family.fan_in_fan_out(single),
         task=task,
         pooling=pooling,
     )

@@ -51,10 +51,9 @@ class Model:
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
             `bert.encoder.layer.0.attention.self.query`. Embeddings that are the head as well have both modules. With
             `scan_layers` they are the names of `unstack_layers(params)`, which `lj.interop` takes for either form.
+            `names.fan_in_fan_out` are the modules, by their last segments, that store `(in, out)` there: GPT-2's.
         task: `"classification"`, `"regression"`, `"causal-lm"`, or `None` for hidden states.
         pooling: what the head sees, `"first"` or `"mean"`.
-        fan_in_fan_out: the modules, by their last segments, that store `(in, out)` in a checkpoint: GPT-2's `c_attn`,
-            `c_proj` and `c_fc`. For `lj.interop`.
     """
 
     apply: Callable[..., Any]
@@ -63,7 +62,6 @@ class Model:
     names: Names
     task: Task
     pooling: Pooling
-    fan_in_fan_out: tuple[str, ...] = ()
 
 
 class Skeleton(NamedTuple):

@@ -145,7 +145,7 @@ def check_peft_source(folder: str | Path, *, base: str | None = None) -> Names:
     shapes = models.skeleton(sizes, task=task, num_labels=num_labels or 1).params
     paths = leaf_paths(shapes)
     names = family.leaf_modules(paths, task)
-    interop.check_peft(folder, shapes, names=names, fan_in_fan_out=family.fan_in_fan_out(paths))
+    interop.check_peft(folder, shapes, names=names)
     return names
 
 
@@ -198,8 +198,7 @@ def _load_peft(folder: Path, base: str | None, progress: models.Progress | None)
     task, num_labels = _peft_task(family_of(sizes), base, folder)
     tie = False if _head_of_its_own(folder, config, sizes, task) else None
     model = models.load(base, task=task, num_labels=num_labels, tie_word_embeddings=tie, progress=progress)
-    own = {"names": model.names, "fan_in_fan_out": model.fan_in_fan_out}
-    params, method = interop.import_peft(folder, model.params, **own)
+    params, method = interop.import_peft(folder, model.params, names=model.names)
     return AdapterSource("peft", folder, base, model, params, method, config=config)
 
 

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from lora_jax import files
+from lora_jax import LoRA, files
 
 from .data import Columns
 from .errors import ConfigError
-from .method_options import default_learning_rate, make_method, method_options
+from .method_options import default_learning_rate, make_method, method_name, method_options
 from .task import KINDS, Kind
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -69,6 +69,8 @@ class TrainConfig:
         remat: what of a layer is kept for the backward pass, see `lj.models.load`: less memory, the same result.
         lr: the peak learning rate of AdamW, or one for each label (`{"lora_a": 1e-3, "lora_b": 4e-3, "head": 1e-3}`);
             `None` takes the method's.
+        lora_plus_ratio: LoRA+: how many times `lr` the rate of LoRA's or DoRA's `B` is; `None` for the same rate as
+            that of `A` and the head. The paper (arXiv:2402.12354) takes 16, with an `lr` below LoRA's.
         weight_decay: decoupled, on every trainable leaf, biases and norms too, as `torch.optim.AdamW` does with one
             group of parameters; or one for each label.
         warmup: the share of the steps in which the rate rises linearly from 0.
@@ -109,6 +111,7 @@ class TrainConfig:
     accumulate: int = 1
     remat: Remat | None = None
     lr: float | Mapping[str, float] | None = None
+    lora_plus_ratio: float | None = None
     weight_decay: float | Mapping[str, float] = 0.01
     warmup: float = 0.06
     schedule: str = "linear"
@@ -165,6 +168,8 @@ class TrainConfig:
                 object.__setattr__(self, name, {label: _number(f"{name}.{label}", v) for label, v in value.items()})
             else:
                 object.__setattr__(self, name, _number(name, value))
+        if self.lora_plus_ratio is not None:
+            self._check_lora_plus()
         for name in ("dropout", "warmup", "label_smoothing"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _number(name, getattr(self, name), below=1.0))
@@ -183,6 +188,23 @@ class TrainConfig:
             raise ConfigError(
                 "`base` is needed for causal-lm: a decoder's folder or hub name (gpt2, meta-llama/..., Qwen/...). The "
                 "default base is an encoder."
+            )
+
+    def _check_lora_plus(self) -> None:
+        """A ratio needs two rates that one number sets."""
+        object.__setattr__(self, "lora_plus_ratio", _number("lora_plus_ratio", self.lora_plus_ratio))
+        if self.lora_plus_ratio == 0:
+            raise ConfigError("`lora_plus_ratio` is 0, and `b` starts at zero, so that nothing would be learnt by it.")
+        if not isinstance(self.method, LoRA) or self.method.freeze_a:
+            name = method_name(self.method) + (" with `freeze_a`" if isinstance(self.method, LoRA) else "")
+            raise ConfigError(
+                f"`lora_plus_ratio` is between the rates of LoRA's two factors, and {name} doesn't train them: leave "
+                "it out, or choose lora or dora."
+            )
+        if isinstance(self.lr, Mapping):
+            raise ConfigError(
+                "`lora_plus_ratio` multiplies one `lr`, and there is one for each label: leave it out, and give "
+                "`lora_b` its own."
             )
 
     @property

@@ -197,7 +197,6 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
         names=model.names,
         base_name=ALIASES.get(source.base, source.base) if source.config is None else None,
         task_type=_TASK_TYPES[model.task] if source.config is None else None,
-        fan_in_fan_out=model.fan_in_fan_out,
         config=source.config,
     )
 
@@ -210,7 +209,6 @@ def _write_delta(source: AdapterSource, folder: Path) -> None:
         model.params,
         names=model.names,
         base_name=ALIASES.get(source.base, source.base),
-        fan_in_fan_out=model.fan_in_fan_out,
         absent=models.absent_leaves(model, source.base),
     )
 

@@ -40,7 +40,8 @@ def make_schedule(kind: str, *, peak: float, steps: int, warmup: float) -> optax
 def make_optimizer(config: TrainConfig, labels: Any, *, steps: int) -> optax.GradientTransformation:
     """AdamW (β₁ 0.9, β₂ 0.999, ε 1e-8) by `lj.make_optimizer`; frozen leaves get neither state nor update.
 
-    The peak rate is a number in the state, so runs that differ in it alone are one compiled program.
+    The peak rate is a number in the state, so runs that differ in it alone are one compiled program; so are those of
+    LoRA+, `lora_plus_ratio`, which is why it is in the rate rather than in `lj.make_optimizer`'s `rate_ratios`.
     """
     present = sorted({label for label in jax.tree.leaves(labels) if label != "frozen"})
     for name in ("lr", "weight_decay"):
@@ -53,6 +54,8 @@ def make_optimizer(config: TrainConfig, labels: Any, *, steps: int) -> optax.Gra
 
     def adamw(label: str) -> optax.GradientTransformation:
         peak, decay = (_of(getattr(config, name), label) for name in ("lr", "weight_decay"))
+        if label == "lora_b" and config.lora_plus_ratio is not None:
+            peak *= config.lora_plus_ratio
         shape = make_schedule(config.schedule, peak=1.0, steps=steps, warmup=config.warmup)
         return optax.chain(
             optax.scale_by_adam(),

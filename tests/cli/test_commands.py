@@ -78,6 +78,15 @@ def test_flags_become_a_config():
     assert (config.clip_norm, config.dropout, config.seed, config.steps, config.tensorboard) == (None, 0.0, 3, 9, True)
 
 
+def test_flags_of_lora_plus_and_vera(tmp_path):
+    data = ("--train", "a.tsv", "--output", "out")
+    assert parsed(*data, "--lora-plus-ratio", "16").lora_plus_ratio == 16.0
+    method = parsed(*data, "--method", "vera", "--d-initial", "0.5", "--projection-seed", "3").method
+    assert (method.d_initial, method.projection_seed) == (0.5, 3)
+    (tmp_path / "config.yaml").write_text("lora_plus_ratio: 8\nmethod: dora\n")
+    assert parsed(*data, "--config", str(tmp_path / "config.yaml")).lora_plus_ratio == 8.0
+
+
 def test_one_preset_is_a_preset_and_names_are_names():
     assert parsed("--train", "a", "--output", "b", "--targets", "mlp").method.targets == "mlp"
     assert parsed("--train", "a", "--output", "b", "--targets", "query").method.targets == ("query",)

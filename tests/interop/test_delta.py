@@ -16,7 +16,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.files import FileError, read_safetensors, sha256_file, write_safetensors
-from lora_jax.interop import apply_delta, export_delta
+from lora_jax.interop import ModuleNames, apply_delta, export_delta
 
 from . import kit
 from .kit import NAMES
@@ -145,6 +145,19 @@ def test_split_heads_and_other_layouts(tmp_path: Path) -> None:
     folder = export_delta(tmp_path, after, base, names=names, uses=uses, fan_in_fan_out=("q",))
     assert read_safetensors(folder / TENSORS)["q.weight"].shape == (4, 6)
     chex.assert_trees_all_equal(apply_delta(folder, base, names=names, uses=uses, fan_in_fan_out=("q",)), after)
+
+
+def test_a_square_weight_is_not_guessed(tmp_path: Path) -> None:
+    base, names = {"q": {"kernel": jnp.arange(9.0).reshape(3, 3)}}, {"q/kernel": "h.0.q"}
+    after = jax.tree.map(lambda leaf: leaf + 1, base)
+    with pytest.raises(lj.AdapterError, match=r"`q/kernel` \(3, 3\) is square.*pass `fan_in_fan_out"):
+        export_delta(tmp_path, after, base, names=names)
+    folder = export_delta(tmp_path, after, base, names=names, fan_in_fan_out=("q",))
+    np.testing.assert_array_equal(read_safetensors(folder / TENSORS)["h.0.q.weight"], after["q"]["kernel"])
+    with pytest.raises(lj.AdapterError, match=r"is square"):
+        apply_delta(folder, base, names=names)
+    told = ModuleNames(names, fan_in_fan_out=("q",))
+    chex.assert_trees_all_equal(apply_delta(folder, base, names=told), after)
 
 
 def test_another_base(folder: Path) -> None:

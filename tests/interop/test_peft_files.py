@@ -20,7 +20,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.files import FileError, read_safetensors
-from lora_jax.interop import export_peft, import_peft, read_peft_config
+from lora_jax.interop import ModuleNames, export_peft, import_peft, read_peft_config
 
 from . import kit
 from .kit import EMBED, HEAD, NAMES, NORM, QUERY, VALUE
@@ -326,8 +326,51 @@ def test_modules_that_store_in_out_there(tmp_path: Path) -> None:
     assert tensors["base_model.model.h.0.mlp.lora_A.weight"].shape == (1, 4)
     back = import_peft(folder, square, names=names, fan_in_fan_out=("c_attn", "mlp"))
     chex.assert_trees_all_equal(back.params, params)
-    with pytest.raises(lj.AdapterError, match=r"whether '.*c_attn.weight' is stored \(in, out\).*name the modules"):
-        import_peft(folder, square, names=names)
+
+
+CONV1D = {"c_attn/kernel": "h.0.c_attn", "mlp/kernel": "h.0.mlp"}
+
+
+def test_a_square_weight_in_full_is_not_guessed(tmp_path: Path) -> None:
+    """Its shape is the same either way, so nothing else would show that it went out transposed."""
+    base = {"c_attn": {"kernel": jnp.arange(16.0).reshape(4, 4)}, "mlp": {"kernel": jnp.arange(8.0).reshape(4, 2)}}
+    method = lj.LoRA(rank=1, alpha=1, targets=("mlp",), also_train=("c_attn",))
+    params = lj.attach(base, method, key=KEY)
+    told = r'`c_attn/kernel` \(4, 4\) is square.*pass `fan_in_fan_out=\(\)` .*such as `fan_in_fan_out=\("c_attn"'
+    with pytest.raises(lj.AdapterError, match=told):
+        export_peft(tmp_path, params, method, names=CONV1D)
+    assert not any(tmp_path.iterdir())
+
+    linear = export_peft(tmp_path / "linear", params, method, names=CONV1D, fan_in_fan_out=())
+    names = ModuleNames(CONV1D, fan_in_fan_out=("c_attn",))
+    conv1d = export_peft(tmp_path / "conv1d", params, method, names=names)
+    one, other = (
+        read_safetensors(folder / kit.WEIGHTS)["base_model.model.h.0.c_attn.weight"] for folder in (linear, conv1d)
+    )
+    np.testing.assert_array_equal(one.T, base["c_attn"]["kernel"])
+    np.testing.assert_array_equal(other, base["c_attn"]["kernel"])
+
+    for folder in (linear, conv1d):
+        with pytest.raises(lj.AdapterError, match=rf"c_attn.weight': {told}"):
+            import_peft(folder, base, names=CONV1D)
+    chex.assert_trees_all_equal(import_peft(linear, base, names=CONV1D, fan_in_fan_out=()).params, params)
+    chex.assert_trees_all_equal(import_peft(conv1d, base, names=names).params, params)
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "message"),
+    [
+        (CONV1D, "c_attn", r'`fan_in_fan_out` must be a list of module names, such as \("c_attn",\), got \'c_attn\''),
+        (CONV1D, ("c_atn",), "`fan_in_fan_out` has 'c_atn', and `names` has no such module. Nearest: h.0.c_attn"),
+        (ModuleNames(CONV1D, fan_in_fan_out=("c_attn",)), (), r"is \(\), and `names` says otherwise of h.0.c_attn: "),
+        (ModuleNames(CONV1D, fan_in_fan_out=()), ("mlp",), r"is \('mlp',\), and `names` says otherwise of h.0.mlp"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_layouts_is_held_against_the_names(tmp_path: Path, names: Any, said: Any, message: str) -> None:
+    base = {"c_attn": {"kernel": jnp.ones((4, 4))}, "mlp": {"kernel": jnp.ones((4, 2))}}
+    method = lj.LoRA(rank=1, alpha=1, targets=("mlp",))
+    with pytest.raises(lj.AdapterError, match=message):
+        export_peft(tmp_path, lj.attach(base, method, key=KEY), method, names=names, fan_in_fan_out=said)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
@@ -422,7 +465,7 @@ def test_a_saved_name_that_ends_another(tmp_path: Path) -> None:
     names = {f"{name}/kernel": name for name in base}
     method = lj.LoRA(rank=1, alpha=1, targets=("q",), also_train=("/classifier",))
     with pytest.warns(UserWarning, match="pre_classifier/kernel"):
-        folder = export_peft(tmp_path, lj.attach(base, method, key=KEY), method, names=names)
+        folder = export_peft(tmp_path, lj.attach(base, method, key=KEY), method, names=names, fan_in_fan_out=())
     assert "base_model.model.pre_classifier.weight" in read_safetensors(folder / kit.WEIGHTS)
     method = dataclasses.replace(method, targets=("pre_classifier",))
     with pytest.raises(lj.AdapterError, match="pre_classifier would be trained in full by PEFT as well"):
@@ -438,9 +481,9 @@ def test_two_layers_of_one_head_have_one_entry(tmp_path: Path) -> None:
     names = {"q/kernel": "roberta.q", "dense/kernel": "classifier.dense", "out/kernel": "classifier.out_proj"}
     method = lj.LoRA(rank=1, alpha=1, targets=("q",), also_train=("dense", "out"))
     params = lj.attach(base, method, key=KEY)
-    folder = export_peft(tmp_path, params, method, names=names, task_type="SEQ_CLS")
+    folder = export_peft(tmp_path, params, method, names=names, task_type="SEQ_CLS", fan_in_fan_out=())
     assert kit.read_config(folder)["modules_to_save"] == ["classifier"]
-    chex.assert_trees_all_equal(import_peft(folder, base, names=names).params, params)
+    chex.assert_trees_all_equal(import_peft(folder, base, names=names, fan_in_fan_out=()).params, params)
 
 
 def test_copies_of_the_base_pass_if_they_are_equal(tmp_path: Path) -> None:

@@ -49,6 +49,26 @@ def test_a_start_from_the_weight_goes_out_as_lora_of_twice_the_rank(tmp_path: Pa
         np.testing.assert_allclose(leaf, leaves_by_path(lj.merge_params(params))[path], atol=1e-6)
 
 
+@pytest.mark.parametrize("init", ["pissa", "orthogonal"])
+def test_a_start_of_the_highest_rank_comes_back(tmp_path: Path, init: Any) -> None:
+    """Twice it is more than either side of the weight, (8, 6): more than any other LoRA has a use for."""
+    method = lj.LoRA(rank=6, alpha=6, targets=("query",), init=init)
+    params = trained(method)
+    folder = export_peft(tmp_path / "first", params, method, names=NAMES)
+    assert read_config(folder)["r"] == 12
+    again = import_peft(folder, base(), names=NAMES)
+    merged = lj.merge_params(again.params)
+    assert_equal_models(state_dict(merged), state_dict(lj.merge_params(params)))
+    # What came in can be saved, and goes out with the same bits.
+    own = lj.load_adapter(lj.save_adapter(tmp_path / "own", *again), base())
+    chex.assert_trees_all_equal(own.params, again.params)
+    second = export_peft(tmp_path / "second", *own, names=NAMES)
+    chex.assert_trees_all_equal(*(read_safetensors(one / "adapter_model.safetensors") for one in (folder, second)))
+    # And has no more than the weight's own rank to lose.
+    smaller = lj.truncate_lora(*again, rank=6)  # type: ignore[arg-type]
+    assert_equal_models(state_dict(lj.merge_params(smaller.params)), state_dict(merged))
+
+
 def test_a_frozen_a_goes_out_as_it_is(tmp_path: Path) -> None:
     method = lj.LoRA(rank=2, alpha=3, targets=("query",), freeze_a=True)
     params = trained(method)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -46,8 +48,18 @@ def test_a_plain_adapter_has_none(tmp_path: Path) -> None:
         ),
         (None, {"use_dora": True}, "vLLM has plain LoRA only, and this is `use_dora`: DoRA, whose magnitudes"),
         (None, {"lora_bias": True}, "vLLM has plain LoRA only, and this is `lora_bias`"),
-        (None, {"rank_pattern": {"query": 2}}, "`rank_pattern` is set, and vLLM doesn't read it"),
-        (None, {"alpha_pattern": {"query": 2}}, "`alpha_pattern` is set, and vLLM doesn't read it"),
+        (
+            kit.factors(QUERY, rank=4) | kit.factors(VALUE),
+            {"rank_pattern": {"query": 4}},
+            f"By `rank_pattern`, PEFT scales {QUERY} by another number than 2, and vLLM, which doesn't read them",
+        ),
+        (None, {"alpha_pattern": {"value": 2}}, f"By `alpha_pattern`, PEFT scales {VALUE} by another number than 2"),
+        (
+            kit.factors(QUERY, rank=8) | kit.factors(VALUE),
+            {"rank_pattern": {"query": 8}, "alpha_pattern": {"query": 16}, "use_rslora": True},
+            f"By `rank_pattern` and `alpha_pattern`, PEFT scales {QUERY} by another number than 2.82843",
+        ),
+        (None, {"alpha_pattern": {"(a+)+": 2}}, f"Whether vLLM would scale {QUERY} as PEFT does can't be told: in"),
         (
             kit.factors(QUERY) | {f"{PREFIX}{QUERY}.lora_magnitude_vector": np.ones(6, np.float32)},
             {},
@@ -59,6 +71,30 @@ def test_each_problem_is_named(tmp_path: Path, tensors: Any, entries: dict[str, 
     problems = vllm_problems(kit.write_peft(tmp_path, tensors, **entries))
     assert len(problems) == 1
     assert problems[0].startswith(message)
+
+
+def test_patterns_that_keep_the_scale_do_no_harm(tmp_path: Path) -> None:
+    """vLLM takes ranks from the tensors, and one scale from `lora_alpha` and `r`: that of every module here."""
+    tensors = kit.factors(QUERY, rank=4) | kit.factors(VALUE)
+    assert vllm_problems(kit.write_peft(tmp_path, tensors, rank_pattern={"query": 4}, alpha_pattern={"query": 8})) == []
+    stabilized = {"rank_pattern": {"query": 8}, "alpha_pattern": {"query": 8}, "use_rslora": True}
+    assert vllm_problems(kit.write_peft(tmp_path, kit.factors(QUERY, rank=8) | kit.factors(VALUE), **stabilized)) == []
+    other = {"rank_pattern": {"classifier": 4}, "alpha_pattern": {"classifier": 1}}  # of a module without factors
+    assert vllm_problems(kit.write_peft(tmp_path, **other)) == []
+
+
+def test_ranks_by_energy_can_be_served(tmp_path: Path) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    start = {name: {"kernel": jnp.zeros((8, 8))} for name in ("one", "two")}
+    tuned = {
+        name: {"kernel": jax.random.normal(keys[2 * n], (8, n + 1)) @ jax.random.normal(keys[2 * n + 1], (n + 1, 8))}
+        for n, name in enumerate(start)
+    }
+    found = lj.extract_lora(start, tuned, targets=("one", "two"), energy=1.0)
+    names = {f"{name}/kernel": name for name in start}
+    folder = lj.interop.export_peft(tmp_path, found.params, found.method, names=names)
+    assert kit.read_config(folder)["rank_pattern"]
+    assert vllm_problems(folder) == []
 
 
 def test_all_at_once(tmp_path: Path) -> None:

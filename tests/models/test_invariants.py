@@ -43,7 +43,6 @@ def same(ours: Any, theirs: Any) -> bool:
 @pytest.mark.parametrize(("family", "scan"), FORMS)
 def test_an_adapter_is_beside_the_model(tmp_path: Path, family: str, scan: bool):
     model = load(tmp_path / "base", family, scan=scan)
-    own = {"names": model.names, "fan_in_fan_out": model.fan_in_fan_out}
     method = lj.LoRA(rank=2, alpha=4, targets="all-linear", also_train=("norm",))
     uses = lj.trace_weights(model.apply, model.params, IDS, MASK)
     start = lj.attach(model.params, method, key=jax.random.key(0), uses=uses)
@@ -82,8 +81,8 @@ def test_an_adapter_is_beside_the_model(tmp_path: Path, family: str, scan: bool)
 
     folder = lj.save_adapter(tmp_path / "own", params, method)
     assert same(lj.load_adapter(folder, model.params).params, params)
-    folder = lj.interop.export_peft(tmp_path / "peft", params, method, **own)
-    assert same(lj.interop.import_peft(folder, model.params, **own).params, params)
+    folder = lj.interop.export_peft(tmp_path / "peft", params, method, names=model.names)
+    assert same(lj.interop.import_peft(folder, model.params, names=model.names).params, params)
     modules = {module for value in model.names.values() for module in ((value,) if isinstance(value, str) else value)}
     for name in read_safetensors_header(folder / "adapter_model.safetensors"):
         body, found, factor = name.removeprefix("base_model.model.").partition(".lora_")
@@ -96,14 +95,13 @@ def test_an_adapter_is_beside_the_model(tmp_path: Path, family: str, scan: bool)
 def test_generation_goes_through_the_same_function(tmp_path: Path, family: str, scan: bool):
     """An imported adapter, nothing materialized: the tokens of the merged model, and not those of the base."""
     model = load(tmp_path / "base", family, scan=scan)
-    own = {"names": model.names, "fan_in_fan_out": model.fan_in_fan_out}
     method = lj.LoRA(rank=2, alpha=8, targets="all-linear")
     uses = lj.trace_weights(model.apply, model.params, IDS)
     params = lj.attach(model.params, method, key=jax.random.key(0), uses=uses)
     rng, mask = np.random.default_rng(2), lj.trainable_mask(params, method)
     params = jax.tree.map(lambda x, moves: x + rng.normal(0, 0.3, x.shape) if moves else x, params, mask)
-    folder = lj.interop.export_peft(tmp_path / "peft", params, method, dtype=jnp.float32, **own)
-    params = lj.interop.import_peft(folder, model.params, **own).params
+    folder = lj.interop.export_peft(tmp_path / "peft", params, method, dtype=jnp.float32, names=model.names)
+    params = lj.interop.import_peft(folder, model.params, names=model.names).params
 
     apply = lj.adapt(model.apply, on_materialize="error")
     found, merged, base = (

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lora_jax as lj
@@ -55,6 +57,21 @@ def test_rates_by_label():
     np.testing.assert_allclose(updates["w"].a, -1e-3, rtol=1e-4)
     np.testing.assert_allclose(updates["w"].b, -4e-3, rtol=1e-4)
     np.testing.assert_allclose(updates["classifier"], -2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lora_plus(decay: float):
+    """The ratio is `rate_ratios` of the core: of the whole update, decay included, and of `b` alone."""
+    params, method = adapted()
+    labels = lj.label_params(params, method)
+    trainable, _ = lj.partition(params, lj.trainable_mask(params, method))
+    grads = jax.tree.map(jnp.ones_like, trainable)
+    plain = optax.adamw(1e-3, weight_decay=decay)
+    tx = lj.make_optimizer(plain, labels, rate_ratios={"lora_b": 16.0})
+    wanted = tx.update(grads, tx.init(trainable), trainable)[0]
+    updates = update(lr=1e-3, weight_decay=decay, lora_plus_ratio=16)
+    chex.assert_trees_all_close(updates, wanted, rtol=1e-6)
+    np.testing.assert_allclose(updates["w"].b / update(lr=1e-3, weight_decay=decay)["w"].b, 16, rtol=1e-5)
 
 
 def test_decay_by_label():
