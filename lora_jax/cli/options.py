@@ -36,6 +36,7 @@ _METHOD_FLAGS = {
     "length": "length",
     "hidden": "hidden",
 }
+_METHODS = ("frozen", "bitfit", "lora", "dora", "ia3", "vera", "adapter", "prefix", "full")
 _BASELINES = ("norms", "top-layers", "random-mask", "random-subspace")
 
 
@@ -87,11 +88,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     _add(
         method,
         "--method",
-        choices=("frozen", "bitfit", "lora", "dora", "ia3", "vera", "adapter", "prefix", "full", *_BASELINES),
-        help="the head alone, biases, low-rank factors (lora is the default; dora trains magnitudes as well), learned\n"
-        "scales, vectors between shared random factors, bottlenecks after the sublayers, a prefix of keys and values,\n"
-        "or everything; and baselines: the norms' scales and shifts, the last layers, numbers chosen by chance, a\n"
-        "random subspace",
+        choices=(*_METHODS, *_BASELINES),
+        metavar="NAME",
+        help="frozen, the head alone; bitfit, biases; lora (default), low-rank factors; dora, magnitudes as well; "
+        "ia3, scales; vera, vectors between shared random factors; adapter, bottlenecks after the sublayers; prefix, "
+        "keys and values before the tokens'; full, everything. To compare with: norms; top-layers, the last ones; "
+        "random-mask, numbers chosen by chance; random-subspace",
     )
     _add(method, "--rank", type=int, metavar="R", help="LoRA, DoRA, VeRA: the rank (default: 8; of VeRA 256)")
     _add(method, "--alpha", type=float, metavar="A", help="LoRA, DoRA: updates are scaled by A/R (default: 16)")
