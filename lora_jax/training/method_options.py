@@ -52,13 +52,16 @@ _RATES = {
     "ia3": 1e-2,
     "vera": 1e-2,
     "adapter": 1e-3,
-    "prefix": 3e-3,
+    "prefix": 3e-4,
     "full": 1e-4,
     "norms": 3e-3,
     "top-layers": 1e-4,
     "random-mask": 3e-3,
     "random-subspace": 1e-2,
 }
+
+# Of a prefix without its network, which moves all of it at once.
+_DIRECT_PREFIX = 1e-2
 
 # A decoder's head is its own, and is there already.
 _CAUSAL_LM: dict[str, Any] = {"also_train": ()}
@@ -109,13 +112,15 @@ def default_learning_rate(method: Any, task: str = "classification") -> float:
     """A learning rate for AdamW: that of `docs/results.md`; for LoRA's other starts, half of it.
 
     DoRA's is LoRA's. The vectors of (IA)³ and VeRA are few numbers that each move a whole layer little, and both papers
-    train them with some ten times LoRA's rate. For language models LoRA's is that of its paper for GPT-2
+    train them with some ten times LoRA's rate. A prefix that is trained through its network diverges at 1e-3 (TREC). For language models LoRA's is that of its paper for GPT-2
     (arXiv:2106.09685, Table 11); the others keep the proportions.
     """
     name = method_name(method)
     if task == "causal-lm":
         return _RATES[name] / 5
     rate = _RATES[name]
+    if name == "prefix" and method.hidden is None:
+        return _DIRECT_PREFIX
     if name in ("lora", "dora"):
         targets = method.targets
         few = not isinstance(targets, str) and not callable(targets) and len(targets) <= 2

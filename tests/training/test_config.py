@@ -63,7 +63,8 @@ def test_yaml_numbers_without_a_point(tmp_path):
         ("top-layers", 1e-4),
         ("random-mask", 3e-3),
         ("adapter", 1e-3),
-        ("prefix", 3e-3),
+        ("prefix", 3e-4),
+        ({"name": "prefix", "hidden": None}, 1e-2),
         ("random-subspace", 1e-2),
     ],
 )
