@@ -112,8 +112,9 @@ def default_learning_rate(method: Any, task: str = "classification") -> float:
     """A learning rate for AdamW: that of `docs/results.md`; for LoRA's other starts, half of it.
 
     DoRA's is LoRA's. The vectors of (IA)³ and VeRA are few numbers that each move a whole layer little, and both papers
-    train them with some ten times LoRA's rate. A prefix that is trained through its network diverges at 1e-3 (TREC). For language models LoRA's is that of its paper for GPT-2
-    (arXiv:2106.09685, Table 11); the others keep the proportions.
+    train them with some ten times LoRA's rate. A prefix that is trained through its network has diverged at 1e-3
+    (TREC). For language models LoRA's is that of its paper for GPT-2 (arXiv:2106.09685, Table 11); the others keep the
+    proportions.
     """
     name = method_name(method)
     if task == "causal-lm":
