@@ -57,8 +57,9 @@ def permutation(seed: jax.typing.ArrayLike, size: int, *, stream: jax.typing.Arr
 def signs_and_normals(
     seed: jax.typing.ArrayLike, shape: Sequence[int], *, stream: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """A random sign and a standard normal number in each place, float32, from one word: its last bit, its first 24."""
+    """A random sign and a standard normal number in each place, float32, from one word: its last bit, its first 23."""
     words = random_bits(seed, shape, stream=stream)
     signs = 1 - 2 * (words & jnp.uint32(1)).astype(jnp.float32)
-    uniform = ((words >> jnp.uint32(8)).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23) - 1  # within (-1, 1)
+    # Within (-1, 1), exactly: with a bit more the half would be rounded, to 1 in the last place, whose normal is infinite.
+    uniform = ((words >> jnp.uint32(9)).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-22) - 1
     return signs, jnp.float32(math.sqrt(2)) * lax.erf_inv(uniform)

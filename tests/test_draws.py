@@ -52,6 +52,16 @@ def test_signs_and_normals() -> None:
     assert np.isfinite(normals).all()
 
 
+def test_every_word_gives_a_finite_normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One word in sixteen million is the largest, and a model has that many numbers."""
+    words = np.array([0, 2**9 - 1, 2**31 - 1, 2**31, 2**32 - 2**9, 2**32 - 1], np.uint32)
+    monkeypatch.setattr("lora_jax.draws.random_bits", lambda seed, shape, stream: jnp.asarray(words))
+    normals = np.asarray(signs_and_normals(0, words.shape, stream=0)[1])
+    assert np.isfinite(normals).all()
+    assert (np.diff(normals) >= 0).all()
+    np.testing.assert_allclose(normals, -normals[::-1], atol=1e-5)
+
+
 def test_seeds_follow_from_the_path() -> None:
     assert leaf_seed(0, "a") != leaf_seed(0, "b") != leaf_seed(1, "b")
     assert 0 <= leaf_seed(0, "a") < 2**32
