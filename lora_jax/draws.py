@@ -60,6 +60,6 @@ def signs_and_normals(
     """A random sign and a standard normal number in each place, float32, from one word: its last bit, its first 23."""
     words = random_bits(seed, shape, stream=stream)
     signs = 1 - 2 * (words & jnp.uint32(1)).astype(jnp.float32)
-    # Within (-1, 1), exactly: with a bit more the half would be rounded, to 1 in the last place, whose normal is infinite.
+    # Within (-1, 1): with a bit more, half a unit would be rounded away, and the largest word's normal be infinite.
     uniform = ((words >> jnp.uint32(9)).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-22) - 1
     return signs, jnp.float32(math.sqrt(2)) * lax.erf_inv(uniform)

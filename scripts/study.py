@@ -299,11 +299,13 @@ def main() -> None:
             run(arguments)
     if options.list:
         return
-    for name in ANALYSES if set(options.only) == set(EXPERIMENTS) and not options.page_only else ():
+    if set(options.only) != set(EXPERIMENTS):
+        return  # the page is of all of them
+    for name in ANALYSES:
         if not (options.output / "analyses" / name).exists():
             run(analyze(name, options.output))
-    if TEMPLATE.exists():
-        PAGE.write_text(page(options.output, options.data), encoding="utf-8")
+    PAGE.write_text(page(options.output, options.data), encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
