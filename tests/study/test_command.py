@@ -82,4 +82,4 @@ def test_without_data_the_shipped_messages(base, tmp_path):
         "test": 96,
     }
     assert prepared.settings.is_demonstration
-    assert (prepared.config.epochs, prepared.config.batch_size) == (10, 16)
+    assert (prepared.config.epochs, prepared.config.batch_size) == (5, 16)
