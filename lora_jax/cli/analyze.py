@@ -114,4 +114,4 @@ def _show(study: AdapterStudy) -> None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return "from zero" if share == float("inf") else f"{100 * share:.3g} %"
