@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lora_jax.training import TrainConfig, train
 from tests.tiny_bert import write_tiny_bert
@@ -37,15 +38,20 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _compile_each_program_once(tmp_path_factory):
-    """Runs of equal shapes share their compiled programs: compiling is most of a test's time."""
+    """Runs of equal shapes share their compiled programs: compiling is most of a test's time.
+
+    Of this folder alone: JAX has crashed while it wrote another test's program.
+    """
     before = {name: getattr(jax.config, name) for name in CACHE}
     for name, value in {**CACHE, "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX looks for its cache once
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
