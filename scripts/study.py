@@ -111,10 +111,15 @@ EXPERIMENTS = {
     "trec-dimension": Experiment("trec", ("--preset", "intrinsic-dimension", "--rate-factors", "1")),
     "trec-budgets": Experiment("trec", ("--grid", str(GRIDS / "budgets.yaml"))),
     **{
-        f"{data}-methods": Experiment(data, ("--grid", str(GRIDS / "methods.yaml")))
-        for data in ("sst2", "rte", "stsb", "banking77")
+        f"{data}-methods": Experiment(data, ("--grid", str(GRIDS / f"{grid}.yaml")))
+        for data, grid in (
+            ("sst2", "methods"),
+            ("banking77", "methods"),
+            ("cola", "methods_lower"),
+            ("stsb", "methods_lower"),
+            ("rte", "methods_lower"),
+        )
     },
-    "cola-methods": Experiment("cola", ("--grid", str(GRIDS / "methods_lower.yaml"))),
     "banking77-rows": Experiment("banking77", ("--preset", "low-data", *_HIGHER)),
 }
 
