@@ -34,6 +34,7 @@ from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
 _STAGING = ".saving-"
+_DEEPEST = 50
 _LARGEST = float(np.finfo(np.float32).max)
 FORMAT, VERSION = "lora_jax adapter", 1
 
@@ -331,6 +332,8 @@ def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
 def _no_base(path: str, leaves: Mapping[str, Any], folder: Path) -> None:
     if path in leaves:
         raise AdapterError(f"{folder} inserts `{path}`, and the base has a leaf there: load the base it was trained on")
+    if path.count("/") > _DEEPEST:  # no model's; and to insert it takes a call a level
+        raise AdapterError(f"{folder} inserts an array {path.count('/')} levels deep, at `{path:.80}`…")
 
 
 def _with_inserted(params: Any, nodes: Mapping[str, AdaptedWeight], folder: Path) -> Any:

@@ -67,10 +67,6 @@ class InsertedArray(Insertion):
         return None if len(shape) == len(self.axes) else f"`value` has the shape {shape}, with axes {self.axes!r}"
 
 
-def inserted_array(value: jax.Array, axes: str) -> InsertedArray:
-    return InsertedArray(None, value, axes=axes)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InsertingMethod(Method, abstract=True):
     """Base of the methods that insert arrays, which a function has to know of: those of `lora_jax.models` do."""

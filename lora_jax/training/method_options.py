@@ -117,11 +117,9 @@ def default_learning_rate(method: Any, task: str = "classification") -> float:
     proportions.
     """
     name = method_name(method)
+    rate = _DIRECT_PREFIX if name == "prefix" and method.hidden is None else _RATES[name]
     if task == "causal-lm":
-        return _RATES[name] / 5
-    rate = _RATES[name]
-    if name == "prefix" and method.hidden is None:
-        return _DIRECT_PREFIX
+        return rate / 5
     if name in ("lora", "dora"):
         targets = method.targets
         few = not isinstance(targets, str) and not callable(targets) and len(targets) <= 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.files import read_safetensors, sha256_file, write_safetensors
 from lora_jax.models.stacking import stack_layers, unstack_layers
 from lora_jax.paths import leaves_by_path
 from lora_jax.weights import is_adapted
@@ -316,6 +318,31 @@ def test_folders_for_others_are_refused(method: lj.Method, folder: Any, tmp_path
         lj.interop.export_peft(tmp_path / "peft", tree, method, names=model.names)
     with pytest.raises(ValueError, match="which the base hasn't and transformers doesn't know"):
         lj.models.save_pretrained(tmp_path / "whole", model, lj.merge_params(tree), source=folder / "bert")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("encoder/layers/0/mlp/down/kernel", "and the base has a leaf there"),
+        ("encoder/layers/0/mlp/down/kernel/deeper", "doesn't fit this base: .*nested dicts are expected"),
+        ("a/" * 5000 + "a", "inserts an array 5000 levels deep"),
+    ],
+)
+def test_a_file_that_inserts_elsewhere_is_refused(place: str, message: str, folder: Any, tmp_path: Any) -> None:
+    """A description is a claim: it may have been edited."""
+    model, method = encoder("bert", folder / "bert"), METHODS["direct prefix"]
+    path = lj.save_adapter(tmp_path, trained(model.params, method), method)
+    first = next(name for name in json.loads((path / "lora_jax_adapter.json").read_text())["adapted"])
+    tensors = read_safetensors(path / "adapter.safetensors")
+    write_safetensors(
+        path / "adapter.safetensors",
+        {name.replace(first, place): np.array(array) for name, array in tensors.items()},
+    )
+    description = (path / "lora_jax_adapter.json").read_text().replace(first, place)
+    description = json.loads(description) | {"sha256": sha256_file(path / "adapter.safetensors")}
+    (path / "lora_jax_adapter.json").write_text(json.dumps(description))
+    with pytest.raises(lj.AdapterError, match=message):
+        lj.load_adapter(path, model.params)
 
 
 @every_method

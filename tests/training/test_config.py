@@ -73,6 +73,11 @@ def test_learning_rate_follows_the_method(method, rate):
     assert config(method=method, lr=0.5).lr == 0.5
 
 
+def test_a_direct_prefix_keeps_its_proportion_for_language_models():
+    rate = config(method={"name": "prefix", "hidden": None}, task="causal-lm", base="somewhere").lr
+    assert rate == pytest.approx(1e-2 / 5)
+
+
 def test_default_method():
     assert config().method == lj.LoRA(rank=8, alpha=16, targets="all-linear", also_train=("classifier",))
     assert make_method("full") == lj.FullFineTune(also_train=("classifier",))
