@@ -3,9 +3,10 @@
     scripts/study.py --data ../shared/data                       # all of it, hours on two cores; resumable run by run
     scripts/study.py --only trec-methods --seeds 0               # one experiment
     scripts/study.py --list                                      # the experiments and their commands
-    scripts/study.py --page-only                                 # the page again, from the finished runs
+    scripts/study.py --page-only                                 # the page again, from what is kept
 
-Each experiment is one `lora-jax compare` command, the analyses are `lora-jax analyze`; the page lists them.
+Each experiment is one `lora-jax compare` command, the analyses are `lora-jax analyze`; the page lists them. What they
+found is kept in `docs/study`: an experiment's rows, with which it goes on in a new clone, its summary and its figures.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "scripts" / "study_page.md"
 PAGE = ROOT / "docs" / "study.md"
-FIGURES = ROOT / "docs" / "study"
-# Rates that dev chose for each method on TREC.
+KEPT = ROOT / "docs" / "study"
 GRIDS = Path("scripts") / "study_grids"
+ROWS, DESCRIPTION = "results.jsonl", "comparison.json"
+FIGURE = re.compile(r"<!-- FIGURE (?P<experiment>[\w-]+)/(?P<name>\w+): (?P<title>.+?) -->")
 
 
 class Data(NamedTuple):
@@ -71,7 +73,7 @@ DATA = {
         ("--train", "glue_cola/train.tsv", "--test", "glue_cola/dev.tsv"),
         (
             *("--text", "sentence", "--metric", "matthews"),
-            *("--steps", "500", "--eval-every", "125", "--max-length", "48"),
+            *("--steps", "1000", "--eval-every", "250", "--max-length", "48"),
         ),
     ),
     "rte": Data(
@@ -80,7 +82,7 @@ DATA = {
         ("--train", "glue_rte/train.tsv", "--test", "glue_rte/dev.tsv"),
         (
             *("--text", "sentence1", "--text-pair", "sentence2"),
-            *("--steps", "150", "--eval-every", "75", "--max-length", "96"),
+            *("--steps", "200", "--batch-size", "16", "--eval-every", "100", "--max-length", "96"),
         ),
     ),
     "stsb": Data(
@@ -89,7 +91,7 @@ DATA = {
         ("--train", "glue_stsb/train.tsv", "--dev", "glue_stsb/dev.tsv", "--test", "glue_stsb/test.tsv"),
         (
             *("--text", "sentence1", "--text-pair", "sentence2", "--label", "score", "--task", "regression"),
-            *("--steps", "150", "--eval-every", "75", "--max-length", "64"),
+            *("--steps", "600", "--batch-size", "16", "--eval-every", "200", "--max-length", "64"),
         ),
     ),
     "banking77": Data(
@@ -108,7 +110,7 @@ EXPERIMENTS = {
     "trec-targets": Experiment("trec", ("--preset", "paper-lora-targets", *_HIGHER)),
     "trec-terms": Experiment("trec", ("--preset", "paper-bitfit-terms", *_BOTH)),
     "trec-rank": Experiment("trec", ("--preset", "paper-lora-rank", *_HIGHER)),
-    "trec-dimension": Experiment("trec", ("--preset", "intrinsic-dimension", "--rate-factors", "1")),
+    "trec-dimension": Experiment("trec", ("--preset", "intrinsic-dimension", "--grid", str(GRIDS / "dimension.yaml"))),
     "trec-budgets": Experiment("trec", ("--grid", str(GRIDS / "budgets.yaml"))),
     **{
         f"{data}-methods": Experiment(data, ("--grid", str(GRIDS / f"{grid}.yaml")))
@@ -120,7 +122,7 @@ EXPERIMENTS = {
             ("rte", "methods_lower"),
         )
     },
-    "banking77-rows": Experiment("banking77", ("--preset", "low-data", *_HIGHER)),
+    "banking77-rows": Experiment("banking77", ("--preset", "low-data", "--grid", str(GRIDS / "rows.yaml"))),
 }
 
 
@@ -130,6 +132,7 @@ ANALYSES = {
     "ranks": [("trec-rank", "LoRA, q,v, r=8", 0), ("trec-rank", "LoRA, q,v, r=64", 0)],
     "seeds": [("trec-targets", "LoRA, q,v, r=4", 0), ("trec-targets", "LoRA, q,v, r=4", 1)],
 }
+ANALYSIS_FILES = ("biases.csv", "biases.svg", "similarity.csv")
 
 
 def command(name: str, data: str, output: Path, seeds: tuple[int, ...] | None = None) -> list[str]:
@@ -157,17 +160,47 @@ def analyze(name: str, folder: Path) -> list[str]:
 
 def adapter(folder: Path, experiment: str, label: str, seed: int) -> Path:
     """The folder of a candidate's adapter at the rate that was chosen for it."""
-    rates = {row["method"]: float(row["learning_rate"]) for row in summary(folder, experiment)}
+    rates = {row["method"]: float(row["learning_rate"]) for row in summary(experiment)}
     for line in (folder / experiment / "results.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if (row["candidate"], row["rate"], row["seed"]) == (label, rates[label], seed):
-            return folder / experiment / "runs" / row["id"] / "adapter"
-    raise SystemExit(f"{experiment} has no run of {label!r} with seed {seed} yet")
+            found = folder / experiment / "runs" / row["id"] / "adapter"
+            if found.is_dir():
+                return found
+    raise SystemExit(f"{folder / experiment} has no adapter of {label!r} with seed {seed}: run it there")
 
 
-def summary(folder: Path, experiment: str) -> list[dict[str, str]]:
+def restore(experiment: str, folder: Path) -> None:
+    """Puts the kept rows where the comparison goes on with them, unless it has rows there."""
+    target = folder / experiment
+    if not (target / ROWS).exists() and (KEPT / experiment / ROWS).exists():
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (ROWS, DESCRIPTION):
+            shutil.copyfile(KEPT / experiment / name, target / name)
+
+
+def keep(experiment: str, folder: Path) -> None:
+    """Copies what an experiment found, and the figures that the page shows of it, into `docs/study`."""
+    target = KEPT / experiment
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (ROWS, DESCRIPTION, "tables/summary.csv"):
+        shutil.copyfile(folder / experiment / name, target / Path(name).name)
+    for match in FIGURE.finditer(TEMPLATE.read_text(encoding="utf-8")):
+        if match["experiment"] == experiment:
+            name = f"{match['name']}.svg"
+            shutil.copyfile(folder / experiment / "figures" / name, target / name)
+
+
+def keep_analysis(name: str, folder: Path) -> None:
+    for file in (folder / "analyses" / name).iterdir():
+        if file.name in ANALYSIS_FILES:
+            (KEPT / name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, KEPT / name / file.name)
+
+
+def summary(experiment: str) -> list[dict[str, str]]:
     """One row a candidate; empty before the experiment has run."""
-    path = folder / experiment / "tables" / "summary.csv"
+    path = KEPT / experiment / "summary.csv"
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -188,9 +221,9 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def quality(folder: Path, experiment: str) -> str:
+def quality(experiment: str) -> str:
     about = DATA[EXPERIMENTS[experiment].data]
-    rows = sorted(summary(folder, experiment), key=lambda row: -float(row["test_mean"]))
+    rows = sorted(summary(experiment), key=lambda row: -float(row["test_mean"]))
     return table(
         ("method", f"{about.title}: {about.metric} × 100", "seeds", "trained", "% of all", "learning rate"),
         [
@@ -207,9 +240,9 @@ def quality(folder: Path, experiment: str) -> str:
     )
 
 
-def tasks(folder: Path) -> str:
+def tasks() -> str:
     """Every method on every data set, and the mean over those that all have run on."""
-    found = {data: {row["method"]: row for row in summary(folder, f"{data}-methods")} for data in DATA}
+    found = {data: {row["method"]: row for row in summary(f"{data}-methods")} for data in DATA}
     found = {data: rows for data, rows in found.items() if rows}
     methods = list(dict.fromkeys(method for rows in found.values() for method in rows))
     lines = []
@@ -225,10 +258,10 @@ def tasks(folder: Path) -> str:
     return table(("method", *titles, "mean"), [line for _, line in lines])
 
 
-def biases(folder: Path) -> str:
+def biases() -> str:
     """The mean change of each term over the layers."""
     values: dict[str, list[float]] = {}
-    with (folder / "analyses" / "biases" / "biases.csv").open(encoding="utf-8", newline="") as file:
+    with (KEPT / "biases" / "biases.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["layer"]:
                 values.setdefault(row["term"], []).append(float(row["change"]))
@@ -236,11 +269,11 @@ def biases(folder: Path) -> str:
     return table(("bias", "mean change over the layers"), [(term, f"{mean:.5f}") for mean, term in means])
 
 
-def similarity(folder: Path) -> str:
+def similarity() -> str:
     """Of two pairs of adapters, the subspaces' overlap at some `i, j`, as the mean over the weights."""
     lines = []
     for name, label in (("ranks", "r = 8 and r = 64"), ("seeds", "r = 4, seeds 0 and 1")):
-        path = folder / "analyses" / name / "similarity.csv"
+        path = KEPT / name / "similarity.csv"
         if not path.exists():
             continue
         cells: dict[tuple[int, int], list[float]] = {}
@@ -260,29 +293,22 @@ def latency() -> str:
     return "\n".join(line for line in section.splitlines() if line.startswith("|"))
 
 
-def page(folder: Path, data: str) -> str:
-    """The template, with tables and scores of the finished runs, and figures put beside it."""
+def page(data: str) -> str:
+    """The template, with the tables, scores and figures that are kept."""
     text = TEMPLATE.read_text(encoding="utf-8")
-    FIGURES.mkdir(exist_ok=True)
-
-    def figure(match: re.Match[str]) -> str:
-        experiment, name = match["source"].rsplit("/", 1)
-        source = folder / experiment / ("" if experiment.startswith("analyses") else "figures") / f"{name}.svg"
-        target = FIGURES / f"{experiment.replace('analyses/', '')}-{name}.svg"
-        shutil.copyfile(source, target)
-        return f"![{match['title']}](study/{target.name})"
 
     def score(match: re.Match[str]) -> str:
-        rows = {row["method"]: row for row in summary(folder, match["experiment"])}
+        rows = {row["method"]: row for row in summary(match["experiment"])}
         return spread(rows[match["label"]])
 
-    text = re.sub(r"<!-- FIGURE (?P<source>\S+): (?P<title>.+?) -->", figure, text)
-    text = re.sub(r"<!-- QUALITY (\S+) -->", lambda match: quality(folder, match[1]), text)
+    text = FIGURE.sub(r"![\g<title>](study/\g<experiment>/\g<name>.svg)", text)
+    text = re.sub(r"<!-- QUALITY (\S+) -->", lambda match: quality(match[1]), text)
     text = re.sub(r"\{\{(?P<experiment>[\w-]+): (?P<label>[^}]+)\}\}", score, text)
-    text = text.replace("<!-- LATENCY -->", latency())
-    for mark, make in (("TASKS", tasks), ("BIASES", biases), ("SIMILARITY", similarity)):
-        text = text.replace(f"<!-- {mark} -->", make(folder)) if f"<!-- {mark} -->" in text else text
-    commands = [shlex.join(command(name, data, Path("runs/study"))) for name in EXPERIMENTS if summary(folder, name)]
+    commands = [shlex.join(command(name, data, Path("runs/study"))) for name in EXPERIMENTS if summary(name)]
+    tables = {"TASKS": tasks, "BIASES": biases, "SIMILARITY": similarity, "LATENCY": latency}
+    for mark, make in tables.items():
+        if f"<!-- {mark} -->" in text:
+            text = text.replace(f"<!-- {mark} -->", make())
     return text.replace("<!-- COMMANDS -->", "```bash\n" + "\n".join(commands) + "\n```")
 
 
@@ -292,6 +318,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, help="in place of each experiment's own")
+    parser.add_argument("--minutes", type=float, metavar="M", help="of each experiment: its runs that don't fit wait")
     parser.add_argument("--list", action="store_true", help="show the experiments and stop")
     parser.add_argument("--page-only", action="store_true", help="write the page from the finished runs")
     options = parser.parse_args()
@@ -301,15 +328,17 @@ def main() -> None:
         if options.list:
             print(f"{name}: {shlex.join(arguments)}")
         elif not options.page_only:
-            run(arguments)
+            restore(name, options.output)
+            run([*arguments, "--minutes", f"{options.minutes:g}"] if options.minutes is not None else arguments)
+            keep(name, options.output)
     if options.list:
         return
-    if set(options.only) != set(EXPERIMENTS):
-        return  # the page is of all of them
-    for name in ANALYSES:
-        if not (options.output / "analyses" / name).exists():
-            run(analyze(name, options.output))
-    PAGE.write_text(page(options.output, options.data), encoding="utf-8")
+    if not options.page_only:
+        for name, runs in ANALYSES.items():
+            if {experiment for experiment, _, _ in runs} & set(options.only):
+                run(analyze(name, options.output))
+                keep_analysis(name, options.output)
+    PAGE.write_text(page(options.data), encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")
 
 

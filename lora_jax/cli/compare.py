@@ -27,10 +27,12 @@ examples:
   lora-jax compare --train train.tsv --methods bitfit lora --ranks 1 8 64 --seeds 0 1 --output study
   lora-jax compare --train train.tsv --grid grid.yaml --output study
   lora-jax compare --train train.tsv --test test.tsv --preset paper-lora-rank --output study
+  lora-jax compare --train train.tsv --test test.tsv --preset low-data --grid rows.yaml --output study
 
-a grid file:
+a grid file (x and train_rows: where an entry is on the preset's axis, and how many rows it learns from):
   - {name: bitfit}
   - {name: lora, rank: 4, targets: [query, value], lr: [5e-4, 2e-3], label: "LoRA, small", series: LoRA}
+  - {name: full, label: "full, 100 rows", series: full fine-tuning, train_rows: 100}
 
 in the output folder:
   report.html      the whole of it, one file; report.md the same
@@ -63,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     grid.add_argument(
         "--rate-factors", nargs="+", type=float, metavar="F", help="of each method's default rate (default: 1 0.33 3)"
     )
-    grid.add_argument("--grid", metavar="FILE", help="YAML with a list of methods and their options")
+    grid.add_argument(
+        "--grid",
+        metavar="FILE",
+        help="YAML with a list of methods and their options; with --preset, in place of its candidates",
+    )
     grid.add_argument(
         "--preset",
         choices=PRESETS,
@@ -109,13 +115,12 @@ def _settings(own: dict[str, Any], options: dict[str, Any]) -> Comparison:
     from lora_jax.study.candidates import RATE_FACTORS
     from lora_jax.training.errors import ConfigError
 
-    chosen = [name for name in ("grid", "preset") if own[name] is not None]
+    chosen = next((name for name in ("grid", "preset") if own[name] is not None), None)
     adjusted = [name for name in ("methods", "ranks") if own[name] is not None]
     if own["grid"] is not None and own["rate_factors"] is not None:
         raise ConfigError("`grid` and `rate_factors` each say which rates are tried: put `lr` into the grid's entries.")
-    if len(chosen) + bool(adjusted) > 1:
-        first, second = [*chosen, *adjusted][:2]
-        raise ConfigError(f"`{first}` and `{second}` each say what is compared: give one of them.")
+    if chosen and adjusted:
+        raise ConfigError(f"`{chosen}` and `{adjusted[0]}` each say what is compared: give one of them.")
     candidates = None
     if own["grid"] is not None:
         candidates = read_grid(own["grid"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ GRID: tuple[Mapping[str, Any], ...] = (
 # of PEFT, is the same for every rank.
 _ACROSS_RANKS: Mapping[str, Mapping[str, Any]] = {"lora": {"init": "kaiming"}, "dora": {"init": "kaiming"}}
 RATE_FACTORS = (1.0, 1 / 3, 3.0)
+_ENTRY = ("label", "series", "lr", "x", "train_rows")  # of a grid file's entry, beside the method's options
 TITLES = {
     "frozen": "head only",
     "bitfit": "BitFit",
@@ -171,7 +173,10 @@ def default_candidates(
 
 
 def read_grid(path: str | Path) -> tuple[Candidate, ...]:
-    """Candidates from YAML: a list of method options, each with `label`, `series` and `lr`, one or several, if wanted.
+    """Candidates from YAML: a list of method options, each with some of an entry's own.
+
+    These are `label`, `series`, `x` and `train_rows`, as `Candidate` has them, and `lr`, one rate or several. `x` is a
+    place on the axis of the preset that the grid stands in for; of an entry with `train_rows` it is these, unless said.
 
     Raises:
         ConfigError: what isn't such a list; an unknown method or option; an entry is named by its number.
@@ -187,14 +192,21 @@ def read_grid(path: str | Path) -> tuple[Candidate, ...]:
     candidates = []
     for number, entry in enumerate(entries, start=1):
         options = dict(entry)
-        label, series, rates = (options.pop(name, None) for name in ("label", "series", "lr"))
+        label, series, rates, x, rows = (options.pop(name, None) for name in _ENTRY)
         try:
             for name, text in (("label", label), ("series", series)):
                 if text is not None and not isinstance(text, str):
                     raise ConfigError(f"`{name}` is {text!r}, and a text is expected.")
-            rates = None if rates is None else [_rate(rate) for rate in (rates if isinstance(rates, list) else [rates])]
+            if rows is not None and (type(rows) is not int or rows < 1):
+                raise ConfigError(f"`train_rows` is {rows!r}, and a whole number of at least 1 is expected.")
+            x = rows if x is None else _number("x", x)
+            if x is not None and (type(x) not in (int, float) or not 0 < x < math.inf):
+                raise ConfigError(f"`x` is {x!r}, and a number above 0 is expected: the axis is logarithmic.")
+            if rates is not None:
+                rates = [_number("lr", rate) for rate in (rates if isinstance(rates, list) else [rates])]
             mark = f"r={options['rank']}" if "rank" in options else ""
-            candidates.append(make_candidate(options, label=label, rates=rates, series=series, mark=mark))
+            own = {"label": label, "rates": rates, "series": series, "mark": mark, "train_rows": rows}
+            candidates.append(make_candidate(options, x=None if x is None else float(x), **own))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"`grid` {path}, entry {number}: {error}") from error
     return tuple(candidates)
@@ -220,12 +232,12 @@ def _of_name(name: str) -> list[Mapping[str, Any]]:
     return [options for options in GRID if options["name"] == name] or [{"name": name, **DEFAULTS[name]}]
 
 
-def _rate(value: Any) -> Any:
+def _number(name: str, value: Any) -> Any:
     # YAML reads `1e-3`, without a point, as a text.
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
-        raise ConfigError(f"`lr` is {value!r}, and a number is expected.") from None
+        raise ConfigError(f"`{name}` is {value!r}, and a number is expected.") from None
 
 
 def _names(value: Any) -> str:

@@ -34,7 +34,8 @@ class Comparison:
         options: of all runs, as `TrainConfig` has them, without method, lr, seed and output. Without `train` the
             shipped messages are used, a demonstration.
         candidates: what is compared; `None` for the preset's or the default grid.
-        preset: a name in `presets.PRESETS`, which brings candidates, an axis and published figures.
+        preset: a name in `presets.PRESETS`, which brings candidates, an axis and published figures. With `candidates`
+            too, these stand in for its own.
         rate_factors: of the default rate of each of a preset's candidates, those to try; `None` for the usual ones.
         seeds: of head, factors, order and dropout. Rates are chosen with the first.
         train_rows: of the training rows, so many are drawn; `None` for all.

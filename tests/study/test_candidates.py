@@ -59,6 +59,17 @@ def test_a_grid_file(tmp_path):
     bitfit, lora = read_grid(path)
     assert (bitfit.label, bitfit.rates) == ("BitFit", (1e-3,))
     assert (lora.label, lora.rates, lora.method["rank"]) == ("mine", (1e-3, 2e-3), 3)
+    assert (lora.x, lora.train_rows) == (None, None)
+
+
+def test_entries_of_a_grid_file_have_places_on_an_axis(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "- {name: bitfit, train_rows: 40, label: few}\n- {name: bitfit, x: 1e3}\n"
+        "- {name: bitfit, x: 60, train_rows: 50, label: some}\n"
+    )
+    places = [(candidate.x, candidate.train_rows) for candidate in read_grid(path)]
+    assert places == [(40.0, 40), (1000.0, None), (60.0, 50)]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,9 @@ def test_a_grid_file(tmp_path):
         ("- {name: bitfit, lr: high}", "entry 1: `lr` is 'high', and a number is expected"),
         ("- {name: bitfit, lr: -1.0}", "entry 1: `lr` of 'BitFit' has -1.0, and a number above 0"),
         ("- {name: bitfit, lr: []}", "entry 1: `lr` of 'BitFit' is empty"),
+        ("- {name: bitfit, x: few}", "entry 1: `x` is 'few', and a number is expected"),
+        ("- {name: bitfit, x: 0}", "entry 1: `x` is 0, and a number above 0 is expected"),
+        ("- {name: bitfit, train_rows: 2.5}", "entry 1: `train_rows` is 2.5, and a whole number"),
         ("- {name: bitfit, label: 3}", "entry 1: `label` is 3, and a text is expected"),
         ("- {name: bitfit, series: [a]}", r"entry 1: `series` is \['a'\], and a text is expected"),
     ],

@@ -58,7 +58,7 @@ def test_the_plan_runs_nothing(flags, tmp_path, capsys):
     [
         (["--methods", "lorra"], "`methods` has 'lorra'"),
         (["--grid", "none.yaml"], "`grid` none.yaml doesn't exist"),
-        (["--grid", "g.yaml", "--preset", "low-data"], "`grid` and `preset` each say what is compared"),
+        (["--grid", "g.yaml", "--methods", "lora"], "`grid` and `methods` each say what is compared"),
         (["--preset", "low-data", "--ranks", "2"], "`preset` and `ranks` each say what is compared"),
         (["--grid", "g.yaml", "--rate-factors", "1"], "`grid` and `rate_factors` each say which rates are tried"),
         (["--minutes", "-1"], "`minutes` is -1.0"),

@@ -164,3 +164,18 @@ def test_every_preset_has_its_figures(outcome, name):
     assert ("axis" in charts) == (PRESETS[name].axis is not None)
     for chart in charts.values():
         chart.figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_candidates_of_ones_own_stand_in_for_a_presets(outcome, name):
+    settings = dataclasses.replace(outcome.prepared.settings, preset=name)
+    placed = [
+        s._replace(candidate=dataclasses.replace(s.candidate, x=float(place + 1)))
+        for place, s in enumerate(outcome.summaries)
+    ]
+    own = outcome._replace(prepared=outcome.prepared._replace(settings=settings), summaries=placed)
+    for chart in make_charts(own):
+        chart.figure.draw_without_rendering()
+    assert {"order", "paper"} & {table.name for table in make_tables(own)} == (
+        ({"order"} if PRESETS[name].order else set()) | ({"paper"} if PRESETS[name].published else set())
+    )
