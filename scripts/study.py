@@ -73,7 +73,7 @@ DATA = {
         ("--train", "glue_cola/train.tsv", "--test", "glue_cola/dev.tsv"),
         (
             *("--text", "sentence", "--metric", "matthews"),
-            *("--steps", "1000", "--eval-every", "250", "--max-length", "48"),
+            *("--steps", "300", "--eval-every", "100", "--max-length", "48"),
         ),
     ),
     "rte": Data(
@@ -119,7 +119,7 @@ EXPERIMENTS = {
             ("banking77", "methods"),
             ("cola", "methods_lower"),
             ("stsb", "methods_lower"),
-            ("rte", "methods_lower"),
+            ("rte", "methods_few"),
         )
     },
     "banking77-rows": Experiment("banking77", ("--preset", "low-data", "--grid", str(GRIDS / "rows.yaml"))),
@@ -132,7 +132,6 @@ ANALYSES = {
     "ranks": [("trec-rank", "LoRA, q,v, r=8", 0), ("trec-rank", "LoRA, q,v, r=64", 0)],
     "seeds": [("trec-targets", "LoRA, q,v, r=4", 0), ("trec-targets", "LoRA, q,v, r=4", 1)],
 }
-ANALYSIS_FILES = ("biases.csv", "biases.svg", "similarity.csv")
 
 
 def command(name: str, data: str, output: Path, seeds: tuple[int, ...] | None = None) -> list[str]:
@@ -192,10 +191,18 @@ def keep(experiment: str, folder: Path) -> None:
 
 
 def keep_analysis(name: str, folder: Path) -> None:
-    for file in (folder / "analyses" / name).iterdir():
-        if file.name in ANALYSIS_FILES:
-            (KEPT / name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, KEPT / name / file.name)
+    """Copies the files that the page has something of; of the thousands of `φ(i, j)`, those that it shows."""
+    source, target = folder / "analyses" / name, KEPT / name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("biases.csv", "biases.svg"):
+        if (source / file).exists():
+            shutil.copyfile(source / file, target / file)
+    if (source / "similarity.csv").exists():
+        heading, *lines = (source / "similarity.csv").read_text(encoding="utf-8").splitlines()
+        places = {line: tuple(map(int, line.rsplit(",", 3)[1:3])) for line in lines}
+        last = max(places.values())
+        shown = [line for line, place in places.items() if place in ((1, 1), (1, last[1]), last)]
+        (target / "similarity.csv").write_text("\n".join([heading, *shown, ""]), encoding="utf-8")
 
 
 def summary(experiment: str) -> list[dict[str, str]]:
@@ -280,9 +287,7 @@ def similarity() -> str:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 cells.setdefault((int(row["i"]), int(row["j"])), []).append(float(row["phi"]))
-        last = max(cells)
-        for place in dict.fromkeys(((1, 1), (1, last[1]), last)):
-            lines.append((label, f"{place[0]}, {place[1]}", f"{statistics.mean(cells[place]):.3f}"))
+        lines += [(label, f"{i}, {j}", f"{statistics.mean(values):.3f}") for (i, j), values in sorted(cells.items())]
     return table(("adapters", "i, j", "φ(i, j)"), lines)
 
 

@@ -65,7 +65,9 @@ def test_yaml_numbers_without_a_point(tmp_path):
         ("adapter", 1e-3),
         ("prefix", 3e-4),
         ({"name": "prefix", "hidden": None}, 1e-2),
-        ("random-subspace", 1e-2),
+        ({"name": "random-subspace", "dimension": 10}, 0.1),
+        ({"name": "random-subspace", "dimension": 1000}, 0.095),
+        ({"name": "random-subspace", "dimension": 10_000}, 0.03),
     ],
 )
 def test_learning_rate_follows_the_method(method, rate):
