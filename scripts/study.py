@@ -116,7 +116,7 @@ EXPERIMENTS = {
         f"{data}-methods": Experiment(data, ("--grid", str(GRIDS / f"{grid}.yaml")))
         for data, grid in (
             ("sst2", "methods"),
-            ("banking77", "methods"),
+            ("banking77", "methods_lower"),
             ("cola", "methods_lower"),
             ("stsb", "methods_lower"),
             ("rte", "methods_few"),
