@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="in place of each experiment's own")
     parser.add_argument("--minutes", type=float, metavar="M", help="of each experiment: its runs that don't fit wait")
     parser.add_argument("--list", action="store_true", help="show the experiments and stop")
-    parser.add_argument("--page-only", action="store_true", help="write the page from the finished runs")
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is kept")
     options = parser.parse_args()
     seeds = tuple(options.seeds) if options.seeds else None
     for name in options.only:
