@@ -22,7 +22,8 @@ ALL, QV = "LoRA all linear, r=8", "LoRA q, v, r=8"
 INTRODUCTION = """\
 # Benchmarks
 
-Every figure here comes from a script in `scripts/bench`; `scripts/bench/run` runs them all and writes this page.
+Every figure here comes from a script in `scripts/bench`; `scripts/bench/run` runs them all and writes this page from
+what they leave in `docs/benchmarks`.
 Candidates of a comparison take turns in one run, each once a round; a ratio is the median of the rounds' ratios, with
 the quartiles in brackets. A section has the date and the commit of its own run, with `-dirty` where files had changed
 since. What was found while making things fast, and what did not help, is in [performance.md](performance.md)."""
@@ -259,20 +260,25 @@ def about(content: dict[str, Any]) -> str:
     return f"{content['date']}, commit {content['commit']}, {place}, Python {content['python']}, {versions}"
 
 
+def page(contents: dict[str, dict[str, Any]]) -> str:
+    lines = [INTRODUCTION, "", *targets(contents), ""]
+    for name in ORDER:
+        if name in contents:
+            lines += section(contents[name])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each benchmark left there, by its name."""
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON (default: runs/bench)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON (default: docs/benchmarks)")
     parser.add_argument("--page", type=Path, default=PAGE, help="file to write (default: docs/benchmarks.md)")
     options = parser.parse_args()
-    found = {path.stem: json.loads(path.read_text()) for path in options.results.glob("*.json")}
-    # Toy sizes are for the tests of this page, in a folder of their own.
-    contents = {
-        name: found[name] for name in ORDER if name in found and not (options.page == PAGE and found[name]["quick"])
-    }
-    lines = [INTRODUCTION, "", *targets(contents), ""]
-    for content in contents.values():
-        lines += section(content)
-    options.page.write_text("\n".join(lines).rstrip() + "\n")
+    options.page.write_text(page(read(options.results)))
     print(f"written: {options.page}")
 
 

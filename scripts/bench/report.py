@@ -18,7 +18,8 @@ from timing import Ratio
 from lora_jax.host_memory import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ROOT / "runs" / "bench"
+RESULTS = ROOT / "docs" / "benchmarks"
+QUICK_RESULTS = ROOT / "runs" / "bench-quick"
 PACKAGES = ("jax", "flax", "optax", "lora_jax", "torch", "transformers", "peft", "qwix")
 
 
@@ -34,7 +35,9 @@ class Report:
         self.name, self.about = name, (about or "").strip()
         parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--quick", action="store_true", help="toy sizes and one round: does it run?")
-        parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON (default: runs/bench)")
+        parser.add_argument(
+            "--output", type=Path, help="folder of the JSON (default: docs/benchmarks, or runs/bench-quick)"
+        )
         self.options = parser.parse_args()
         keep_freed_memory()  # as `lora-jax` does; for every candidate in the process
 
@@ -49,9 +52,10 @@ class Report:
         print("  ".join(f"{key} {shown(value)}" for key, value in row.items()), flush=True)
 
     def write(self, rows: list[dict[str, Any]], **about: Any) -> None:
-        self.options.output.mkdir(parents=True, exist_ok=True)
+        folder = self.options.output or (QUICK_RESULTS if self.quick else RESULTS)
+        folder.mkdir(parents=True, exist_ok=True)
         content = {"name": self.name, "about": self.about, "quick": self.quick, **machine(), **about, "rows": rows}
-        path = self.options.output / f"{self.name}.json"
+        path = folder / f"{self.name}.json"
         path.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=_plain) + "\n")
 
 
@@ -69,7 +73,6 @@ def shown(value: Any) -> str:
 
 def machine() -> dict[str, Any]:
     """Where and on what a benchmark ran."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     versions = {}
     for package in PACKAGES:
         try:
@@ -85,9 +88,19 @@ def machine() -> dict[str, Any]:
         },
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    """The code's: what the benchmarks before this one wrote into the documents doesn't make it dirty."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def _processor() -> str:

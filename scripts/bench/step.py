@@ -30,16 +30,17 @@ def cases(quick: bool) -> dict[str, tuple[Callable[[], workloads.Workload], tupl
     some = ("full", "frozen chain", "LoRA q, v, r=8", "LoRA all linear, r=8")
     base = {"width": 768, "layers": 4, "heads": 12}
     short: dict[str, Any] = {"batch": 1}
+    layers: dict[str, Any] = {"width": 384, "layers": 6, "heads": 12}
     return {
         "MiniLM with embeddings, 32 × 64 tokens": (workloads.minilm, None, 15),
         "MiniLM with embeddings, 32 × 32 tokens": (lambda: workloads.minilm(length=32), some, 15),
-        "MiniLM's encoder layers alone, 32 × 64 tokens": (lambda: workloads.encoder_layers(384, 6, 12), None, 15),
-        "the same, rematerialized": (lambda: workloads.encoder_layers(384, 6, 12, remat=KEEP_NOTHING), some, 9),
-        "the same, bfloat16 base": (lambda: workloads.encoder_layers(384, 6, 12, dtype=jnp.bfloat16), some, 7),
+        "MiniLM's encoder layers alone, 32 × 64 tokens": (lambda: workloads.encoder_layers(**layers), None, 15),
+        "these layers, rematerialized": (lambda: workloads.encoder_layers(**layers, remat=KEEP_NOTHING), some, 9),
+        "these layers, bfloat16 base": (lambda: workloads.encoder_layers(**layers, dtype=jnp.bfloat16), some, 7),
         "BERT-base's shape, 4 of its 12 layers, 32 × 64 tokens": (lambda: workloads.encoder_layers(**base), None, 9),
         "decoder, 2 layers, 1 × 512 tokens": (lambda: workloads.decoder(**short), some, 7),
-        "the same, rematerialized ": (lambda: workloads.decoder(**short, remat=KEEP_NOTHING), some, 7),
-        "the same, bfloat16 base ": (lambda: workloads.decoder(**short, dtype=jnp.bfloat16), some, 5),
+        "this decoder, rematerialized": (lambda: workloads.decoder(**short, remat=KEEP_NOTHING), some, 7),
+        "this decoder, bfloat16 base": (lambda: workloads.decoder(**short, dtype=jnp.bfloat16), some, 5),
     }
 
 
@@ -70,10 +71,10 @@ def main() -> None:
     report = Report("step", __doc__)
     rows = []
     for title, (build, chosen, rounds) in cases(report.quick).items():
-        print(f"\n{title.strip()}", flush=True)
+        print(f"\n{title}", flush=True)
         for row in measure(build(), chosen, rounds):
             report.show(row)
-            rows.append({"workload": title.strip(), **row})
+            rows.append({"workload": title, **row})
         report.write(rows)
 
 
