@@ -73,7 +73,7 @@ DATA = {
         ("--train", "glue_cola/train.tsv", "--test", "glue_cola/dev.tsv"),
         (
             *("--text", "sentence", "--metric", "matthews"),
-            *("--steps", "300", "--eval-every", "100", "--max-length", "48"),
+            *("--steps", "640", "--eval-every", "160", "--max-length", "48"),
         ),
     ),
     "rte": Data(
@@ -117,7 +117,7 @@ EXPERIMENTS = {
         for data, grid in (
             ("sst2", "methods"),
             ("banking77", "methods_lower"),
-            ("cola", "methods_lower"),
+            ("cola", "methods_long"),
             ("stsb", "methods_lower"),
             ("rte", "methods_few"),
         )
