@@ -14,7 +14,19 @@ from typing import Any, NamedTuple
 from report import RESULTS, ROOT, shown
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-ORDER = ("step", "rivals", "end_to_end", "inference", "memory", "merge", "trace", "matmul", "shared_input", "gpu")
+ORDER = (
+    "step",
+    "family",
+    "rivals",
+    "end_to_end",
+    "inference",
+    "memory",
+    "merge",
+    "trace",
+    "matmul",
+    "shared_input",
+    "gpu",
+)
 MINILM, LAYERS = "MiniLM with embeddings, 32 × 64 tokens", "MiniLM's encoder layers alone, 32 × 64 tokens"
 BASE = "BERT-base's shape, 4 of its 12 layers, 32 × 64 tokens"
 ALL, QV = "LoRA all linear, r=8", "LoRA q, v, r=8"

@@ -1,4 +1,4 @@
-"""One training step of every method: time, operations and memory, each beside its formula.
+"""One training step of LoRA and BitFit: time, operations and memory, each beside its formula.
 
 *Frozen chain* trains one vector before the first layer and the head: no gradient of a weight, but one through all of
 them. It is the floor for methods that train something in every layer. AdamW throughout; the same batch every step.
@@ -17,8 +17,8 @@ from timing import interleave
 KEEP_NOTHING = "nothing_saveable"
 
 
-def cases(quick: bool) -> dict[str, tuple[Callable[[], workloads.Workload], tuple[str, ...] | None, int]]:
-    """Workload, the methods (all if `None`) and the rounds, by title."""
+def cases(quick: bool) -> dict[str, tuple[Callable[[], workloads.Workload], tuple[str, ...], int]]:
+    """Workload, the methods and the rounds, by title."""
     if quick:
         small = {"batch": 2, "length": 16}
         tiny: dict[str, Any] = {"width": 64, "layers": 2, "heads": 2, **small}
@@ -28,16 +28,18 @@ def cases(quick: bool) -> dict[str, tuple[Callable[[], workloads.Workload], tupl
             "decoder": (lambda: workloads.decoder(**tiny, inner=128, vocabulary=64, dtype=jnp.bfloat16), few, 1),
         }
     some = ("full", "frozen chain", "LoRA q, v, r=8", "LoRA all linear, r=8")
+    lora = ("LoRA attention, r=8", "LoRA all linear, r=4", "LoRA all linear, r=64")
+    more = (*some, "head only", "BitFit", *lora)
     base = {"width": 768, "layers": 4, "heads": 12}
     short: dict[str, Any] = {"batch": 1}
     layers: dict[str, Any] = {"width": 384, "layers": 6, "heads": 12}
     return {
-        "MiniLM with embeddings, 32 × 64 tokens": (workloads.minilm, None, 15),
+        "MiniLM with embeddings, 32 × 64 tokens": (workloads.minilm, more, 15),
         "MiniLM with embeddings, 32 × 32 tokens": (lambda: workloads.minilm(length=32), some, 15),
-        "MiniLM's encoder layers alone, 32 × 64 tokens": (lambda: workloads.encoder_layers(**layers), None, 15),
+        "MiniLM's encoder layers alone, 32 × 64 tokens": (lambda: workloads.encoder_layers(**layers), more, 15),
         "these layers, rematerialized": (lambda: workloads.encoder_layers(**layers, remat=KEEP_NOTHING), some, 9),
         "these layers, bfloat16 base": (lambda: workloads.encoder_layers(**layers, dtype=jnp.bfloat16), some, 7),
-        "BERT-base's shape, 4 of its 12 layers, 32 × 64 tokens": (lambda: workloads.encoder_layers(**base), None, 9),
+        "BERT-base's shape, 4 of its 12 layers, 32 × 64 tokens": (lambda: workloads.encoder_layers(**base), more, 9),
         "decoder, 2 layers, 1 × 512 tokens": (lambda: workloads.decoder(**short), some, 7),
         "this decoder, rematerialized": (lambda: workloads.decoder(**short, remat=KEEP_NOTHING), some, 7),
         "this decoder, bfloat16 base": (lambda: workloads.decoder(**short, dtype=jnp.bfloat16), some, 5),
@@ -45,6 +47,7 @@ def cases(quick: bool) -> dict[str, tuple[Callable[[], workloads.Workload], tupl
 
 
 def measure(workload: workloads.Workload, chosen: tuple[str, ...] | None, rounds: int) -> list[dict[str, Any]]:
+    """A row for each method; for all of them if `None` are chosen."""
     named = {name: m for name, m in workloads.methods(workload).items() if chosen is None or name in chosen}
     candidates = {name: workloads.Candidate(workload, method) for name, method in named.items()}
     times = interleave(candidates, rounds=rounds, warm_up=2)
