@@ -28,7 +28,9 @@ def content(name: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["matmul", "shared_input", "step", "inference", "memory", "merge", "trace", "gpu"])
+@pytest.mark.parametrize(
+    "name", ["matmul", "shared_input", "step", "family", "inference", "memory", "merge", "trace", "gpu"]
+)
 def test_it_runs(name: str, tmp_path: Path) -> None:
     result = content(name, tmp_path)
     assert result["quick"]
@@ -41,6 +43,11 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     text = page.read_text()
     assert f"## {name}: " in text
     assert text.count("| not run |") > 5  # what other benchmarks measure
+
+
+def test_the_page_is_what_the_kept_results_say(tmp_path: Path) -> None:
+    run("page", "--page", str(tmp_path / "page.md"))
+    assert (tmp_path / "page.md").read_text() == (BENCH.parent.parent / "docs" / "benchmarks.md").read_text()
 
 
 @pytest.mark.parity

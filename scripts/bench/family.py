@@ -1,7 +1,7 @@
 """One training step of every method of the family, on one model: time, operations and memory.
 
-The columns are those of `step`, and so is the *frozen chain*. Adapters and a prefix are inserted into the model; a random
-subspace, whose step recomputes its projection, is timed in [the study](study.md#13-a-random-subspace).
+The columns are those of `step`, and so is the *frozen chain*. Adapters and a prefix are inserted into the model; a
+random subspace, whose step recomputes its projection, is timed in [the study](study.md#13-a-random-subspace).
 """
 
 from __future__ import annotations
