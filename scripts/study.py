@@ -298,6 +298,13 @@ def latency() -> str:
     return "\n".join(line for line in section.splitlines() if line.startswith("|"))
 
 
+def step_cost(column: str, method: str) -> str:
+    """Of full fine-tuning's, on MiniLM, as `scripts/bench/step.py` found it."""
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "step.json").read_text(encoding="utf-8"))["rows"]
+    value = next(row[column] for row in rows if row["workload"].startswith("MiniLM") and row["method"] == method)
+    return f"{value[0] if isinstance(value, list) else value:.2f}"
+
+
 def page(data: str) -> str:
     """The template, with the tables, scores and figures that are kept."""
     text = TEMPLATE.read_text(encoding="utf-8")
@@ -308,6 +315,8 @@ def page(data: str) -> str:
 
     text = FIGURE.sub(r"![\g<title>](study/\g<experiment>/\g<name>.svg)", text)
     text = re.sub(r"<!-- QUALITY (\S+) -->", lambda match: quality(match[1]), text)
+    for name, column in (("step of full", "/ full"), ("memory of full", "of full")):
+        text = re.sub(rf"\{{\{{{name}: ([^}}]+)\}}\}}", lambda match, column=column: step_cost(column, match[1]), text)
     text = re.sub(r"\{\{(?P<experiment>[\w-]+): (?P<label>[^}]+)\}\}", score, text)
     commands = [shlex.join(command(name, data, Path("runs/study"))) for name in EXPERIMENTS if summary(name)]
     tables = {"TASKS": tasks, "BIASES": biases, "SIMILARITY": similarity, "LATENCY": latency}

@@ -50,6 +50,16 @@ def test_the_page_is_what_the_kept_results_say(tmp_path: Path) -> None:
     assert (tmp_path / "page.md").read_text() == (BENCH.parent.parent / "docs" / "benchmarks.md").read_text()
 
 
+def test_the_readme_says_what_a_step_costs() -> None:
+    root = BENCH.parent.parent
+    rows = json.loads((root / "docs" / "benchmarks" / "step.json").read_text())["rows"]
+    cost = next(row["/ full"][0] for row in rows if row["method"] == "LoRA all linear, r=8")
+    assert (
+        f"LoRA on all linear layers of MiniLM takes {cost:.2f} of a full"
+        in (BENCH.parent.parent / "README.md").read_text()
+    )
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["rivals", "end_to_end"])
 def test_it_runs_beside_pytorch(name: str, tmp_path: Path) -> None:

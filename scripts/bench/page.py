@@ -269,7 +269,8 @@ def about(content: dict[str, Any]) -> str:
     machine = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items() if name != "lora_jax")
     place = machine["device"] if machine["device"] != "cpu" else f"{machine['cores']} cores of {machine['processor']}"
-    return f"{content['date']}, commit {content['commit']}, {place}, Python {content['python']}, {versions}"
+    recovered = f"; {content['recovered']}" if "recovered" in content else ""
+    return f"{content['date']}, commit {content['commit']}, {place}, Python {content['python']}, {versions}{recovered}"
 
 
 def page(contents: dict[str, dict[str, Any]]) -> str:
