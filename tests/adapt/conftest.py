@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 
+from lora_jax.adapt import walk
 from lora_jax.matmul import STRATEGIES
-from lora_jax.methods import low_rank
 
 
 @pytest.fixture(params=STRATEGIES)
 def every_strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each strategy in turn for every matmul that can follow it, whatever its size."""
-    monkeypatch.setattr(low_rank, "choose_strategy", lambda *sizes, **about: request.param)
+    """Each strategy in turn for every matmul that can follow it, whatever its size.
+
+    As `adapt(..., matmul=...)` does, with which a matmul's program is another one: a `choose_strategy` put in the
+    place of ours would not be asked again for shapes that have been traced.
+    """
+    new_walker = walk.new_walker
+    monkeypatch.setattr(
+        walk, "new_walker", lambda *args, **about: new_walker(*args, **{**about, "matmul": request.param})
+    )
     return request.param
