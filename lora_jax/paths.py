@@ -16,10 +16,18 @@ from .weights import is_adapted
 # A regular expression, names, or a free predicate: see `select`.
 Selector = str | Sequence[str] | Callable[[str, Any], bool]
 
-# Last path segments that the JAX libraries give to biases, and to the other vectors that are no weight even when a
-# stack or a split into heads gives them a second axis.
-BIAS_NAMES = frozenset({"bias", "b", "beta", "offset"})
+# Last words of a name that is a bias's, and of one that is a norm's scale: vectors, even where a stack or a split into
+# heads gives them a second axis.
+BIAS_NAMES = frozenset({"bias", "biases", "b", "beta", "offset"})
 NORM_NAMES = frozenset({"scale", "gamma"})
+# What a name that begins with `bias` is in truth if it ends so; and what says that it is a table over relative places.
+_NO_BIAS_ENDS = frozenset(
+    {*NORM_NAMES, "proj", "projection", "kernel", "weight", "weights", "w", "table", "embedding", "embeddings", "mask"}
+)
+_PLACES = frozenset({"rel", "relative", "pos", "position", "positional"})
+# `norm`, `LayerNorm_0`, `final_layernorm`, `q_norm`, `norm1`; `ln_1`, `bn1`. Not `normal`.
+_NORM = re.compile(r".*norms?(?![a-z]).*|(.*_)?[lbg]n\d*(_.*)?", re.IGNORECASE)
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
 class SelectionError(ValueError):
@@ -139,22 +147,62 @@ def leaf_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
+def words(name: str) -> list[str]:
+    """The words of a path's segment, without numbers, in small letters; but for single letters, `B` is not `b`.
+
+    Example:
+        >>> words("bias_ih_l0"), words("dtBias"), words("B1"), words("debias")
+        (['bias', 'ih', 'l'], ['dt', 'bias'], ['B'], ['debias'])
+    """
+    return [word.lower() if len(word) > 1 else word for word in _WORD.findall(name)]
+
+
 def is_bias_name(path: str) -> bool:
-    return leaf_name(path) in BIAS_NAMES
+    """Whether a leaf is named as biases are: by the words of the last segment of its path.
+
+    It is one whose last word is `bias`, `beta` or `offset` (`q_bias`, `dtBias`, `norm_beta`), or whose first word is
+    `bias` (`bias_n`, `bias_ih_l0`), or that is `b` with or without a number (`b`, `b1`). It is none if it ends like a
+    weight (`bias_proj`) or a norm's scale, or if it speaks of positions: `rel_pos_bias` is a table.
+
+    Example:
+        >>> [name for name in ("q_bias", "bias_n", "b2", "b_in", "bias_proj", "rel_pos_bias", "debias") if
+        ...  is_bias_name(f"layer/{name}")]
+        ['q_bias', 'bias_n', 'b2']
+    """
+    named = words(leaf_name(path))
+    if not named or _PLACES.intersection(named):
+        return False
+    if named[-1] in BIAS_NAMES:
+        return named[-1] != "b" or len(named) == 1
+    return named[0] in ("bias", "biases") and named[-1] not in _NO_BIAS_ENDS
+
+
+def is_scale_name(path: str) -> bool:
+    """Whether a leaf is named as a norm's scale is: `scale`, `gamma`, `ln_scale`."""
+    return bool(NORM_NAMES.intersection(words(leaf_name(path))[-1:]))
 
 
 def is_weight_name(path: str) -> bool:
-    return leaf_name(path) not in BIAS_NAMES | NORM_NAMES
+    return not is_bias_name(path) and not is_scale_name(path)
+
+
+def in_norm(path: str) -> bool:
+    """Whether a leaf's module is named as normalizations are."""
+    segments = [segment for segment in path.split("/")[:-1] if not segment.isdecimal()]  # `norms/0` is one, too
+    return bool(segments) and _NORM.fullmatch(segments[-1]) is not None
 
 
 def matches_entry(path: str, entry: str, *, below: bool = False) -> bool:
     """Whether a name of a selector's sequence means the leaf at `path`.
 
     An entry is a whole-segment suffix of the leaf path or of its module path; with `below`, also of any other path
-    above the leaf. A leading `"/"` anchors the entry at the root.
+    above the leaf. A leading `"/"` anchors the entry at the root. The segments that Haiku puts between a module and
+    one that it made elsewhere than in its call (`~`, `~encode`) may be left out, unless the entry is anchored.
 
     Example:
         >>> matches_entry("encoder/attention/query/kernel", "attention/query")
+        True
+        >>> matches_entry("mlp_0/~/linear_0/w", "mlp_0/linear_0")
         True
         >>> matches_entry("encoder/attention/subquery/kernel", "query")
         False
@@ -163,6 +211,8 @@ def matches_entry(path: str, entry: str, *, below: bool = False) -> bool:
     """
     segments = path.split("/")
     wanted = entry.strip("/").split("/")
+    if "~" in path and "~" not in entry and not entry.startswith("/"):
+        segments = [segment for segment in segments if not segment.startswith("~")]
     shortest = 1 if below else max(1, len(segments) - 1)
     for end in range(shortest, len(segments) + 1):
         start = end - len(wanted)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ..paths import BIAS_NAMES, NORM_NAMES, leaf_name
+from ..paths import BIAS_NAMES, NORM_NAMES, in_norm, leaf_name
 from .base import is_trainable
 from .selection import Selection
-
-# `norm`, `LayerNorm_0`, `final_layernorm`, `q_norm`, `norm1`; `ln_1`, `bn1`. Not `normal`.
-_NORM = re.compile(r".*norms?(?![a-z]).*|(.*_)?[lbg]n\d*(_.*)?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +51,7 @@ class NormTuning(Selection):
 
 
 def _is_norm(path: str, leaf: Any, scaled: set[str]) -> bool:
-    module = _module(path)
-    segments = [segment for segment in module.split("/") if not segment.isdecimal()]  # `norms/0` is one, too
-    named = bool(segments) and _NORM.fullmatch(segments[-1]) is not None
-    if not named and module not in scaled:
+    if not in_norm(path) and _module(path) not in scaled:
         return False
     return leaf_name(path) in BIAS_NAMES | NORM_NAMES or (leaf_name(path) in ("weight", "w") and len(leaf.shape) == 1)
 

@@ -37,8 +37,17 @@ class Selection(Method, abstract=True):
 
     def way_out(self, leaves: Mapping[str, Any]) -> str:
         """What to do where there is nothing of the kind; ends the message."""
-        vectors = [path for path, leaf in leaves.items() if is_trainable(path, leaf) and len(leaf.shape) == 1]
-        return f"Leaves with one axis: {listed(vectors) or 'none'}; name those that are meant in `targets`"
+        return (
+            f"Leaves with one axis: {listed(self.candidates(leaves)) or 'none'}; name those that are meant in `targets`"
+        )
+
+    def candidates(self, leaves: Mapping[str, Any]) -> list[str]:
+        """Paths of the leaves that may be of the kind under another name."""
+        return [path for path, leaf in leaves.items() if _is_vector(path, leaf)]
+
+    def may_be_named(self, path: str, leaf: Any) -> bool:
+        """Whether a leaf that isn't known to be of the kind is taken at the user's word."""
+        return _is_vector(path, leaf)
 
     def selected(self, leaves: Mapping[str, Any]) -> list[str]:
         """Paths of what is trained."""
@@ -50,7 +59,7 @@ class Selection(Method, abstract=True):
         chosen = set(members)
 
         def eligible(path: str, leaf: Any) -> bool:
-            return path in chosen or (is_trainable(path, leaf) and len(leaf.shape) == 1 and self._is_named(path))
+            return path in chosen or (self.may_be_named(path, leaf) and self._is_named(path))
 
         return select(leaves, self.targets, argument="targets", eligible=eligible, kind=self.kind, below=self.below)
 
@@ -64,3 +73,7 @@ class Selection(Method, abstract=True):
 
     def resolved(self, leaves: Mapping[str, Any]) -> Self:
         return dataclasses.replace(super().resolved(leaves), targets=rooted(self.selected(leaves)))
+
+
+def _is_vector(path: str, leaf: Any) -> bool:
+    return is_trainable(path, leaf) and len(leaf.shape) == 1

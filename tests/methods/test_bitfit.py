@@ -101,3 +101,66 @@ def test_it_adds_nothing_to_the_model() -> None:
     params = lj.attach(base, lj.BitFit(), key=jax.random.key(0))
     assert jax.tree.structure(params) == jax.tree.structure(base)
     assert lj.merge_params(params)["attention"]["query"]["kernel"] is base["attention"]["query"]["kernel"]
+
+
+# Names by their words.
+
+BIASES = {
+    "Mamba": {"dt_bias": (4,), "A_log": (4, 2), "D": (4,), "B": (4, 2)},
+    "Equinox's GRU": {"weight_ih": (12, 4), "weight_hh": (12, 4), "bias": (12,), "bias_n": (4,)},
+    "PyTorch's attention": {"in_proj_weight": (12, 4), "in_proj_bias": (12,), "out_proj_bias": (4,)},
+    "PyTorch's LSTM": {"weight_ih_l0": (16, 4), "bias_ih_l0": (16,), "bias_hh_l0": (16,)},
+    "by hand": {"w1": (4, 8), "b1": (8,), "W2": (8, 4), "b2": (4,), "wq": (4, 4), "bq": (4,), "w_in": (4, 4), "b_in": (4,)},
+    "by hand, stacked": {"w1": (3, 4, 8), "b1": (3, 8), "wq": (3, 4, 4), "bq": (3, 4), "q_bias": (3, 2, 2)},
+    "a norm by hand": {"ln_gamma": (4,), "ln_beta": (4,), "lnScale": (4,), "lnBias": (4,)},
+    "another kernel": {"kernel_in": (4, 8), "b_in": (8,)},
+}  # fmt: skip
+
+
+def shaped(shapes: dict[str, tuple[int, ...]]) -> Any:
+    return {"layer": {name: jnp.ones(shape) for name, shape in shapes.items()}}
+
+
+@pytest.mark.parametrize("model", BIASES)
+def test_all_takes_what_other_libraries_call_biases(model: str) -> None:
+    """And nothing is left out that would be worth a warning."""
+    labels = lj.label_params(shaped(BIASES[model]), lj.BitFit())["layer"]
+    found = {name for name, label in labels.items() if label == "bias"}
+    assert found == {name for name in BIASES[model] if "bias" in name.lower() or name[0] == "b" or "beta" in name}
+
+
+def test_what_speaks_of_a_bias_and_is_none_is_named() -> None:
+    """Tables over relative positions, weights that make a bias, shifts of unknown meaning; not `debias`."""
+    odd = {"rel_pos_bias": (2, 7), "relative_position_bias_table": (9, 2), "bias_proj": (4, 2), "shift": (4,)}
+    params = shaped({"bias": (4,), **odd, "b_proj": (4, 4), "debias": (4, 4), "unbiased": (4,), "kernel": (4, 4)})
+    with pytest.warns(UserWarning, match="BitFit's `targets=\"all\"` leaves out layer/b_proj .*To train them name") as told:
+        labels = lj.label_params(params, lj.BitFit())["layer"]
+    assert [name for name, label in labels.items() if label == "bias"] == ["bias"]
+    message = str(told[0].message)
+    assert all(f"layer/{name} {shape}" in message for name, shape in odd.items())
+    assert not any(f"layer/{name} " in message for name in ("debias", "unbiased", "kernel", "bias"))
+    assert told[0].filename == __file__
+
+    named = lj.label_params(params, lj.BitFit(targets=("bias", "rel_pos_bias", "shift")))["layer"]
+    assert [name for name, label in named.items() if label == "bias"] == ["bias", "rel_pos_bias", "shift"]
+
+
+def test_a_head_that_is_trained_in_full_is_not_left_out() -> None:
+    params = {"bias": jnp.ones(4), "head": {"shift": jnp.ones(4)}}
+    assert lj.label_params(params, lj.BitFit(also_train=("head",))) == {"bias": "bias", "head": {"shift": "head"}}
+
+
+def test_scales_of_norms_are_no_candidates() -> None:
+    params = {"norm": {"weight": jnp.ones(4)}, "ln": {"scale": jnp.ones(4)}, "q_gamma": jnp.ones(4), "dt": jnp.ones(4)}
+    with pytest.raises(lj.SelectionError, match="Leaves with one axis: dt; name those"):
+        lj.label_params(params, lj.BitFit())
+
+
+def test_a_bias_with_two_axes_is_no_target_of_lora() -> None:
+    names = ("q_bias", "bias_n", "b1", "dtBias", "ln_scale")
+    params = shaped({"kernel": (4, 4), **dict.fromkeys(names, (3, 4))})
+    tree = lj.attach(params, lj.LoRA(rank=1, alpha=1, targets=".*"), key=jax.random.key(0))
+    assert [name for name, leaf in tree["layer"].items() if hasattr(leaf, "a")] == ["kernel"]
+    for name in names:
+        with pytest.raises(lj.SelectionError, match=f"'{name}' matches no weight, only layer/{name}"):
+            lj.attach(params, lj.LoRA(rank=1, alpha=1, targets=(name,)), key=jax.random.key(0))
