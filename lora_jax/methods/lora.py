@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 
-from ..paths import path_key, shape_text
+from ..paths import listed, path_key, shape_text
 from ..weights import IN, OUT, AdaptedWeight
 from .base import FROZEN, is_number, require
 from .low_rank import LoRAWeight, LowRankWeight
 from .starts import FROM_WEIGHT, STARTS, start
-from .targets import Target, WeightMethod, overridden
+from .targets import Target, WeightMethod, matching, overridden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,17 @@ class LoRA(WeightMethod):
     base.
 
     Args:
-        rank: `r`, at least 1 and at most `min(in, out)`.
+        rank: `r`, at least 1 and at most `min(in, out)`. A target of a preset with less room gets what it has room for,
+            with a warning.
         alpha: `α`; with `alpha == rank` the scale is 1.
-        targets: which weights, see `paths.select`; or a preset. `"attention"` (query, key, value, or in GPT-2 the
-            one weight of all three, and output), `"mlp"` (up, gate, down) and `"all-linear"` (both) know the bundled
-            models' names. On a model of your own, `"all-linear"` reads `uses`: every weight of a matmul or convolution,
-            without embeddings and output heads.
+        targets: which weights, see `paths.select`; or a preset: `"attention"` (query, key, value, or in GPT-2 the
+            one weight of all three, and output), `"mlp"` (up, gate, down), `"all-linear"` (both). They know the bundled
+            models' names. On a model of your own pass `uses`, and `"all-linear"` is every weight of a matmul or
+            convolution, without embeddings and output heads; `"attention"` and `"mlp"` are, beside the bundled names,
+            those of them within a module whose name says so (`self_attn`, `ffn`). Without `uses` a preset is refused
+            where weights are left that may belong to it, going by their names and shapes: for `"all-linear"` all but
+            embeddings, heads, poolers and norms; for the others those in modules of that kind, and where the bundled
+            names are there in part only, also those of no bundled name.
         also_train: the head, see `Method`.
         dropout: probability of dropping each element of the low-rank path's input, in `[0, 1)`; acts after
             `with_dropout`. Lookups are not dropped.
@@ -104,12 +110,29 @@ class LoRA(WeightMethod):
         require(isinstance(self.freeze_a, bool), f"`freeze_a` must be True or False, got {self.freeze_a!r}")
 
     def nodes(self, targets: list[Target], *, key: jax.Array) -> dict[str, AdaptedWeight]:
-        ranks = overridden(self.rank, self.rank_overrides, targets, "rank_overrides")
+        ranks = self._ranks(targets)
         alphas = overridden(self.alpha, self.alpha_overrides, targets, "alpha_overrides")
         return {
             target.path: self._node(target, ranks[target.path], alphas[target.path], path_key(key, target.path))
             for target in targets
         }
+
+    def _ranks(self, targets: list[Target]) -> dict[str, int]:
+        """The rank of each target; of those that nobody has named, at most what the weight has room for."""
+        ranks = overridden(self.rank, self.rank_overrides, targets, "rank_overrides")
+        if not self.by_preset:
+            return ranks
+        room = {target.path: min(target.size(IN), target.size(OUT)) for target in targets}
+        named = {path for entry in self.rank_overrides for path in matching(entry, targets, "rank_overrides")}
+        narrow = {path: most for path, most in room.items() if most < ranks[path] and path not in named}
+        if narrow:
+            warnings.warn(
+                f"`rank` {self.rank} is larger than some weights allow that `targets={self.targets!r}` has found, so "
+                f"there it is less: {listed([f'{path} {most}' for path, most in narrow.items()])}. Say it in "
+                "`rank_overrides`, or name the targets to leave them out",
+                stacklevel=5,
+            )
+        return ranks | narrow
 
     def _node(self, target: Target, rank: int, alpha: float, key: jax.Array) -> LowRankWeight:
         fan_in, fan_out = target.size(IN), target.size(OUT)
@@ -117,7 +140,8 @@ class LoRA(WeightMethod):
         require(
             rank <= most,
             f"`rank` {rank} is larger than `{target.path}` allows: {shape_text(target.base)} labelled "
-            f"{target.axes!r} is {fan_in} in by {fan_out} out, so at most {most}",
+            f"{target.axes!r} is {fan_in} in by {fan_out} out, so at most {most}; give it a rank of its own, "
+            f'`rank_overrides={{"{target.path}": {most}}}`',
         )
         scale = float(alpha / rank if self.scaling == "standard" else alpha / math.sqrt(rank))
         node = self.node(target.base, None, None, scale=scale, axes=target.axes, dropout=float(self.dropout))

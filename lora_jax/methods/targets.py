@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -12,12 +13,10 @@ import jax
 from ..paths import SelectionError, Selector, matches_entry, select, shape_text
 from ..weights import IN, OUT, STACK, AdaptedWeight
 from .base import Method, is_weight, require, require_selector, rooted
+from .presets import PRESETS, Choice, choose, reasons
 
-_ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "query_key_value", "output"))
-_MLP = tuple(f"mlp/{name}" for name in ("up", "gate", "down"))
-PRESETS = {"attention": _ATTENTION, "mlp": _MLP, "all-linear": _ATTENTION + _MLP}
-# Modules that map to the output's vocabulary or classes; `"all-linear"` leaves them alone, as PEFT does.
-_OUTPUT_HEADS = ("lm_head", "head", "classifier", "score", "logits", "unembed", "output_projection")
+# Operations that say nothing of a weight's axes leave a weight of two to the convention.
+_TOLD_BY = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
 
 
 class Target(NamedTuple):
@@ -57,31 +56,26 @@ class WeightMethod(Method, abstract=True):
 
     def selected(self, leaves: Mapping[str, Any], uses: Mapping[str, Any] | None = None) -> list[str]:
         """Paths of the weights that are adapted."""
-        preset = self.presets.get(self.targets) if isinstance(self.targets, str) else None
-        if preset is None:
-            return select(leaves, self.targets, argument="targets", eligible=is_weight, kind="weight")
-        heads = set(self.head(leaves))
-        if self.targets == "all-linear" and uses is not None:
-            return [path for path in leaves if path not in heads and _is_linear(path, uses)]
-        found = [
-            path
-            for path, leaf in leaves.items()
-            if path not in heads and is_weight(path, leaf) and any(matches_entry(path, entry) for entry in preset)
-        ]
-        if not found:
-            way_out = (
-                'pass `targets="all-linear"` with `uses=lj.trace_weights(fn, params, ...)`'
-                if "all-linear" in self.presets
-                else "say which they are by their own names"
-            )
-            raise SelectionError(
-                f"`targets={self.targets!r}` knows the bundled models' names ({', '.join(preset)}), and this tree has "
-                f"none of them: name the modules, or {way_out}"
-            )
-        return found
+        return self._choice(leaves, uses).found
+
+    @property
+    def by_preset(self) -> bool:
+        """Whether the targets are found by the library, not named."""
+        return isinstance(self.targets, str) and self.targets in self.presets
+
+    def _choice(self, leaves: Mapping[str, Any], uses: Mapping[str, Any] | None) -> Choice:
+        if not self.by_preset:
+            return Choice(select(leaves, self.targets, argument="targets", eligible=is_weight, kind="weight"), {})
+        preset = str(self.targets)
+        return choose(preset, self.presets[preset], leaves, set(self.head(leaves)), uses)
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
-        chosen = self.selected(leaves, uses)
+        chosen, unusable = self._choice(leaves, uses)
+        if unusable:
+            warnings.warn(
+                f"`targets={self.targets!r}` leaves out weights that factors can't stand beside. {reasons(unusable)}",
+                stacklevel=3,
+            )
         both = sorted(set(chosen) & set(self.head(leaves)))
         if both:
             raise SelectionError(
@@ -131,7 +125,11 @@ def matching(entry: str, targets: list[Target], argument: str) -> list[str]:
 
 
 def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
-    """One label for each axis of a weight: what `uses` says, or in and out where there are two."""
+    """One label for each axis of a weight: what `uses` says, or in and out where there are two.
+
+    The convention holds as well where a weight of two axes only meets operations that say nothing of its axes, such as
+    a `custom_vjp`: it will be merged there, whatever its labels are.
+    """
     use = (uses or {}).get(path)
     if use is not None and use.labels is not None:
         require(
@@ -139,21 +137,13 @@ def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
             f"`uses` labels `{path}` {shape_text(leaf)} with {use.labels!r}: one of i, o, s for each axis",
         )
         return use.labels
-    if use is None and len(leaf.shape) == 2:
+    if len(leaf.shape) == 2 and (use is None or use.op not in _TOLD_BY):
         return IN + OUT
-    why = f" ({use.reason})" if use is not None else ""
-    raise ValueError(
-        f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown{why}: pass "
-        "`uses=lj.trace_weights(fn, params, ...)`, or "
-        f'`uses={{"{path}": lj.Use("dot_general", labels)}}` with one label an axis (i in, o out, s stack)'
-    )
-
-
-def _is_linear(path: str, uses: Mapping[str, Any]) -> bool:
-    use = uses.get(path)
-    linear = (
-        use is not None
-        and use.labels is not None
-        and use.op in ("dot_general", "conv_general_dilated", "ragged_dot_general")
-    )
-    return linear and not any(matches_entry(path, head) for head in _OUTPUT_HEADS)
+    by_hand = f'`uses={{"{path}": lj.Use("dot_general", labels)}}` with one label an axis (i in, o out, s stack)'
+    if use is not None:
+        why, way_out = f" ({use.reason})", f"give them yourself, `uses | ...` with {by_hand}"
+    elif uses is None:
+        why, way_out = "", f"pass `uses=lj.trace_weights(fn, params, ...)`, or {by_hand}"
+    else:
+        why, way_out = " (`uses` has no entry for it: the function doesn't use it)", f"give them yourself, {by_hand}"
+    raise ValueError(f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown{why}: {way_out}")

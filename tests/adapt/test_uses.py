@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -79,11 +80,6 @@ CONFLICTING: dict[str, tuple[Fn, tuple[int, ...], str]] = {
         (2 * D, 3),
         "one of its axes is split between the two sides of the operation",
     ),
-    "no matmul": (
-        lambda p, x: x @ jnp.tanh(p["w"]),
-        (D, 6),
-        r"merged by tanh at .*test_uses\.py:\d+.*: there is no rule",
-    ),
 }
 
 
@@ -95,8 +91,52 @@ def test_uses_without_labels_say_why(name: str) -> None:
     with pytest.raises(ValueError, match=reason):
         raise ValueError(use.reason)
     params, method = {"w": normal("w", *shape)}, lj.LoRA(rank=1, alpha=1, targets=("w",))
-    with pytest.raises(ValueError, match=f"`w` .* unknown .*{reason}"):
+    with pytest.raises(ValueError, match=f"`w` .* unknown .*{reason}.*give them yourself, `uses . ...` with `uses="):
         lj.attach(params, method, key=jax.random.key(0), uses={"w": use})
+
+
+@jax.custom_vjp
+def checked_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w
+
+
+checked_product.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+
+SAYING_NOTHING: dict[str, tuple[Fn, str]] = {
+    "elementwise": (lambda p, x: x @ jnp.tanh(p["w"]), r"merged by tanh at .*test_uses\.py:\d+.*: there is no rule"),
+    "custom_vjp": (lambda p, x: checked_product(x, p["w"]), "merged by custom_vjp_call at .*: there is no rule"),
+    "masked": (lambda p, x: x @ jnp.where(jnp.eye(D, 6) > 0, p["w"], 0), "merged by select_n at .*: there is no rule"),
+    "in a sum": (lambda p, x: x @ (p["w"] + 1.0), "merged by add at .*: there is no rule"),
+}
+
+
+@pytest.mark.parametrize("name", SAYING_NOTHING)
+def test_a_weight_of_two_axes_whose_uses_say_nothing_is_read_by_the_convention(name: str) -> None:
+    """As without `uses`: it is merged where it is used, and that is said there."""
+    fn, reason = SAYING_NOTHING[name]
+    params, x = {"w": normal("w", D, 6), "v": normal("v", 6, D)}, normal("x", 4, D)
+    uses = lj.trace_weights(lambda p, x: fn(p, x) @ p["v"], params, x)
+    assert (uses["w"].labels, uses["v"].labels) == (None, "io")
+    method = lj.LoRA(rank=2, alpha=2, targets=("w", "v"))
+    adapted = lj.attach(params, method, key=jax.random.key(0), uses=uses)
+    assert adapted["w"].axes == adapted["v"].axes == "io"
+    with pytest.warns(lj.MaterializeWarning, match="`w` is merged"):
+        jax.eval_shape(lj.adapt(fn), adapted, x)
+    adapted["w"] = dataclasses.replace(adapted["w"], b=0.3 * normal("b", *adapted["w"].b.shape))
+    assert_as_merged(lambda p, x: fn(p, x) @ p["v"], adapted, x, on_materialize="silent")
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(uses["w"].reason)
+
+
+def test_more_axes_than_two_need_labels_though_their_uses_say_nothing() -> None:
+    params, method = {"w": normal("w", 2, D, 3)}, lj.LoRA(rank=1, alpha=1, targets=("w",))
+    uses = lj.trace_weights(lambda p, x: x @ jnp.tanh(p["w"]).sum(0), params, normal("x", 4, D))
+    with pytest.raises(ValueError, match=r"`w` \(2, 8, 3\) are unknown \(merged by tanh .*\): give them yourself"):
+        lj.attach(params, method, key=jax.random.key(0), uses=uses)
+    with pytest.raises(ValueError, match=r"are unknown \(`uses` has no entry for it: the function doesn't use it\)"):
+        lj.attach(params, method, key=jax.random.key(0), uses={})
+    with pytest.raises(ValueError, match=r"are unknown: pass `uses=lj.trace_weights"):
+        lj.attach(params, method, key=jax.random.key(0))
 
 
 def test_override_by_hand() -> None:

@@ -110,7 +110,7 @@ BIASES = {
     "Equinox's GRU": {"weight_ih": (12, 4), "weight_hh": (12, 4), "bias": (12,), "bias_n": (4,)},
     "PyTorch's attention": {"in_proj_weight": (12, 4), "in_proj_bias": (12,), "out_proj_bias": (4,)},
     "PyTorch's LSTM": {"weight_ih_l0": (16, 4), "bias_ih_l0": (16,), "bias_hh_l0": (16,)},
-    "by hand": {"w1": (4, 8), "b1": (8,), "W2": (8, 4), "b2": (4,), "wq": (4, 4), "bq": (4,), "w_in": (4, 4), "b_in": (4,)},
+    "by hand": {"w1": (4, 8), "b1": (8,), "wq": (4, 4), "bq": (4,), "W_o": (4, 4), "b_o": (4,)},
     "by hand, stacked": {"w1": (3, 4, 8), "b1": (3, 8), "wq": (3, 4, 4), "bq": (3, 4), "q_bias": (3, 2, 2)},
     "a norm by hand": {"ln_gamma": (4,), "ln_beta": (4,), "lnScale": (4,), "lnBias": (4,)},
     "another kernel": {"kernel_in": (4, 8), "b_in": (8,)},
@@ -133,7 +133,9 @@ def test_what_speaks_of_a_bias_and_is_none_is_named() -> None:
     """Tables over relative positions, weights that make a bias, shifts of unknown meaning; not `debias`."""
     odd = {"rel_pos_bias": (2, 7), "relative_position_bias_table": (9, 2), "bias_proj": (4, 2), "shift": (4,)}
     params = shaped({"bias": (4,), **odd, "b_proj": (4, 4), "debias": (4, 4), "unbiased": (4,), "kernel": (4, 4)})
-    with pytest.warns(UserWarning, match="BitFit's `targets=\"all\"` leaves out layer/b_proj .*To train them name") as told:
+    with pytest.warns(
+        UserWarning, match='BitFit\'s `targets="all"` leaves out layer/b_proj .*To train them name'
+    ) as told:
         labels = lj.label_params(params, lj.BitFit())["layer"]
     assert [name for name, label in labels.items() if label == "bias"] == ["bias"]
     message = str(told[0].message)
