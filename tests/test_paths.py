@@ -156,7 +156,28 @@ def test_an_invalid_pattern_says_what_is_wrong() -> None:
         ("kernel", "kernel", False, True),
         ("kernel", "x/kernel", False, False),
         ("", "/", False, True),
+        # Haiku's segments for what a module made outside of its call.
+        ("mlp_0/~/linear_0/w", "mlp_0/linear_0", False, True),
+        ("vae/~encode/mlp/~/linear_0/w", "vae/mlp/linear_0/w", False, True),
+        ("vae/~encode/mlp/~/linear_0/w", "vae/mlp", True, True),
+        ("vae/~encode/mlp/~/linear_0/w", "~encode/mlp/~/linear_0", False, True),
+        ("vae/~encode/mlp/~/linear_0/w", "~decode/mlp/~/linear_0", False, False),
+        ("mlp_0/~/linear_0/w", "/mlp_0/~/linear_0", False, True),
+        ("mlp_0/~/linear_0/w", "/mlp_0/linear_0", False, False),
+        ("mlp_0/~/linear_0/w", "~", False, False),
+        ("a~/b/w", "a/b", False, False),
     ],
 )
 def test_matches_entry(path: str, entry: str, below: bool, matches: bool) -> None:
     assert matches_entry(path, entry, below=below) is matches
+
+
+def test_haikus_modules_are_named_without_its_tildes() -> None:
+    """A preset's names and those of overrides as well; what is saved is rooted, and means one leaf."""
+    names = [f"attention/~/{name}" for name in ("query", "key", "value", "output")]
+    params = {f"block/~/{name}": {"w": jnp.ones((4, 4)), "b": jnp.ones(4)} for name in names}
+    by_name = lj.LoRA(rank=1, alpha=1, targets=("attention/query",), rank_overrides={"block/attention/query": 2})
+    tree = lj.attach(params, by_name, key=jax.random.key(0))
+    assert tree["block/~/attention/~/query"]["w"].rank == 2
+    assert by_name.resolved(leaves_by_path(tree)).targets == ("/block/~/attention/~/query/w",)
+    assert len(lj.LoRA(rank=1, alpha=1, targets="attention").selected(leaves_by_path(params))) == 4

@@ -176,6 +176,25 @@ def _slice(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     return node.cut(cutter)
 
 
+def _rev(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    reversed_axes = param(eqn, "dimensions")
+
+    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+        # Every array that has the axis turns around with it.
+        return lax.rev(array, [dim for dim, axis in enumerate(axes) if axis in reversed_axes])
+
+    return node.cut(cutter)
+
+
+def _tile(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+    reps = param(eqn, "reps")
+
+    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+        return jnp.tile(array, [1 if axis is None else reps[axis] for axis in axes])
+
+    return node.cut(cutter)
+
+
 def _convert(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     dtype = param(eqn, "new_dtype")
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -217,20 +236,33 @@ def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Any]) -> list[A
         return [value._replace(node=value.node.cut(cutter))]
 
 
-def _split(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
-    del walker
-    value = _only(operands, 0)
-    split_axis, sizes = param(eqn, "axis"), param(eqn, "sizes")
+def _parts(node: AdaptedWeight, axis: int, sizes: Sequence[int]) -> list[AdaptedWeight]:
+    """A node cut along one axis into parts of these sizes."""
     ends = np.cumsum(sizes)
     parts = []
     for start, end in zip(ends - np.asarray(sizes), ends, strict=True):
 
         def cutter(array: jax.Array, axes: list[int | None], start: int = int(start), end: int = int(end)) -> jax.Array:
-            return lax.slice_in_dim(array, start, end, axis=axes.index(split_axis)) if split_axis in axes else array
+            return lax.slice_in_dim(array, start, end, axis=axes.index(axis)) if axis in axes else array
 
-        with jax_compat.context(eqn):
-            parts.append(value._replace(node=value.node.cut(cutter)))
+        parts.append(node.cut(cutter))
     return parts
+
+
+def _split(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    del walker
+    value = _only(operands, 0)
+    with jax_compat.context(eqn):
+        return [value._replace(node=part) for part in _parts(value.node, param(eqn, "axis"), param(eqn, "sizes"))]
+
+
+def _unstack(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+    del walker
+    value, axis = _only(operands, 0), param(eqn, "axis")
+    shape = value.node.shape
+    with jax_compat.context(eqn):
+        parts = _parts(value.node, axis, [1] * shape[axis])
+        return [value._replace(node=part.reshape(shape[:axis] + shape[axis + 1 :])) for part in parts]
 
 
 def _scalar_multiple(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
@@ -301,9 +333,12 @@ RULES: dict[str, RuleEntry] = {
     "reshape": _rule(_layout(_reshape), "new_sizes dimensions sharding"),
     "squeeze": _rule(_layout(_squeeze), "dimensions"),
     "broadcast_in_dim": _rule(_layout(_broadcast_in_dim), "shape broadcast_dimensions sharding"),
+    "rev": _rule(_layout(_rev), "dimensions"),
     "slice": _rule(_layout(_slice), "start_indices limit_indices strides"),
     "dynamic_slice": _rule(_dynamic_slice, "slice_sizes"),
     "split": _rule(_split, "axis sizes"),
+    "unstack": _rule(_unstack, "axis"),
+    "tile": _rule(_layout(_tile), "reps"),
     "convert_element_type": _rule(_layout(_convert), "new_dtype weak_type sharding"),
     "mul": _rule(_scalar_multiple, "out_dtype"),
     "div": _rule(_scalar_multiple),

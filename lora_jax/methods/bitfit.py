@@ -73,8 +73,8 @@ class BitFit(Selection):
         labels = super().own_labels(leaves)
         if self.targets == "all" and (left := self._left_out(leaves, {*labels, *self.head(leaves)})):
             warnings.warn(
-                f'BitFit\'s `targets="all"` leaves out {listed(left)}: their names speak of biases, though not as those '
-                "of bias terms do. To train them name them in `targets`, beside the others",
+                f"BitFit's `targets=\"all\"` leaves out {listed(left)}: their names speak of biases, but aren't those "
+                "of bias terms. To train them name them in `targets`, beside the others",
                 stacklevel=3,
             )
         return labels

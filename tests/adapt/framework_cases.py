@@ -73,6 +73,11 @@ def nnx_conv_transpose() -> Case:
     return _nnx(lambda rngs: nnx.ConvTranspose(D, 6, 3, strides=2, rngs=rngs), _x(B, 5, D), kernel="iio")
 
 
+def nnx_conv_transpose_with_its_kernel_turned() -> Case:
+    build = lambda rngs: nnx.ConvTranspose(D, 6, 3, strides=2, transpose_kernel=True, rngs=rngs)  # noqa: E731
+    return _nnx(build, _x(B, 5, D), kernel="ioi")
+
+
 def nnx_embed() -> Case:
     return _nnx(lambda rngs: nnx.Embed(7, D, rngs=rngs), IDS, embedding="io")
 
@@ -181,6 +186,11 @@ def linen_strided_conv() -> Case:
     return _linen(module, _x(B, 6, 7, 3), kernel="iiio")
 
 
+def linen_conv_transpose_with_its_kernel_turned() -> Case:
+    module = nn.ConvTranspose(6, (3, 2), strides=(2, 1), kernel_dilation=(1, 2), transpose_kernel=True)
+    return _linen(module, _x(B, 4, 5, D), kernel="iioi")
+
+
 def linen_tied_embed() -> Case:
     def tied(embed: nn.Embed, ids: jax.Array) -> jax.Array:
         return embed.attend(jnp.tanh(embed(ids)))
@@ -248,6 +258,11 @@ def equinox_embedding() -> Case:
 
 def equinox_conv() -> Case:
     build = lambda key: eqx.nn.Conv1d(D, 6, 3, key=key)  # noqa: E731
+    return _equinox(build, lambda m, x: jax.vmap(m)(x), _x(B, D, 5), weight="oii")
+
+
+def equinox_conv_transpose() -> Case:
+    build = lambda key: eqx.nn.ConvTranspose1d(D, 6, 3, stride=2, key=key)  # noqa: E731
     return _equinox(build, lambda m, x: jax.vmap(m)(x), _x(B, D, 5), weight="oii")
 
 

@@ -302,6 +302,63 @@ def transposed_convolution() -> Case:
     return _case(fn, {"w": (3, D, 6)}, _x(B, 5, D), w="iio")
 
 
+def transposed_convolution_with_its_kernel_turned() -> Case:
+    """As Keras and Flax write it: the gradient of a convolution, whose kernel has its axes the other way round."""
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_transpose(x, p["w"], (2, 1), "SAME", dimension_numbers=numbers, transpose_kernel=True)
+
+    return _case(fn, {"w": (3, 2, 6, D)}, _x(B, 5, 4, D), w="iioi")
+
+
+def transposed_convolution_with_a_dilated_kernel() -> Case:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        numbers = ("NCH", "OIH", "NCH")
+        x = lax.conv_transpose(
+            x, p["w"], (2,), "VALID", rhs_dilation=(2,), dimension_numbers=numbers, transpose_kernel=True
+        )
+        return lax.conv_general_dilated(
+            x, p["v"][..., ::-1], (1,), "SAME", rhs_dilation=(3,), dimension_numbers=numbers
+        )
+
+    return _case(fn, {"w": (D, 6, 3), "v": (4, 6, 3)}, _x(B, D, 5), w="ioi", v="oii")
+
+
+def reversed_axes() -> Case:
+    """Of a matmul's weight, in and out; of a table; of a stack of layers, which is scanned from its end."""
+
+    def fn(p: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
+        x = x @ p["w"][::-1] + jnp.flip(p["table"])[ids]
+        step = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+        return lax.scan(step, x, p["layers"][::-1])[0] @ jnp.rot90(p["w"]) @ p["w"][:, ::-2]
+
+    shapes = {"w": (D, D), "table": (7, D), "layers": (3, D, D)}
+    return _case(fn, shapes, _x(), IDS, layers="sio")
+
+
+def tiles() -> Case:
+    """A weight whose columns repeat, and rows; a stack whose members are used again."""
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        x = x @ jnp.tile(p["w"], (1, 2)) @ jnp.tile(p["v"], (2, 2))
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.tile(p["layers"], (3, 1, 1)))[0]
+
+    shapes = {"w": (D, 6), "v": (6, D // 2), "layers": (2, D, D)}
+    return _case(fn, shapes, _x(), layers="sio")
+
+
+def unstacked_layers() -> Case:
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        q, k, v = jnp.unstack(p["qkv"], axis=1)
+        x = (x @ q) * (x @ k) + x @ v
+        for w in jnp.unstack(p["layers"]):
+            x = jnp.tanh(x @ w)
+        return x
+
+    return _case(fn, {"qkv": (D, 3, D), "layers": (2, D, D)}, _x(), qkv="iso", layers="sio")
+
+
 def gradient_inside() -> Case:
     """A model that differentiates itself: the inner gradient contracts the out axis."""
 

@@ -29,6 +29,10 @@ CASES = (
     "fused_qkv_split",
     "scalar_multiples",
     "convolution_in_two_dimensions",
+    "transposed_convolution_with_its_kernel_turned",
+    "reversed_axes",
+    "tiles",
+    "unstacked_layers",
     "gradient_inside",
 )
 
