@@ -156,6 +156,74 @@ def test_a_base_on_another_device_keeps_its_factors_there() -> None:
     assert node.a.devices() == node.b.devices() == {second}
 
 
+# What is compiled.
+
+PLACES: dict[str, Any] = {
+    "where JAX likes": lambda: None,
+    "on a device": lambda: jax.devices()[1],
+    "split": lambda: jax.NamedSharding(
+        jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)), jax.P("x", None)
+    ),
+}
+METHODS: dict[str, Any] = {
+    **{init: lora(targets=r".*kernel", init=init) for init in ("gaussian", "kaiming", "pissa", "orthogonal")},
+    "DoRA": lj.DoRA(rank=2, alpha=2, targets=r".*kernel"),
+    "VeRA": lj.VeRA(rank=2, targets=r".*kernel"),
+    "IA3": lj.IA3(targets=r".*kernel", feedforward=()),
+    "BitFit": lj.BitFit(),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_compiled_is_shared_by_targets_of_equal_shapes(method: str, place: str, tmp_path: Any) -> None:
+    """All that a tree of one layer needs is compiled then; a tree of five of the same shapes compiles nothing more."""
+    chosen, where = METHODS[method], PLACES[place]()
+
+    def layers(count: int) -> Any:
+        arrays = {"kernel": np.full((6, 4), 0.5, np.float32), "bias": np.ones(4, np.float32)}
+        specs = {"kernel": where, "bias": jax.devices()[1] if place == "on a device" else None}
+        one = {name: jnp.asarray(array) for name, array in arrays.items()}
+        one = {name: one[name] if specs[name] is None else jax.device_put(one[name], specs[name]) for name in one}
+        return {f"layer{index}": one for index in range(count)}
+
+    def life(base: Any) -> None:
+        tree = lj.attach(base, chosen, key=KEY)
+        lj.merge_params(tree)
+        lj.detach(tree)
+        lj.partition(tree, lj.trainable_mask(tree, chosen))
+        names = {path: path.rpartition("/")[0] for path in lj.leaf_paths(base)}
+        count = len(base)
+        lj.load_adapter(lj.save_adapter(tmp_path / f"{count}", tree, chosen), base)
+        if isinstance(chosen, lj.LoRA):
+            folder = lj.interop.export_peft(tmp_path / f"peft{count}", tree, chosen, names=names)
+            lj.interop.import_peft(folder, base, names=names)
+
+    life(layers(1))
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        life(layers(5))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+def test_factors_of_a_committed_base_start_as_others_do() -> None:
+    for init in ("gaussian", "kaiming", "pissa", "orthogonal"):
+        weight = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+        free = lj.attach({"w": jnp.asarray(weight)}, lora(targets=("w",), init=init), key=KEY)["w"]
+        held = lj.attach({"w": jax.device_put(weight, jax.devices()[1])}, lora(targets=("w",), init=init), key=KEY)["w"]
+        np.testing.assert_allclose(np.asarray(held.a), np.asarray(free.a), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(held.b), np.asarray(free.b), rtol=1e-5, atol=1e-6)
+
+
 # The forgotten `adapt`.
 
 

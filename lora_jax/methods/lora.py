@@ -15,7 +15,7 @@ from ..paths import listed, path_key, shape_text
 from ..weights import IN, OUT, AdaptedWeight
 from .base import FROZEN, is_number, require
 from .low_rank import LoRAWeight, LowRankWeight
-from .starts import FROM_WEIGHT, STARTS, start
+from .starts import FROM_WEIGHT, STARTS, placed_start, start
 from .targets import Target, WeightMethod, matching, overridden
 
 
@@ -145,13 +145,10 @@ class LoRA(WeightMethod):
         )
         scale = float(alpha / rank if self.scaling == "standard" else alpha / math.sqrt(rank))
         node = self.node(target.base, None, None, scale=scale, axes=target.axes, dropout=float(self.dropout))
-
-        def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return start(self.init, key, target, rank, scale)
-
         if places := node.placements():
-            draw = jax.jit(draw, out_shardings=(places["a"], places["b"]))
-        a, b = draw(key)
+            a, b = placed_start(self.init, key, target, rank, scale, (places["a"], places["b"]))
+        else:
+            a, b = start(self.init, key, target, rank, scale)
         node = dataclasses.replace(node, a=a, b=b)
         if self.init in FROM_WEIGHT:  # copies: a training step may donate the factors
             node = dataclasses.replace(node, start_a=jnp.copy(a), start_b=jnp.copy(b))

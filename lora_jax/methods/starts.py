@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Sharding
 
 from ..weights import IN, OUT, STACK
 from .targets import Target
@@ -37,6 +39,29 @@ def start(init: str, key: jax.Array, target: Target, rank: int, scale: float) ->
     else:
         a = jax.random.uniform(key, shapes[0], jnp.float32, -1.0, 1.0) / math.sqrt(target.size(IN))
     return a, jnp.zeros(shapes[1], jnp.float32)
+
+
+def placed_start(
+    init: str, key: jax.Array, target: Target, rank: int, scale: float, places: tuple[Sharding, Sharding]
+) -> tuple[jax.Array, jax.Array]:
+    """As `start`, each factor in its place."""
+    weight, scale = (target.base, scale) if init in FROM_WEIGHT else (None, 1.0)  # what isn't used must not tell apart
+    shape = tuple(target.base.shape)
+    return _compiled_start(places)(key, weight, init=init, shape=shape, axes=target.axes, rank=rank, scale=scale)
+
+
+@functools.lru_cache
+def _compiled_start(places: tuple[Sharding, Sharding]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """One function a placement: targets of equal shapes share what is compiled for it."""
+
+    @functools.partial(jax.jit, static_argnames=("init", "shape", "axes", "rank", "scale"), out_shardings=places)
+    def draw(
+        key: jax.Array, weight: jax.Array | None, init: str, shape: tuple[int, ...], axes: str, rank: int, scale: float
+    ) -> tuple[jax.Array, jax.Array]:
+        base = jax.ShapeDtypeStruct(shape, jnp.float32) if weight is None else weight
+        return start(init, key, Target("", base, axes), rank, scale)
+
+    return draw
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "scale"))
