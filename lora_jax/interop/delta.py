@@ -177,14 +177,21 @@ def apply_delta(
             raise AdapterError(f"`target` has factors, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`")
         table = NameTable(names, here, fan_in_fan_out)
         places = {}
-        for name in header:
+        for name, info in header.items():
             module, _, part = name.rpartition(".")
             path = table.path(module, part)
             if path is None:
                 raise AdapterError(
                     f"{folder} has '{name:.200}', and `names` has no leaf for it. Nearest: {table.near(module[:200])}"
                 )
-            places[name] = path, leaf_layout(path, here[path], uses, in_out=table.stores_in_out(module))
+            in_out = table.stores_in_out(module)
+            layout = leaf_layout(path, here[path], uses, in_out=in_out)
+            if layout.there != info.shape:
+                raise AdapterError(
+                    f"{folder}: '{name}' has the shape {info.shape}, and the base's has {layout.there}"
+                    f"{layout.hint(info.shape, in_out)}"
+                )
+            places[name] = path, layout
 
     replaced = {}
     for name, (place, layout) in places.items():
@@ -194,8 +201,8 @@ def apply_delta(
                 f"{folder} has '{name:.200}', and the mapping hasn't. "
                 f"Nearest: {', '.join(near).replace('/', '.') or 'none'}"
             )
-        shape = tuple(here[place].shape) if layout is None else layout.there
-        if shape != header[name].shape:
+        shape = tuple(here[place].shape)
+        if layout is None and shape != header[name].shape:
             raise AdapterError(f"{folder}: '{name}' has the shape {header[name].shape}, and the base's has {shape}")
         if check_base != "ignore":
             replaced[name] = _array(name, here[place]) if layout is None else layout.export(here[place])

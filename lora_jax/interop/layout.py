@@ -14,8 +14,12 @@ import numpy as np
 
 from ..adapters import AdapterError
 from ..methods.low_rank import LowRankWeight
-from ..paths import is_weight_name, leaf_name, shape_text
+from ..methods.targets import by_convention
+from ..paths import is_weight_name, leaf_name, shape_text, words
 from ..weights import IN, OUT, STACK
+
+# Words of a leaf's name that say that it may be a table of embeddings.
+_TABLES = frozenset({"embedding", "embeddings", "embed", "emb", "table"})
 
 
 class Layout(NamedTuple):
@@ -30,6 +34,12 @@ class Layout(NamedTuple):
     here: tuple[int, ...]
     order: tuple[int, ...]
     there: tuple[int, ...]
+
+    def hint(self, shape: tuple[int, ...], in_out: bool | None) -> str:
+        """What may be the reason that a tensor has this shape; ends a message."""
+        if in_out is not None or len(shape) != 2 or shape != self.there[::-1]:
+            return ""
+        return ". If its module stores (in, out), as GPT-2's `Conv1D` does, name it in `fan_in_fan_out`"
 
     def export(self, array: Any) -> np.ndarray:
         """The Hugging Face tensor of a leaf."""
@@ -57,18 +67,18 @@ def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
     shape = tuple(leaf.shape)
     if is_embedding(path, uses) and len(shape) == 2:
         return IN + OUT
-    if use is None and len(shape) == 2:
+    if by_convention(leaf, use):
         if leaf_name(path) == "weight":
             raise AdapterError(
                 f"whether `{path}` {shape_text(leaf)} is stored (in, out) or (out, in), as Equinox does, can't be "
-                "told: pass `uses=lj.trace_weights(fn, params, ...)`"
+                f"told: {'label it in' if use is not None else 'pass'} `uses=lj.trace_weights(fn, params, ...)`"
             )
         return IN + OUT
     if use is None or use.labels is None or len(use.labels) != len(shape):
-        raise AdapterError(
-            f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown: pass "
-            "`uses=lj.trace_weights(fn, params, ...)`"
-        )
+        way_out = "pass `uses=lj.trace_weights(fn, params, ...)`"
+        if use is not None and use.labels is None:
+            way_out = f"{use.reason}. Give its entry of `uses` labels by hand, as you did for `attach`"
+        raise AdapterError(f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown: {way_out}")
     if use.op == "conv_general_dilated":
         raise AdapterError(f"`{path}` is the kernel of a convolution, and only linear layers and embeddings exchange")
     require_no_stack(path, use.labels)
@@ -92,8 +102,8 @@ def leaf_layout(path: str, leaf: Any, uses: Mapping[str, Any] | None, *, in_out:
         in_out: whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does; `None` if nobody has said.
 
     Raises:
-        AdapterError: as `axis_labels`; or `in_out` is `None`, and the leaf is square, so that its shape doesn't show a
-            mistake.
+        AdapterError: as `axis_labels`; or the leaf is square, so that its shape doesn't show a mistake, and `in_out` is
+            `None`, or its name is a table's and `uses` doesn't tell what it is.
     """
     shape = tuple(leaf.shape)
     if not is_weight_name(path) or len(shape) < 2:  # biases and norms, though they may be split into heads
@@ -102,6 +112,11 @@ def leaf_layout(path: str, leaf: Any, uses: Mapping[str, Any] | None, *, in_out:
     inside, outside = ([axis for axis, own in enumerate(labels) if own == label] for label in (IN, OUT))
     fan_in, fan_out = factor_sizes(shape, labels)
     embedding = is_embedding(path, uses)
+    if fan_in == fan_out > 1 and not embedding and path not in (uses or {}) and _TABLES & set(words(leaf_name(path))):
+        raise AdapterError(
+            f"`{path}` {shape_text(leaf)} is square and named as a table of embeddings, which both sides keep as "
+            "(rows, d), or a weight of that name, which is transposed: pass `uses=lj.trace_weights(fn, params, ...)`"
+        )
     if in_out is None and fan_in == fan_out > 1 and not embedding:
         raise AdapterError(
             f"`{path}` {shape_text(leaf)} is square, so its shape doesn't tell whether it is stored there as by "

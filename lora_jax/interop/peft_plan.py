@@ -262,13 +262,17 @@ class Planner:
         return any(is_saved(self.saved_entries, one) for one in modules)
 
     def layout(self, path: str, module: str, name: str) -> Layout:
+        in_out = self.table.stores_in_out(module)
         try:
-            layout = leaf_layout(path, self.leaves[path], self.uses, in_out=self.table.stores_in_out(module))
+            layout = leaf_layout(path, self.leaves[path], self.uses, in_out=in_out)
         except AdapterError as error:
             raise self.error(f"'{name}': {error}") from None
         shape = self.header[name].shape
         if shape != layout.there:
-            raise self.error(f"'{name}' has the shape {shape}, expected {layout.there} for `{path}` {self.shape(path)}")
+            raise self.error(
+                f"'{name}' has the shape {shape}, expected {layout.there} for `{path}` {self.shape(path)}"
+                f"{layout.hint(shape, in_out)}"
+            )
         return layout
 
     def require_complete(self, plan: Plan) -> None:

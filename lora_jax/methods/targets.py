@@ -15,8 +15,8 @@ from ..weights import IN, OUT, STACK, AdaptedWeight
 from .base import Method, is_weight, require, require_selector, rooted
 from .presets import PRESETS, Choice, choose, reasons
 
-# Operations that say nothing of a weight's axes leave a weight of two to the convention.
-_TOLD_BY = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
+# Operations that say which of a weight's axes are in and which are out, if any labels fit.
+_TELLING = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
 
 
 class Target(NamedTuple):
@@ -124,12 +124,16 @@ def matching(entry: str, targets: list[Target], argument: str) -> list[str]:
     return matched
 
 
-def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
-    """One label for each axis of a weight: what `uses` says, or in and out where there are two.
+def by_convention(leaf: Any, use: Any) -> bool:
+    """Whether a weight is read as `(in, out)`: it has two axes, and no use of it says otherwise.
 
-    The convention holds as well where a weight of two axes only meets operations that say nothing of its axes, such as
-    a `custom_vjp`: it will be merged there, whatever its labels are.
+    A `custom_vjp`, or elementwise arithmetic, says nothing of them: the weight will be merged there, whatever its labels.
     """
+    return len(leaf.shape) == 2 and (use is None or (use.labels is None and use.op not in _TELLING))
+
+
+def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
+    """One label for each axis of a weight: what `uses` says, or in and out where there are two."""
     use = (uses or {}).get(path)
     if use is not None and use.labels is not None:
         require(
@@ -137,7 +141,7 @@ def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
             f"`uses` labels `{path}` {shape_text(leaf)} with {use.labels!r}: one of i, o, s for each axis",
         )
         return use.labels
-    if len(leaf.shape) == 2 and (use is None or use.op not in _TOLD_BY):
+    if by_convention(leaf, use):
         return IN + OUT
     by_hand = f'`uses={{"{path}": lj.Use("dot_general", labels)}}` with one label an axis (i in, o out, s stack)'
     if use is not None:

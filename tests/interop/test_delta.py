@@ -160,6 +160,19 @@ def test_a_square_weight_is_not_guessed(tmp_path: Path) -> None:
     chex.assert_trees_all_equal(apply_delta(folder, base, names=told), after)
 
 
+def test_a_layout_that_is_not_said_shows_in_a_shape_that_is_not_square(tmp_path: Path) -> None:
+    base, names = {"q": {"kernel": jnp.arange(8.0).reshape(4, 2)}}, {"q/kernel": "h.0.q"}
+    after = jax.tree.map(lambda leaf: leaf + 1, base)
+    folder = export_delta(tmp_path, after, base, names=names, fan_in_fan_out=("q",))
+    message = r"'h.0.q.weight' has the shape \(4, 2\), and the base's has \(2, 4\)"
+    with pytest.raises(lj.AdapterError, match=rf"{message}\. If its module stores \(in, out\).*`fan_in_fan_out`$"):
+        apply_delta(folder, base, names=names)
+    with pytest.raises(lj.AdapterError, match=rf"{message}$"):
+        apply_delta(folder, base, names=names, fan_in_fan_out=())
+    with pytest.raises(lj.AdapterError, match=rf"{message}$"):  # what a module of PyTorch's `Linear` has
+        apply_delta(folder, {"h.0.q.weight": np.zeros((2, 4), np.float32)})
+
+
 def test_another_base(folder: Path) -> None:
     other = kit.base(seed=1)
     message = r"was made on another base: .*'?model.layers.0.query.bias'?` has other values.*check_base=\"warn\""

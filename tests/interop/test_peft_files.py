@@ -313,6 +313,29 @@ def test_what_has_no_place_in_the_layout(tmp_path: Path) -> None:
         export_peft(tmp_path, params, method, names=names, uses=uses)
 
 
+def test_a_weight_whose_uses_say_nothing_is_exchanged_as_without_them(tmp_path: Path) -> None:
+    """As `attach` reads it; one stored nobody knows how, or with uses that disagree, is refused with what to do."""
+    base, names = {"query": {"kernel": jnp.ones((4, 3))}}, {"query/kernel": "query"}
+    uses = lj.trace_weights(lambda params, x: x @ jnp.tanh(params["query"]["kernel"]), base, jnp.ones((2, 4)))
+    method = lj.LoRA(rank=2, alpha=2, targets=("query",))
+    params = lj.attach(base, method, key=KEY, uses=uses)
+    folder = export_peft(tmp_path / "with", params, method, names=names, uses=uses)
+    chex.assert_trees_all_equal(import_peft(folder, base, names=names, uses=uses).params, params)
+    chex.assert_trees_all_equal(import_peft(folder, base, names=names).params, params)
+    torn = {"query/kernel": lj.Use("dot_general", None, "dot_general needs 'io', gather needs 'oi': choose by hand")}
+    with pytest.raises(
+        lj.AdapterError, match=r"are unknown: .*choose by hand. Give its entry of `uses` labels by hand"
+    ):
+        export_peft(tmp_path / "torn", params, method, names=names, uses=torn)
+    equinox = {"query": {"weight": jnp.ones((4, 3))}}
+    params = lj.attach(equinox, method, key=KEY)
+    odd = {"query/weight": lj.Use("tanh", None, "merged by tanh")}
+    with pytest.raises(
+        lj.AdapterError, match=r"\(in, out\) or \(out, in\), as Equinox does, can't be told: label it in"
+    ):
+        export_peft(tmp_path / "odd", params, method, names={"query/weight": "query"}, uses=odd)
+
+
 def test_modules_that_store_in_out_there(tmp_path: Path) -> None:
     """GPT-2's `Conv1D`: factors are the same, a whole weight isn't transposed."""
     square = {"c_attn": {"kernel": jnp.arange(16.0).reshape(4, 4)}, "mlp": {"kernel": jnp.arange(8.0).reshape(4, 2)}}
@@ -355,6 +378,38 @@ def test_a_square_weight_in_full_is_not_guessed(tmp_path: Path) -> None:
             import_peft(folder, base, names=CONV1D)
     chex.assert_trees_all_equal(import_peft(linear, base, names=CONV1D, fan_in_fan_out=()).params, params)
     chex.assert_trees_all_equal(import_peft(conv1d, base, names=names).params, params)
+
+
+def test_a_weight_that_is_not_square_is_told_by_its_shape(tmp_path: Path) -> None:
+    """The error says what may be the reason; a table that says how modules store leaves no doubt, and no hint."""
+    base = {"c_attn": {"kernel": jnp.arange(8.0).reshape(4, 2)}, "mlp": {"kernel": jnp.arange(8.0).reshape(4, 2)}}
+    method = lj.LoRA(rank=1, alpha=1, targets=("mlp",), also_train=("c_attn",))
+    params = lj.attach(base, method, key=KEY)
+    folder = export_peft(tmp_path, params, method, names=CONV1D, fan_in_fan_out=("c_attn",))
+    wrong = r"c_attn.weight' has the shape \(4, 2\), expected \(2, 4\) for `c_attn/kernel` \(4, 2\)"
+    with pytest.raises(lj.AdapterError, match=rf"{wrong}\. If its module stores \(in, out\).*`fan_in_fan_out`$"):
+        import_peft(folder, base, names=CONV1D)
+    with pytest.raises(lj.AdapterError, match=rf"{wrong}$"):
+        import_peft(folder, base, names=CONV1D, fan_in_fan_out=())
+
+
+@pytest.mark.parametrize("name", ["embeddings", "word_embedding", "table"])
+def test_a_square_table_under_another_name_is_not_transposed(name: str, tmp_path: Path) -> None:
+    """Haiku's `embeddings`, for one: that no module stores (in, out) says nothing of a table."""
+    base = {"wte": {name: jnp.arange(16.0).reshape(4, 4)}, "mlp": {"kernel": jnp.ones((4, 2))}}
+    names = {f"wte/{name}": "wte", "mlp/kernel": "mlp"}
+    method = lj.LoRA(rank=1, alpha=1, targets=("mlp",), also_train=("wte",))
+    params = lj.attach(base, method, key=KEY)
+    told = rf"`wte/{name}` \(4, 4\) is square and named as a table of embeddings.*: pass `uses="
+    with pytest.raises(lj.AdapterError, match=told):
+        export_peft(tmp_path / "refused", params, method, names=names, fan_in_fan_out=())
+    uses = {f"wte/{name}": lj.Use("gather", "io")}
+    folder = export_peft(tmp_path / "peft", params, method, names=names, fan_in_fan_out=(), uses=uses)
+    tensors = read_safetensors(folder / kit.WEIGHTS)
+    np.testing.assert_array_equal(tensors["base_model.model.wte.weight"], base["wte"][name])
+    with pytest.raises(lj.AdapterError, match=told):
+        import_peft(folder, base, names=names, fan_in_fan_out=())
+    chex.assert_trees_all_equal(import_peft(folder, base, names=names, fan_in_fan_out=(), uses=uses).params, params)
 
 
 @pytest.mark.parametrize(
