@@ -23,8 +23,9 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
         params: the base parameters, any pytree.
         method: what to train.
         key: random key of the initial factors.
-        uses: `{path: Use}` from `trace_weights`; needed where a target has more than two axes. Without it a two-axis
-            weight is read as `(in, out)`, JAX's convention; a model that stores `(out, in)`, as Equinox does, trains
+        uses: `{path: Use}` from `trace_weights`; needed where a target has more than two axes, and for presets on a
+            model that isn't bundled. Without it, or where it says nothing of the axes, a two-axis weight is read as
+            `(in, out)`, JAX's convention; a model that stores `(out, in)`, as Equinox does, trains
             the same function either way, with `a` and `b` in exchanged places.
 
     Returns:

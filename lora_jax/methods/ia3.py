@@ -93,7 +93,8 @@ class IA3(WeightMethod):
     Raises:
         ValueError: `feedforward` is missing beside targets of your own; (when used) the axes of a weight of more than
             two are unknown.
-        SelectionError: (when used) an entry matches no weight, or a target is also a head.
+        SelectionError: (when used) an entry matches no weight, or a target is also a head; the preset finds a part of
+            its modules alone, in a tree that has other weights which may be the rest.
 
     Example:
         >>> import lora_jax as lj

@@ -57,7 +57,12 @@ class LoRA(WeightMethod):
     Raises:
         ValueError: a value is out of range, or (when used) a rank is larger than a weight allows, or the axes of a
             weight of more than two are unknown.
-        SelectionError: (when used) an entry matches no weight, or a target is also a head.
+        SelectionError: (when used) an entry matches no weight, or a target is also a head; a preset finds no weight
+            that factors can stand beside, or only a part of what it promises.
+
+    Warns:
+        UserWarning: (when used) a preset's target has less room than `rank`; or `uses` shows weights that a preset
+            would take and factors can't stand beside. Each is named.
 
     Example:
         >>> import lora_jax as lj

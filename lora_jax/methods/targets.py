@@ -127,7 +127,7 @@ def matching(entry: str, targets: list[Target], argument: str) -> list[str]:
 def by_convention(leaf: Any, use: Any) -> bool:
     """Whether a weight is read as `(in, out)`: it has two axes, and no use of it says otherwise.
 
-    A `custom_vjp`, or elementwise arithmetic, says nothing of them: the weight will be merged there, whatever its labels.
+    A `custom_vjp`, or elementwise arithmetic, says nothing of them: whatever its labels, the weight is merged there.
     """
     return len(leaf.shape) == 2 and (use is None or (use.labels is None and use.op not in _TELLING))
 
