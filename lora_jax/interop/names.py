@@ -39,8 +39,8 @@ class ModuleNames(dict[str, str | tuple[str, ...]]):
 class NameTable:
     """Leaf paths and Hugging Face names, each found by the other.
 
-    A module of PyTorch has at most one `weight` and one `bias`. A leaf named as biases are (`bias`, `b`, `beta`, `q_bias`,
-    …: `paths.is_bias_name`) is the `bias` of its module, any other the `weight`.
+    A module of PyTorch has at most one `weight` and one `bias`. A leaf that is named as biases are (`bias`, `b`,
+    `q_bias`: see `paths.is_bias_name`) is the `bias` of its module, any other the `weight`.
 
     Args:
         names: `{leaf path: Hugging Face module}`; leaves that stay as they are may be missing. A leaf that is several
