@@ -25,12 +25,12 @@ class BitFit(Selection):
     Args:
         targets: which biases. `"all"` takes every leaf that is named as biases are, by the words of its path's last
             segment (`paths.is_bias_name`): `bias`, `b`, `beta`, `offset`; `q_bias`, `in_proj_bias`, `ln_beta`;
-            `bias_n`, `bias_ih_l0`; `b1`; a leaf with a single axis is one as well if it is `b_in`, or has a weight
-            beside it that is called like it (`bq` and `wq`). What else speaks of a bias, such as a table of biases
-            over relative positions or a `shift`, stays frozen and is named in a warning.
+            `bias_n`, `bias_ih_l0`; `b1`. So is a `bq` with fewer axes than the `wq` beside it, and a `b_in` with a
+            single one. What else speaks of a bias, such as a table of biases over relative positions or a `shift`,
+            stays frozen and is named in a warning.
             Names choose the biases of modules: the paper's {query, MLP-up} is `("attention/query", "mlp/up")`. A
-            regular expression or a callable may choose any leaf so named, or any with a single axis. See
-            `paths.select`.
+            regular expression or a callable may choose any leaf so named, or any with a single axis; a table of biases
+            is chosen by its own name. See `paths.select`.
         also_train: the head, see `Method`. A bias of the head counts as head.
 
     Raises:
@@ -67,7 +67,8 @@ class BitFit(Selection):
         return [path for path in super().candidates(leaves) if not _is_norm_scale(path)]
 
     def may_be_named(self, path: str, leaf: Any) -> bool:
-        return super().may_be_named(path, leaf) or (is_trainable(path, leaf) and _speaks_of_a_bias(path))
+        outright = not callable(self.targets) and not isinstance(self.targets, str)
+        return super().may_be_named(path, leaf) or (outright and is_trainable(path, leaf) and _speaks_of_a_bias(path))
 
     def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         labels = super().own_labels(leaves)

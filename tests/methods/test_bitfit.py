@@ -145,6 +145,8 @@ def test_what_speaks_of_a_bias_and_is_none_is_named() -> None:
 
     named = lj.label_params(params, lj.BitFit(targets=("bias", "rel_pos_bias", "shift")))["layer"]
     assert [name for name, label in named.items() if label == "bias"] == ["bias", "rel_pos_bias", "shift"]
+    swept = lj.label_params(params, lj.BitFit(targets=r".*"))["layer"]
+    assert [name for name, label in swept.items() if label == "bias"] == ["bias", "shift", "unbiased"]
 
 
 def test_a_head_that_is_trained_in_full_is_not_left_out() -> None:
