@@ -154,6 +154,23 @@ def test_presets_know_the_layers(family: str, count: int):
     assert not any(path.startswith(("embeddings", "lm_head")) for path in attention)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+@every_family
+def test_presets_leave_no_weight_of_a_layer_over(family: str, scan: bool):
+    """Nor is anything said to be left out, by LoRA's presets or by BitFit."""
+    shapes = skeleton(config_from_dict(settings(family)), task="causal-lm", scan_layers=scan).params
+    leaves = leaves_by_path(shapes)
+    parts = {name: lj.LoRA(rank=1, alpha=1, targets=name).selected(leaves) for name in ("attention", "mlp")}
+    taken = lj.LoRA(rank=1, alpha=1, targets="all-linear").selected(leaves)
+    assert sorted(taken) == sorted(parts["attention"] + parts["mlp"])
+    kernels = {path for path in leaves if path.endswith("/kernel")}
+    assert kernels - set(taken) <= {"lm_head/kernel"}
+    biases = [path for path in leaves if path.endswith("/bias")]
+    if biases:
+        labels = leaves_by_path(lj.label_params(shapes, lj.BitFit()))
+        assert [path for path, label in labels.items() if label == "bias"] == biases
+
+
 def test_bitfit_on_gpt2_trains_every_bias():
     shapes = skeleton(GPT2_SMALL, task="causal-lm").params
     method = lj.BitFit()
