@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..paths import SelectionError, Selector, is_weight_name, select
+from ..paths import SelectionError, Selector, StateLeaf, is_weight_name, select
 from ..weights import is_adapted
 
 FROZEN, HEAD = "frozen", "head"
@@ -68,9 +68,15 @@ def rooted(paths: list[str]) -> tuple[str, ...]:
 
 
 def is_trainable(path: str, leaf: Any) -> bool:
-    """Plain leaves of a floating type: integers, keys and adapted weights have no gradient of their own."""
+    """Plain leaves of a floating type: integers, keys and adapted weights have no gradient of their own, and state has
+    none that anyone wants."""
     del path
-    return not is_adapted(leaf) and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return (
+        not isinstance(leaf, StateLeaf)
+        and not is_adapted(leaf)
+        and hasattr(leaf, "dtype")
+        and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    )
 
 
 def is_weight(path: str, leaf: Any) -> bool:
