@@ -29,7 +29,16 @@ from .fingerprint import fingerprint
 from .masks import label_params
 from .methods import Method
 from .methods.base import FROZEN
-from .paths import StateLeaf, flatten_with_paths, leaves_by_path, listed, nearest, shape_text, with_leaves
+from .paths import (
+    StateLeaf,
+    flatten_with_paths,
+    is_random_key,
+    leaves_by_path,
+    listed,
+    nearest,
+    shape_text,
+    with_leaves,
+)
 from .state import lasting_state, marked_leaves, state_paths
 from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
@@ -322,7 +331,7 @@ def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict
 def _state_arrays(state: Any) -> dict[str, Any]:
     """The arrays of a tree of state by path; of random keys, their data."""
     arrays = {path: leaf for path, leaf in leaves_by_path(state).items() if hasattr(leaf, "shape")}
-    return {path: jax.random.key_data(leaf) if _is_random_key(leaf) else leaf for path, leaf in arrays.items()}
+    return {path: jax.random.key_data(leaf) if is_random_key(leaf) else leaf for path, leaf in arrays.items()}
 
 
 def _restored(state: Any, saved: Mapping[str, np.ndarray], folder: Path) -> Any:
@@ -341,7 +350,7 @@ def _restored(state: Any, saved: Mapping[str, np.ndarray], folder: Path) -> Any:
                 f"{tuple(expected[path].shape)}"
             )
         leaf = leaves[path]
-        if _is_random_key(leaf):
+        if is_random_key(leaf):
             if array.dtype != np.uint32:
                 raise AdapterError(f"{folder}: the random key `{path}` of the state is {array.dtype}, not uint32")
             leaves[path] = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
@@ -349,10 +358,6 @@ def _restored(state: Any, saved: Mapping[str, np.ndarray], folder: Path) -> Any:
             leaves[path] = _placed(array, placement(leaf))
     _, _, treedef = flatten_with_paths(state)
     return jax.tree.unflatten(treedef, list(leaves.values()))
-
-
-def _is_random_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _without_state(method: Method, leaves: Mapping[str, Any]) -> Method:

@@ -127,6 +127,10 @@ def _is_foreign_array(leaf: Any) -> bool:
     return any(hasattr(type(leaf), name) for name in ("__jax_array__", "__array__"))
 
 
+def is_random_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def require_key(key: Any, argument: str = "key") -> None:
     """Refuses what is no random key.
 
@@ -134,7 +138,7 @@ def require_key(key: Any, argument: str = "key") -> None:
         TypeError: it is a seed, an array of keys, or another object; the message names the argument.
     """
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    typed = is_random_key(key) and shape == ()
     older = dtype == np.uint32 and shape is not None and len(shape) == 1  # `jax.random.PRNGKey`
     if not typed and not older:
         shown = f"an array {dtype} {shape}" if shape is not None and dtype is not None else repr(key)
