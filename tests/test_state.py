@@ -143,7 +143,8 @@ def plain() -> Any:
 
 
 def dense_apply(tree: Any) -> jax.Array:
-    return X @ (tree.params if isinstance(tree, TrainState) else tree)["dense"]["kernel"]
+    params: Any = tree.params if isinstance(tree, TrainState) else tree
+    return X @ params["dense"]["kernel"]
 
 
 class Case(NamedTuple):
@@ -388,7 +389,8 @@ def test_a_collection_of_an_unknown_name_is_said_to_be_trained() -> None:
 
 
 def threaded() -> tuple[Any, Any, Any]:
-    return nnx.split(Net(), nnx.Param, ...)
+    graph, params, state = nnx.split(Net(), nnx.Param, ...)
+    return graph, params, state
 
 
 def run(graph: Any, params: Any, state: Any, *, train: bool) -> tuple[jax.Array, Any]:
