@@ -73,18 +73,17 @@ def label_params(params: Any, method: Method) -> Any:
     labels |= dict.fromkeys(method.head(leaves), HEAD)
     if all(label == FROZEN for label in jax.tree.leaves(labels)):
         raise ValueError(f"{method} trains nothing: name leaves in `also_train`, or choose a method that trains some")
-    _warn_of_unknown_collections(labels, method)
+    if getattr(method, "targets", None) == "all":
+        _warn_of_unknown_collections(unknown_collections(params), labels)
     _, _, treedef = flatten_with_paths(params)
     return jax.tree.unflatten(treedef, list(labels.values()))
 
 
-def _warn_of_unknown_collections(labels: Mapping[str, Any], method: Method) -> None:
+def _warn_of_unknown_collections(collections: Mapping[str, str], labels: Mapping[str, Any]) -> None:
     """What nobody has named is trained by `targets="all"`: a head beside `params`, or state under a name of its own."""
-    if getattr(method, "targets", None) != "all":
-        return
     unnamed = {
         path: name
-        for path, name in unknown_collections(labels).items()
+        for path, name in collections.items()
         if labels[path] != HEAD and set(jax.tree.leaves(labels[path])) != {FROZEN}
     }
     if unnamed:

@@ -106,12 +106,16 @@ def lost_state(tree: Any) -> str | None:
     )
 
 
-def unknown_collections(paths: Iterable[str]) -> dict[str, str]:
+def unknown_collections(tree: Any) -> dict[str, str]:
     """`{path: collection}` of the leaves beside `params`, where Linen keeps state, in collections of another name.
 
-    These may be a task's head just as well, so they count as parameters.
+    These may be a task's head just as well, so they count as parameters. A module with an attribute `params` has none.
     """
-    return {path: name for path, name in _collections(paths) if not _COLLECTION.fullmatch(name)}
+    if not isinstance(tree, Mapping):
+        return {}
+    paths, _, _ = flatten_with_paths(tree)
+    free = [path for path, held in zip(paths, _held(tree), strict=True) if held is None]
+    return {path: name for path, name in _collections(free) if not _COLLECTION.fullmatch(name)}
 
 
 def _kinds(tree: Any) -> dict[str, _Kind]:

@@ -380,6 +380,8 @@ def test_a_collection_of_an_unknown_name_is_said_to_be_trained() -> None:
     for method in (lj.FullFineTune(), lj.RandomSubspace(dimension=2)):
         with pytest.warns(lj.StateWarning, match="trains codebook/usage: `codebook` stands beside `params`, where"):
             lj.label_params(lj.attach(tree, method, key=KEY), method)
+    module = nnx.State({"params": {"w": nnx.Param(jnp.ones(2))}, "head": {"w": nnx.Param(jnp.ones(2))}})
+    assert set(jax.tree.leaves(lj.label_params(module, lj.FullFineTune()))) == {"full"}, "no collections, no warning"
     named = lj.label_params(tree, lj.FullFineTune(also_train=("codebook",)))
     assert named["codebook"]["usage"] == "head"
     assert lj.label_params(tree, lj.FullFineTune(targets=("dense",)))["codebook"]["usage"] == "frozen"
