@@ -15,6 +15,7 @@ from .adapt import explain as explain
 from .adapt import trace_weights as trace_weights
 from .adapters import Adapter as Adapter
 from .adapters import AdapterError as AdapterError
+from .adapters import AdapterWithState as AdapterWithState
 from .adapters import load_adapter as load_adapter
 from .adapters import save_adapter as save_adapter
 from .attach import attach as attach
@@ -51,6 +52,7 @@ from .methods import VeRAWeight as VeRAWeight
 from .optimizer import make_optimizer as make_optimizer
 from .paths import SelectionError as SelectionError
 from .paths import leaf_paths as leaf_paths
+from .state import StateWarning as StateWarning
 
 if TYPE_CHECKING:
     from . import interop as interop

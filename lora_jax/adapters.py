@@ -7,9 +7,9 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,28 @@ from .fingerprint import fingerprint
 from .masks import label_params
 from .methods import Method
 from .methods.base import FROZEN
-from .paths import flatten_with_paths, leaves_by_path, nearest, shape_text, with_leaves
+from .paths import (
+    StateLeaf,
+    flatten_with_paths,
+    is_random_key,
+    leaves_by_path,
+    listed,
+    nearest,
+    shape_text,
+    with_leaves,
+)
+from .state import lasting_state, marked_leaves, state_paths
 from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
 _STAGING = ".saving-"
+# Begins the tensors' names of state that stood apart from `params`; no leaf path begins with a slash.
+_APART = "/state/"
 _DEEPEST = 50
 _LARGEST = float(np.finfo(np.float32).max)
 FORMAT, VERSION = "lora_jax adapter", 1
+
+CheckBase = Literal["error", "warn", "ignore"]
 
 
 class AdapterError(ValueError):
@@ -50,20 +64,33 @@ class Adapter(NamedTuple):
     method: Method
 
 
-def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) -> Path:
-    """Saves what the method trained, and nothing of the base.
+class AdapterWithState(NamedTuple):
+    """A loaded adapter with the state that was saved beside it."""
+
+    params: Any
+    method: Method
+    state: Any
+
+
+def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method, *, state: Any = None) -> Path:
+    """Saves what the method trained and the state that came of it, and nothing of the base.
 
     Writes `lora_jax_adapter.json` (method, axes, shapes, the base's fingerprint) and `adapter.safetensors` (the trained
     leaves, named by leaf path). Both are complete on disk before either takes its place: a full disk, or a kill at any
     moment, leaves the earlier adapter in the folder or the new one.
 
     The fingerprint covers the frozen leaves: path, shape, and a sample of values at fixed places rounded to bfloat16.
-    It catches mistakes; it is no security check.
+    It catches mistakes; it is no security check. State is no part of it: a base whose batch statistics have moved is
+    the same base.
+
+    State that stands in `params` (Flax Linen's `batch_stats`, say) is saved with it, but for caches and random streams.
 
     Args:
         folder: made if it does not exist.
         params: the tree from `attach`, trained.
         method: the method that it was trained with.
+        state: what the function carries from call to call beside `params`, a tree of arrays and random keys; all of it
+            is saved. `load_adapter(..., state=...)` gives it back.
 
     Returns:
         The folder.
@@ -80,7 +107,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
         ['adapter.safetensors', 'lora_jax_adapter.json']
     """
     folder = Path(folder)
-    leaves = leaves_by_path(params)
+    leaves = marked_leaves(params)
     labels = dict(zip(leaves, _leaves(label_params(params, method)), strict=True))
     partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and leaf.has_base and leaf.base is None]
     if partial:
@@ -88,8 +115,10 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
             f"`params` lacks the base weights, at {', '.join(partial[:5])}: save `lj.combine(trainable, frozen)`, so "
             "that the base can be told from another"
         )
-    tensors = {name: np.asarray(array) for name, array in saved_arrays(params, method).items()}
-    _require_finite(tensors, "cannot save")
+    apart = {_APART + path: leaf for path, leaf in _state_arrays(state).items()}
+    kept = sorted([*lasting_state(params), *apart])
+    tensors = {name: np.asarray(array) for name, array in (saved_arrays(params, method) | apart).items()}
+    _require_finite(tensors, "cannot save", kept)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
@@ -108,7 +137,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
             },
             "sha256": sha256_file(staging / TENSORS),
             "base": fingerprint(_frozen_leaves(leaves, labels)),
-        }
+        } | ({"state": kept} if kept else {})
         write_json(staging / DESCRIPTION, description)
         for name in (TENSORS, DESCRIPTION):
             os.replace(staging / name, folder / name)
@@ -120,12 +149,25 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method) ->
     return folder
 
 
+@overload
+def load_adapter(
+    folder: str | os.PathLike[str], base_params: Any, *, check_base: CheckBase = "error", state: None = None
+) -> Adapter: ...
+
+
+@overload
+def load_adapter(
+    folder: str | os.PathLike[str], base_params: Any, *, check_base: CheckBase = "error", state: Any
+) -> AdapterWithState: ...
+
+
 def load_adapter(
     folder: str | os.PathLike[str],
     base_params: Any,
     *,
-    check_base: Literal["error", "warn", "ignore"] = "error",
-) -> Adapter:
+    check_base: CheckBase = "error",
+    state: Any = None,
+) -> Adapter | AdapterWithState:
     """Puts a saved adapter onto its base.
 
     Args:
@@ -133,13 +175,17 @@ def load_adapter(
         base_params: the base parameters, in the structure they had; frozen leaves of the result are the same objects.
         check_base: what to do when the fingerprint does not fit: `"error"`, `"warn"` or `"ignore"`. Structure and
             shapes of what the adapter touches must fit in any case.
+        state: a tree in the structure of the `state` that was saved, the model's initial one say; where the adapter
+            was saved without, leave it out.
 
     Returns:
-        `Adapter(params, method)`; `params` equals the saved tree exactly.
+        `Adapter(params, method)`; `params` equals the saved tree exactly (of state that stands in it, caches and random
+        streams are the base's). With `state`, `AdapterWithState(params, method, state)`, the state as it was saved.
 
     Raises:
         AdapterError: another base (the leaves that differ are named); a tensor is missing, extra, misshapen, of
-            another dtype or not finite (each named); a description that this version cannot read.
+            another dtype or not finite (each named); a description that this version cannot read; `state` isn't given
+            and the adapter has some, or it doesn't fit.
         FileError: a file is missing, truncated or corrupt.
 
     Example:
@@ -154,6 +200,13 @@ def load_adapter(
         raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
     description = read_description(folder)
     tensors = _read_tensors(folder, description)
+    apart = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_APART)}
+    if state is None and apart:
+        raise AdapterError(
+            f"{folder} was saved with state, {listed([name.removeprefix(_APART) for name in apart], most=4)}: pass a "
+            "tree of its structure, the model's initial one say, and take the trained one from the result: "
+            "`params, method, state = lj.load_adapter(folder, base_params, state=state)`"
+        )
     leaves = leaves_by_path(base_params)
     adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if adapted:
@@ -178,10 +231,16 @@ def load_adapter(
             )
         trained[name] = _placed(array, placement(base))
 
+    state_leaves = state_paths(base_params)
     if check_base != "ignore":
         whole = {path: trained[path] for path in description["adapted"] if trained[path].has_base}
         frozen = {path: leaf for path, leaf in leaves.items() if path in whole or path not in trained}
-        found = fingerprint_differences(description["base"], fingerprint(frozen))
+        # Of state, an adapter written by an earlier version may have a fingerprint, and one written now has none.
+        saved_base, here = (
+            {path: entry for path, entry in side.items() if path not in state_leaves - whole.keys()}
+            for side in (description["base"], fingerprint(frozen))
+        )
+        found = fingerprint_differences(saved_base, here)
         if found:
             message = f"{folder} was trained on another base: {'; '.join(found[:8])}" + (
                 f"; and {len(found) - 8} more" if len(found) > 8 else ""
@@ -192,9 +251,11 @@ def load_adapter(
     _, _, treedef = flatten_with_paths(base_params)
     params = jax.tree.unflatten(treedef, [trained.get(path, leaf) for path, leaf in leaves.items()])
     params = _with_inserted(params, {path: node for path, node in trained.items() if path not in leaves}, folder)
-    method = _method_from_json(description["method"], folder)
-    _require_agreement(params, method, tensors, folder)
-    return Adapter(params, method)
+    method = _without_state(_method_from_json(description["method"], folder), marked_leaves(params))
+    _require_agreement(params, method, tensors.keys() - state_leaves - set(description.get("state", ())), folder)
+    if state is None:
+        return Adapter(params, method)
+    return AdapterWithState(params, method, _restored(state, apart, folder))
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -219,6 +280,9 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
             raise AdapterError(
                 f"{path}: `{name}` must be a JSON {kind.__name__}, got {type(description.get(name)).__name__}"
             )
+    kept = description.get("state", [])
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise AdapterError(f"{path}: `state` must be a list of tensors' names, got {kept!r:.80}")
     for name in ("tensors", "base"):
         for leaf, entry in description[name].items():
             if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
@@ -242,11 +306,11 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def saved_arrays(params: Any, method: Method) -> dict[str, Any]:
-    """What `save_adapter` writes, by the names in the file; `params` may be abstract.
+    """What `save_adapter` writes of `params`, by the names in the file; `params` may be abstract.
 
-    A frozen factor belongs to the adapter as a trained one does: it is no part of the base.
+    A frozen factor belongs to the adapter as a trained one does: it is no part of the base. Nor is state.
     """
-    leaves, found = leaves_by_path(params), {}
+    leaves, found = leaves_by_path(params), lasting_state(params)
     for (path, leaf), label in zip(leaves.items(), _leaves(label_params(params, method)), strict=True):
         if is_adapted(leaf):
             arrays = {f"{path}/{name}": getattr(leaf, name) for name in leaf.saved}
@@ -260,12 +324,61 @@ def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict
     return {
         path: leaf.base if is_adapted(leaf) else leaf
         for path, leaf in leaves.items()
-        if (leaf.has_base if is_adapted(leaf) else labels[path] == FROZEN)
+        if (leaf.has_base if is_adapted(leaf) else labels[path] == FROZEN and not isinstance(leaf, StateLeaf))
     }
 
 
-def _require_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
-    broken = [name for name, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+def _state_arrays(state: Any) -> dict[str, Any]:
+    """The arrays of a tree of state by path; of random keys, their data."""
+    arrays = {path: leaf for path, leaf in leaves_by_path(state).items() if hasattr(leaf, "shape")}
+    return {path: jax.random.key_data(leaf) if is_random_key(leaf) else leaf for path, leaf in arrays.items()}
+
+
+def _restored(state: Any, saved: Mapping[str, np.ndarray], folder: Path) -> Any:
+    """`state` with the values that were saved."""
+    leaves, expected = leaves_by_path(state), _state_arrays(state)
+    values = {name.removeprefix(_APART): array for name, array in saved.items()}
+    if differing := sorted(values.keys() ^ expected.keys()):
+        raise AdapterError(
+            f"{folder}: `state` doesn't have the structure of what was saved with the adapter; they differ at "
+            f"{listed(differing)}" + ("" if values else ". It was saved without any: leave `state` out")
+        )
+    for path, array in values.items():
+        if array.shape != expected[path].shape:
+            raise AdapterError(
+                f"{folder}: the state `{path}` has the shape {array.shape}, and that of `state` has "
+                f"{tuple(expected[path].shape)}"
+            )
+        leaf = leaves[path]
+        if is_random_key(leaf):
+            if array.dtype != np.uint32:
+                raise AdapterError(f"{folder}: the random key `{path}` of the state is {array.dtype}, not uint32")
+            leaves[path] = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+        else:
+            leaves[path] = _placed(array, placement(leaf))
+    _, _, treedef = flatten_with_paths(state)
+    return jax.tree.unflatten(treedef, list(leaves.values()))
+
+
+def _without_state(method: Method, leaves: Mapping[str, Any]) -> Method:
+    """An earlier version could label state as trained; its file has the values, and the method no longer names them."""
+    state = {"/" + path for path, leaf in leaves.items() if isinstance(leaf, StateLeaf)}
+    named = {
+        field: tuple(entry for entry in getattr(method, field) if entry not in state)
+        for field in ("targets", "also_train")
+        if isinstance(getattr(method, field, None), tuple)
+    }
+    changed = {field: entries for field, entries in named.items() if entries != getattr(method, field)}
+    return dataclasses.replace(method, **changed) if changed else method
+
+
+def _require_finite(tensors: Mapping[str, np.ndarray], what: str, state: Collection[str]) -> None:
+    """Of state, infinity is allowed: a running minimum begins with it."""
+    broken = [
+        name
+        for name, array in tensors.items()
+        if (np.isnan if name in state else lambda values: ~np.isfinite(values))(array.astype(np.float32)).any()
+    ]
     if broken:
         raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}; go back to an earlier checkpoint")
 
@@ -286,7 +399,7 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
         )
     for name, info in header.items():
         wanted = expected[name]
-        if not jnp.issubdtype(info.dtype, jnp.inexact):
+        if not jnp.issubdtype(info.dtype, jnp.inexact) and name not in description.get("state", ()):
             raise AdapterError(f"{path}: `{name}` is {info.dtype}, and what is trained is of a floating type")
         if list(info.shape) != wanted.get("shape") or str(info.dtype) != wanted.get("dtype"):
             raise AdapterError(
@@ -294,7 +407,7 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
                 f"{tuple(wanted.get('shape') or ())}: copy both files of the adapter again"
             )
     tensors = read_safetensors(path)
-    _require_finite(tensors, f"{path} is not usable")
+    _require_finite(tensors, f"{path} is not usable", description.get("state", ()))
     if sha256_file(path) != description["sha256"]:
         raise AdapterError(
             f"{path} is not the file that {DESCRIPTION} was written with: copy both files of the adapter again"
@@ -302,13 +415,13 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
     return tensors
 
 
-def _require_agreement(params: Any, method: Method, tensors: Mapping[str, Any], folder: Path) -> None:
+def _require_agreement(params: Any, method: Method, tensors: Set[str], folder: Path) -> None:
     """What is on disk must be what the method trains: a description may have been edited."""
     try:
-        saved = saved_arrays(params, method)
+        saved = saved_arrays(params, method).keys() - lasting_state(params).keys()
     except ValueError as error:
         raise AdapterError(f"{folder}: its method does not fit the base: {error}") from None
-    differing = sorted(set(saved) ^ set(tensors))
+    differing = sorted(saved ^ tensors)
     if differing:
         raise AdapterError(
             f"{folder}: its method does not train what its tensors are; they differ at {', '.join(differing[:8])}"

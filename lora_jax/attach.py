@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 from .masks import copied
 from .methods import Method
 from .paths import flatten_with_paths, leaves_by_path, nearest, with_leaves, without_leaves
+from .state import StateWarning, lost_state, marked_leaves
 from .weights import is_adapted
 
 
@@ -28,12 +30,18 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
             `(in, out)`, JAX's convention; a model that stores `(out, in)`, as Equinox does, trains
             the same function either way, with `a` and `b` in exchanged places.
 
+    Warns:
+        StateWarning: `params` holds state that a pure function would lose: of Flax NNX, batch statistics and the random
+            streams of dropout. They are never trained; pass them apart.
+
     Returns:
         A tree like `params` with nodes (`LoRAWeight`) at the targets. Leaves of `also_train` are copied, so that
         donating them leaves the base whole; all others are the same objects.
 
     Raises:
-        SelectionError: a selector matches nothing, or nothing suitable; a leaf is both target and head.
+        SelectionError: a selector matches nothing, or nothing suitable (state is never suitable); a leaf is both target
+            and head.
+        TypeError: a leaf is an array of another library, a Keras variable say; `key` is no random key.
         ValueError: a rank is larger than a weight allows; the roles of a weight's axes are unknown; a target has
             factors already; `uses` names a leaf that `params` does not have.
 
@@ -44,7 +52,7 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
         >>> type(tree["dense"]["kernel"]).__name__, tree["dense"]["bias"] is params["dense"]["bias"]
         ('LoRAWeight', True)
     """
-    leaves = leaves_by_path(params)
+    leaves, marked = leaves_by_path(params), marked_leaves(params)
     adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if adapted:
         raise ValueError(
@@ -57,8 +65,10 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
         raise ValueError(
             f"`uses` has `{unknown[0]}`, and `params` does not. Nearest paths: {', '.join(near) or 'none'}"
         )
-    changed = {path: copied(leaves[path]) for path in method.head(leaves)}
-    changed |= method.attach(leaves, key=key, uses=uses)
+    if lost := lost_state(params):
+        warnings.warn(lost, StateWarning, stacklevel=2)
+    changed = {path: copied(leaves[path]) for path in method.head(marked)}
+    changed |= method.attach(marked, key=key, uses=uses)
     _, _, treedef = flatten_with_paths(params)
     tree = jax.tree.unflatten(treedef, [changed.get(path, leaf) for path, leaf in leaves.items()])
     return with_leaves(tree, {path: node for path, node in changed.items() if path not in leaves})

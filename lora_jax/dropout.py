@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .paths import flatten_with_paths, path_key
+from .paths import flatten_with_paths, path_key, require_key
 from .weights import is_adapted
 
 
@@ -33,6 +33,8 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
         >>> params["w"].key is None, with_dropout(params, jax.random.key(1))["w"].key is None
         (True, False)
     """
+    if key is not None:
+        require_key(key)
     if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # of the older kind, `jax.random.PRNGKey`
     paths, leaves, treedef = flatten_with_paths(params)

@@ -27,6 +27,7 @@ from .masks import copied
 from .methods import LoRA, LoRAWeight
 from .methods.base import is_trainable, rooted
 from .paths import Selector, leaves_by_path
+from .state import marked_leaves, state_paths
 from .weights import IN, OUT, STACK, is_adapted
 
 Rest = Literal["train", "drop", "error"]
@@ -79,7 +80,8 @@ def extract_lora(
             `r` gives factors of rank `r`.
         also_train: leaves that are taken over in full, as in `LoRA`.
         rest: what to do with other leaves that have changed (biases, norms, embeddings, a head): `"train"` takes them
-            over in full, in the method's `also_train`; `"drop"` leaves them as the base has them; `"error"` refuses.
+            over in full, in the method's `also_train` (batch statistics and other state in the tree alone, since no
+            method trains them); `"drop"` leaves them as the base has them; `"error"` refuses.
         uses: from `trace_weights`, where a target has more than two axes.
 
     Returns:
@@ -112,9 +114,9 @@ def extract_lora(
         raise ValueError(
             f"none of the targets has changed between `base_params` and `tuned_params`; what has: {_some(changed)}"
         )
-    head = set(probe.head(before))
+    head, state = set(probe.head(marked_leaves(base_params))), state_paths(base_params)
     others = [path for path in changed if path not in chosen and path not in head]
-    _check_others(others, before, rest)
+    _check_others([path for path in others if path not in state or rest == "error"], before, rest)
     carried = [path for path in before if path in head or (rest == "train" and path in others)]
 
     fits, replaced = {}, {path: copied(jnp.asarray(after[path])) for path in carried}
@@ -122,7 +124,8 @@ def extract_lora(
         replaced[path], fits[path] = _factored(path, node, after[path], rank, energy)
     usual = most_frequent(fit.rank for fit in fits.values())
     params = rebuilt(base_params, replaced)
-    probe = dataclasses.replace(probe, targets=rooted(list(chosen)), also_train=rooted(carried))
+    trained = [path for path in carried if path not in state]  # a file keeps state without its being trained
+    probe = dataclasses.replace(probe, targets=rooted(list(chosen)), also_train=rooted(trained))
     method = relabelled(probe, params, usual, usual)
     return Extracted(params, method, fits, carried, [] if rest == "train" else others)
 

@@ -16,6 +16,7 @@ from .methods import LoRA, LoRAWeight
 from .methods.base import is_number
 from .methods.starts import FROM_WEIGHT
 from .paths import flatten_with_paths, leaves_by_path
+from .state import marked_leaves
 from .weights import STACK, is_adapted, is_traced
 
 _FLOAT32_EPS = float(np.finfo(np.float32).eps)
@@ -199,7 +200,7 @@ def most_frequent(ranks: Iterator[int]) -> int:
 def relabelled(method: LoRA, params: Any, rank: int, alpha: float) -> LoRA:
     """The method with this rank and alpha, and what differs from them in the tree as overrides."""
     plain = dataclasses.replace(method, rank=rank, alpha=alpha, rank_overrides={}, alpha_overrides={})
-    return plain.resolved(leaves_by_path(params))
+    return plain.resolved(marked_leaves(params))
 
 
 def rebuilt(params: Any, replaced: Mapping[str, Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +12,8 @@ import numpy as np
 
 from .methods import Method
 from .methods.base import FROZEN, HEAD
-from .paths import flatten_with_paths, leaf_paths, leaves_by_path
+from .paths import flatten_with_paths, leaf_paths, listed, require_arrays
+from .state import StateWarning, marked_leaves, unknown_collections
 from .weights import is_adapted, is_traced
 
 
@@ -51,10 +54,12 @@ def label_params(params: Any, method: Method) -> Any:
     Returns:
         `params` with a string in place of every array: `"frozen"`, `"head"`, or a label of the method (`"lora_a"`,
         `"lora_b"`, `"bias"`, `"full"`). An adapted weight keeps its node: `LoRAWeight(base="frozen", a="lora_a", …)`.
+        State (batch statistics, caches, random streams: see `state`) is `"frozen"`, whatever the method.
 
     Raises:
         ValueError: the method trains nothing, or expects factors that the tree does not have.
-        SelectionError: a selector of the method matches nothing.
+        SelectionError: a selector of the method matches nothing, or state alone.
+        TypeError: a leaf is an array of another library.
 
     Example:
         >>> import lora_jax as lj
@@ -62,14 +67,34 @@ def label_params(params: Any, method: Method) -> Any:
         >>> lj.label_params(params, lj.BitFit(also_train=("head",)))
         {'dense': {'bias': 'bias', 'kernel': 'frozen'}, 'head': 'head'}
     """
-    leaves = leaves_by_path(params)
+    leaves = marked_leaves(params)
     labels = {path: leaf.label(False) if is_adapted(leaf) else FROZEN for path, leaf in leaves.items()}
     labels |= method.own_labels(leaves)
     labels |= dict.fromkeys(method.head(leaves), HEAD)
     if all(label == FROZEN for label in jax.tree.leaves(labels)):
         raise ValueError(f"{method} trains nothing: name leaves in `also_train`, or choose a method that trains some")
+    if getattr(method, "targets", None) == "all":
+        _warn_of_unknown_collections(unknown_collections(params), labels)
     _, _, treedef = flatten_with_paths(params)
     return jax.tree.unflatten(treedef, list(labels.values()))
+
+
+def _warn_of_unknown_collections(collections: Mapping[str, str], labels: Mapping[str, Any]) -> None:
+    """What nobody has named is trained by `targets="all"`: a head beside `params`, or state under a name of its own."""
+    unnamed = {
+        path: name
+        for path, name in collections.items()
+        if labels[path] != HEAD and set(jax.tree.leaves(labels[path])) != {FROZEN}
+    }
+    if unnamed:
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(unnamed.values()))
+        warnings.warn(
+            f'`targets="all"` trains {listed(list(unnamed), most=4)}: {names} stands beside `params`, where Flax Linen '
+            "keeps state. If it is state, pass what is below `params` alone; if it is to be trained, name it in "
+            "`also_train`",
+            StateWarning,
+            stacklevel=3,
+        )
 
 
 def trainable_mask(params: Any, method: Method) -> Any:
@@ -89,6 +114,9 @@ def partition(params: Any, mask: Any) -> Partition:
     Frozen leaves stay the same objects. Trainable leaves outside of adapted weights are copied, since a training step
     that donates them would otherwise delete the arrays of the base tree that they came from.
 
+    Leaves that are no arrays (an Equinox model's functions) are frozen. `jax.jit` takes none as an argument: close over
+    the frozen side, or compile with `equinox.filter_jit`.
+
     Args:
         params: any tree.
         mask: booleans, in the structure of `params`.
@@ -104,6 +132,7 @@ def partition(params: Any, mask: Any) -> Partition:
         Partition(trainable={'b': 2.0, 'w': None}, frozen={'b': None, 'w': 1.0})
     """
     paths, leaves, treedef = flatten_with_paths(params)
+    require_arrays(paths, leaves)
     mask_leaves = _matching_leaves("mask", mask, paths, leaves, treedef)
     trainable, frozen = [], []
     for leaf, keep in zip(leaves, mask_leaves, strict=True):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from .paths import flatten_with_paths
+from .paths import flatten_with_paths, require_arrays
 from .weights import AdaptedWeight, is_adapted, is_traced, merge_on_entry, placement, wider
 
 
@@ -42,6 +42,7 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` must be a floating type, got {dtype!r}")
     paths, leaves, treedef = flatten_with_paths(params)
+    require_arrays(paths, leaves)
     leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in leaves]
     _refuse_not_finite(dict(zip(paths, leaves, strict=True)))
     whole = merge_on_entry([_widened(leaf, dtype) if _is_whole(leaf) else leaf for leaf in leaves])

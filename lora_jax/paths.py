@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import re
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from .weights import is_adapted
@@ -32,6 +35,19 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 class SelectionError(ValueError):
     """A selector that matches nothing, or something that it may not match."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLeaf:
+    """Stands in a table of leaves where a tree has state, which no method trains: see `state.marked_leaves`.
+
+    Attributes:
+        leaf: what the tree has there.
+        kind: what state it is, for messages.
+    """
+
+    leaf: Any
+    kind: str
 
 
 def _segment(key: Any) -> str:
@@ -86,13 +102,55 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: two leaves share a path, so that no name could tell them apart.
+        TypeError: see `require_arrays`.
     """
     paths, leaves, _ = flatten_with_paths(tree)
+    require_arrays(paths, leaves)
     table = dict(zip(paths, leaves, strict=True))
     if len(table) != len(paths):
         twice = sorted({path for path in paths if paths.count(path) > 1})
         raise ValueError(f"these leaf paths stand for more than one leaf: {listed(twice)}; rename one of the keys")
     return table
+
+
+def require_arrays(paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Refuses arrays of other libraries, which JAX converts in some places and doesn't trace in others.
+
+    Raises:
+        TypeError: a leaf is a Keras variable, a PyTorch tensor or the like; the message names it.
+    """
+    for path, leaf in zip(paths, leaves, strict=True):
+        if _is_foreign_array(leaf):
+            cls = type(leaf)
+            keras = " (of a Keras variable, `leaf.value`)" if hasattr(cls, "value") else ""
+            raise TypeError(
+                f"the leaf at `{path}` must be a JAX or NumPy array, got a {cls.__module__.partition('.')[0]} "
+                f"{cls.__name__}: convert such leaves first, `jax.tree.map(jnp.asarray, params)`{keras}"
+            )
+
+
+def _is_foreign_array(leaf: Any) -> bool:
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic) or is_adapted(leaf):
+        return False
+    return any(hasattr(type(leaf), name) for name in ("__jax_array__", "__array__"))
+
+
+def is_random_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def require_key(key: Any, argument: str = "key") -> None:
+    """Refuses what is no random key.
+
+    Raises:
+        TypeError: it is a seed, an array of keys, or another object; the message names the argument.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = is_random_key(key) and shape == ()
+    older = dtype == np.uint32 and shape is not None and len(shape) == 1  # `jax.random.PRNGKey`
+    if not typed and not older:
+        shown = f"an array {dtype} {shape}" if shape is not None and dtype is not None else repr(key)
+        raise TypeError(f"`{argument}` must be one random key, such as `jax.random.key(0)`, got {shown:.200}")
 
 
 def with_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
@@ -138,7 +196,12 @@ def without_leaves(tree: Any, drop: Callable[[Any], bool]) -> Any:
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
-    """The random key of the leaf at `path`: it depends on `key` and the path alone, so no other leaf changes it."""
+    """The random key of the leaf at `path`: it depends on `key` and the path alone, so no other leaf changes it.
+
+    Raises:
+        TypeError: `key` is no random key.
+    """
+    require_key(key)
     digest = hashlib.blake2s(path.encode(), digest_size=4).digest()
     return jax.random.fold_in(key, int.from_bytes(digest, "big"))
 
@@ -248,7 +311,7 @@ def select(
         SelectionError: an entry matches nothing, or nothing that is eligible.
     """
     if callable(selector):
-        matched = {path for path, leaf in leaves.items() if selector(path, leaf)}
+        matched = {path for path, leaf in leaves.items() if selector(path, unmarked(leaf))}
         entries = [("the callable", matched)]
     elif isinstance(selector, str):
         try:
@@ -265,12 +328,21 @@ def select(
             raise SelectionError(_nothing_matched(argument, name, selector, leaves, eligible))
         if not usable:
             shown = [f"{path} {shape_text(leaves[path])}" for path in sorted(matched)]
-            raise SelectionError(f"`{argument}` entry {name} matches no {kind}, only {listed(shown)}")
+            is_state = any(isinstance(leaves[path], StateLeaf) for path in matched)
+            hint = ". State changes by what a function does, and no optimizer trains it" if is_state else ""
+            raise SelectionError(f"`{argument}` entry {name} matches no {kind}, only {listed(shown)}{hint}")
         chosen |= usable
     return [path for path in leaves if path in chosen]
 
 
+def unmarked(leaf: Any) -> Any:
+    """What the tree has in a leaf's place, be it marked as state or not."""
+    return leaf.leaf if isinstance(leaf, StateLeaf) else leaf
+
+
 def shape_text(leaf: Any) -> str:
+    if isinstance(leaf, StateLeaf):
+        return f"{shape_text(leaf.leaf)} (state: {leaf.kind})"
     return str(tuple(leaf.shape)) if hasattr(leaf, "shape") else type(leaf).__name__
 
 

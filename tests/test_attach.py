@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -123,6 +124,85 @@ def test_a_tree_that_has_factors_already() -> None:
 def test_older_random_keys_do_as_well() -> None:
     new, old = (lj.attach(base(), lora(), key=key) for key in (jax.random.key(3), jax.random.PRNGKey(3)))
     np.testing.assert_array_equal(new["dense"]["kernel"].a, old["dense"]["kernel"].a)
+
+
+NO_KEYS = [0, 1.5, np.int64(3), "seed", jnp.ones(2), jax.random.split(KEY), jnp.zeros((2, 2), jnp.uint32)]
+
+
+@pytest.mark.parametrize("key", NO_KEYS, ids=lambda key: type(key).__name__)
+def test_what_is_no_random_key_is_refused(key: Any) -> None:
+    message = r"`key` must be one random key, such as `jax.random.key\(0\)`, got"
+    with pytest.raises(TypeError, match=message):
+        lj.attach(base(), lora(), key=key)
+    params = lj.attach(base(), lora(dropout=0.5), key=KEY)
+    with pytest.raises(TypeError, match=message):
+        lj.with_dropout(params, key)
+
+
+def test_a_method_that_draws_nothing_asks_for_no_key() -> None:
+    for method in (lj.BitFit(), lj.FullFineTune(), lj.RandomMask(size=2)):
+        lj.attach(base(), method, key=None)  # type: ignore[arg-type]
+
+
+class KerasLike:
+    """A variable of Keras 3, as JAX sees it: it is converted where it is used as an array, and nowhere else."""
+
+    def __init__(self, value: jax.Array):
+        self._value = value
+
+    value = property(lambda self: self._value)
+    shape = property(lambda self: self._value.shape)
+    dtype = property(lambda self: str(self._value.dtype))
+
+    def __jax_array__(self) -> jax.Array:
+        return self._value
+
+
+class TensorLike:
+    """A tensor of PyTorch, whose dtype is none of NumPy's."""
+
+    shape, dtype = (8, 4), object()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.ones((8, 4), np.float32)
+
+
+PUBLIC_FUNCTIONS = {
+    "attach": lambda tree: lj.attach(tree, lora(), key=KEY),
+    "label_params": lambda tree: lj.label_params(tree, lj.FullFineTune()),
+    "trainable_mask": lambda tree: lj.trainable_mask(tree, lj.FullFineTune()),
+    "partition": lambda tree: lj.partition(tree, jax.tree.map(lambda leaf: True, tree)),
+    "merge_params": lj.merge_params,
+    "detach": lj.detach,
+    "trace_weights": lambda tree: lj.trace_weights(lambda tree, x: x @ tree["dense"]["kernel"], tree, jnp.ones((1, 8))),
+    "save_adapter": lambda tree: lj.save_adapter("unused", tree, lj.BitFit()),
+    "extract_lora": lambda tree: lj.extract_lora(tree, base(), targets=("dense",), rank=1),
+    "extract_lora, tuned": lambda tree: lj.extract_lora(base(), tree, targets=("dense",), rank=1),
+    "export_delta": lambda tree: lj.interop.export_delta("unused", tree, base(), names={}),
+}
+
+
+@pytest.mark.parametrize("make", [KerasLike, lambda value: TensorLike()], ids=["keras", "torch"])
+@pytest.mark.parametrize("function", PUBLIC_FUNCTIONS)
+def test_arrays_of_other_libraries_are_refused_by_path_and_type(
+    function: str, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = base()
+    tree["dense"]["kernel"] = make(tree["dense"]["kernel"])
+    message = r"`dense/kernel` must be a JAX or NumPy array, got a tests (Keras|Tensor)Like: convert such leaves first"
+    with pytest.raises(TypeError, match=message):
+        PUBLIC_FUNCTIONS[function](tree)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_put_on_no_foreign_base(tmp_path: Path) -> None:
+    lj.save_adapter(tmp_path, lj.attach(base(), lora(), key=KEY), lora())
+    foreign = jax.tree.map(KerasLike, base())
+    with pytest.raises(TypeError, match=r"`dense/bias` must be a JAX .*\(of a Keras variable, `leaf.value`\)"):
+        lj.load_adapter(tmp_path, foreign)
+    plain = jax.tree.map(lambda leaf: leaf.value, foreign)
+    assert lj.load_adapter(tmp_path, plain).params["dense"]["kernel"].rank == 2
 
 
 def test_attach_to_shapes_alone() -> None:

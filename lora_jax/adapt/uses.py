@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 from ..methods.base import is_weight
-from ..paths import flatten_with_paths
+from ..paths import flatten_with_paths, require_arrays
+from ..state import state_paths
 from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, register
 from .walk import Encounter, is_array, new_walker, walk_function
 
@@ -151,7 +152,10 @@ def trace_weights(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         axes = tuple(frozenset({axis}) for axis in range(len(leaf.shape)))
         return _Probe(leaf, lambda use: noted.setdefault(path, []).append(use), len(axes), axes=axes)
 
-    chosen = [probed(path, leaf) if is_weight(path, leaf) else leaf for path, leaf in zip(paths, leaves, strict=True)]
+    require_arrays(paths, leaves)
+    state = state_paths(params)
+    weights = {path for path, leaf in zip(paths, leaves, strict=True) if is_weight(path, leaf)} - state
+    chosen = [probed(path, leaf) if path in weights else leaf for path, leaf in zip(paths, leaves, strict=True)]
     _walk_abstractly(fn, report, (jax.tree.unflatten(treedef, chosen), *args), kwargs)
     return {path: _overall(found, merged.get(path)) for path, found in noted.items()}
 

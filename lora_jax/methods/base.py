@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..paths import SelectionError, Selector, is_weight_name, select
+from ..paths import SelectionError, Selector, StateLeaf, is_weight_name, select
 from ..weights import is_adapted
 
 FROZEN, HEAD = "frozen", "head"
@@ -68,9 +68,11 @@ def rooted(paths: list[str]) -> tuple[str, ...]:
 
 
 def is_trainable(path: str, leaf: Any) -> bool:
-    """Plain leaves of a floating type: integers, keys and adapted weights have no gradient of their own."""
+    """Plain leaves of a floating type that are no state: integers, keys and adapted weights have no gradient."""
     del path
-    return not is_adapted(leaf) and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if is_adapted(leaf) or isinstance(leaf, StateLeaf):
+        return False
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def is_weight(path: str, leaf: Any) -> bool:

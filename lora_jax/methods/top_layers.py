@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..layers import layer_places, layer_sizes
-from ..paths import SelectionError
+from ..paths import SelectionError, StateLeaf
 from .base import Method, is_number, is_trainable, require
 
 
@@ -54,7 +54,7 @@ class TopLayers(Method):
         )
 
     def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        places = layer_places(leaves)
+        places = layer_places(path for path, leaf in leaves.items() if not isinstance(leaf, StateLeaf))
         stack, size = self._stack(layer_sizes(places))
         require(self.count <= size, f"`count` is {self.count}, and `{stack}` has {size} layers")
         first = size - self.count

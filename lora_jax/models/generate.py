@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..paths import require_key
 from ..weights import is_traced
 from .cache import Cache
 from .model import Model
@@ -156,6 +157,8 @@ def _check_options(options: _Options, key: jax.Array | None) -> None:
         raise ValueError("`num_beams` searches and `temperature` draws: leave one of them out.")
     elif key is None:
         raise ValueError("`key` is needed to draw tokens: pass `jax.random.key(seed)`.")
+    else:
+        require_key(key)
     if options.num_beams == 1 and options.length_penalty != 1.0:
         raise ValueError("`length_penalty` is for beam search: pass `num_beams` above 1.")
     for token in (*options.ends, options.padding):

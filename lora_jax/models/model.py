@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from ..interop.names import Names
-from ..paths import leaves_by_path, with_leaves
+from ..paths import leaves_by_path, require_key, with_leaves
 from ..weights import is_adapted, is_traced
 from .cache import Cache, empty_cache
 from .config import ModelConfig
@@ -145,6 +145,8 @@ def _encoder(config: ModelConfig, task: Task, build: Callable[..., Any]) -> Skel
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         input_ids, mask, token_types = _check_inputs(config, input_ids, attention_mask, token_type_ids)
+        if dropout_key is not None:
+            require_key(dropout_key, "dropout_key")
         model = _with_params(graph, params, expected)
         result = model(input_ids, mask, token_types, dropout_key)
         if task is None:
@@ -177,6 +179,8 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
         if segments is not None and cache is not None:
             raise ValueError("`segments` are for rows that are run at once: leave out the `cache`, or the segments.")
         cache = _check_cache(config, input_ids, cache, dtype)
+        if dropout_key is not None:
+            require_key(dropout_key, "dropout_key")
         model = _with_params(graph, params, expected)
         result, cache = model(input_ids, mask, positions, cache, dropout_key, segments=segments, last_only=last_only)
         result = result if task is None else result.astype(wide(result.dtype))

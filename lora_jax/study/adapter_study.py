@@ -11,6 +11,7 @@ import numpy as np
 
 from ..methods import Method
 from ..paths import is_bias_name, leaves_by_path
+from ..state import marked_leaves
 from ..weights import is_adapted
 from . import figures
 from .analysis import (
@@ -56,7 +57,7 @@ def study_adapter(base_params: Any, params: Any, method: Method, *, others: Any 
         method: that it was trained with.
         others: another trained tree of the same model, to compare subspaces with.
     """
-    heads = set(method.head(leaves_by_path(params)))
+    heads = set(method.head(marked_leaves(params)))
     every = [row for row in leaf_changes(base_params, params) if row.path not in heads]
     moved = [row for row in every if row.change > 0]
     layers = layer_changes(every)

@@ -211,6 +211,12 @@ def test_no_rate_no_dropout():
     np.testing.assert_array_equal(apply(params, IDS, dropout_key=jax.random.key(0)), apply(params, IDS))
 
 
+def test_a_seed_is_no_dropout_key():
+    apply, shapes = skeleton(models.BertConfig(**SIZES))
+    with pytest.raises(TypeError, match="`dropout_key` must be one random key, such as"):
+        apply(random_params(shapes), IDS, dropout_key=0)
+
+
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.999])
 @pytest.mark.parametrize("shape", [(400, 251), (1,)])
 def test_dropout_keeps_the_mean_and_drops_the_rate(rate: float, shape: tuple[int, ...]):

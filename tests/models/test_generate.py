@@ -292,6 +292,14 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str):
         models.generate(apply, params, PROMPTS, **{"max_new_tokens": 4, **options})
 
 
+def test_a_seed_is_no_key():
+    apply, params = apply_of("gpt2")
+    with pytest.raises(TypeError, match="`key` must be one random key, such as"):
+        models.generate(apply, params, PROMPTS, max_new_tokens=4, temperature=1.0, key=0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`dropout_key` must be one random key"):
+        apply(params, PROMPTS, dropout_key=0)
+
+
 @pytest.mark.parametrize("ids", [np.ones(3, int), np.ones((2, 3)), np.ones((2, 0), int)])
 def test_bad_prompts_are_refused(ids: np.ndarray):
     apply, params = apply_of("gpt2")
