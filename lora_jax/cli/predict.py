@@ -166,7 +166,7 @@ def _parsed(
     lines: BinaryIO | Iterable[bytes], name: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
 ) -> Iterator[dict[str, Any]]:
     from lora_jax.training.errors import DataError
-    from lora_jax.training.file_checks import parse_object
+    from lora_jax.training.json_lines import check_writable, parse_object
 
     for number, raw in enumerate(lines, start=1):
         where = f"{name}, line {number}"
@@ -177,6 +177,8 @@ def _parsed(
         if not line:
             continue
         row = parse_object(line, where) if as_json else {text: line}
+        if as_json:
+            check_writable(row, where)  # its fields go out again
         for column in (text, pair):
             if column is not None and not isinstance(row.get(column), kinds):
                 raise DataError(
