@@ -104,8 +104,8 @@ def encode_beginnings(
             continue
         encoding = encodings[place]
         if len(each) > 1 or not _is_settled(encoding, limit):
-            cut = _cut(each, tokenizer, max_length)
-            encoding = tokenizer.encode(*cut, add_special_tokens=add_special_tokens)
+            cut: Any = _input(_cut(each, tokenizer, max_length))
+            (encoding,) = tokenizer.encode_batch([cut], add_special_tokens=add_special_tokens)
         beginnings[place] = Beginning(encoding, bool(encoding.overflowing) or longest > _MOST_CHARACTERS)
     tokenizer.no_truncation()
     return beginnings

@@ -48,7 +48,13 @@ class LanguageData:
         self._special = lj.models.read_special_tokens(config.base)
         self._packing, self._seed = config.packing, config.seed
         self._documents = {
-            split: read_documents(source, config.columns, special=self._special, split=HUB_SPLITS[split])
+            split: read_documents(
+                source,
+                config.columns,
+                special=self._special,
+                split=HUB_SPLITS[split],
+                skip_bad_rows=config.skip_bad_rows,
+            )
             for split, source in sources.items()
         }
 
@@ -58,6 +64,9 @@ class LanguageData:
             name: token_rows(documents, tokenizer, self._special, max_length, packing=self._packing, seed=self._seed)
             for name, documents in self._documents.items()
         }
+
+    def notes(self) -> list[str]:
+        return [f"{split}: {texts.left_out}" for split, texts in self._documents.items() if texts.left_out is not None]
 
     def describe(self) -> str:
         return f"loss on {_LEARNT[self._documents['train'].format]}"
