@@ -138,7 +138,10 @@ def test_a_column_may_change_its_type_late(tmp_path):
     """Nothing is inferred from the first megabytes, nor from columns that nobody asked for."""
     path = tmp_path / "a.jsonl"
     first = [{"text": "2024-01-02", "label": 1, "x": None}] * 3 + [{"text": "12:30", "label": 1}] * 20_000
-    last = [{"text": "007", "label": "1.5", "x": "new", "y": {"z": [1]}}, {"text": "8", "label": 1.5, "x": [float("nan")]}]
+    last = [
+        {"text": "007", "label": "1.5", "x": "new", "y": {"z": [1]}},
+        {"text": "8", "label": 1.5, "x": [float("nan")]},
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*first, *last]))
     examples = read_examples(str(path), text="text", label="label")
     assert examples.texts[-3:] == ["12:30", "007", "8"]
