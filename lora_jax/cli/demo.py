@@ -71,8 +71,8 @@ def _show_comparison(results: dict[str, RunResult]) -> None:
     rows = [
         (
             method,
-            f"{100 * result.metrics['test']['accuracy']:.1f} %",
-            f"{100 * result.metrics['test']['macro_f1']:.1f} %",
+            f"{100 * (result.metrics['test']['accuracy'] or 0):.1f} %",
+            f"{100 * (result.metrics['test']['macro_f1'] or 0):.1f} %",
             f"{result.trainable:,}",
             f"{result.percent:.3g} %",
             f"{result.train_seconds:.0f}",

@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     facts = {"rows": f"{counts['rows']:,}", "metrics": format_metrics(metrics)}
     if counts["truncated"]:
         facts["truncated"] = f"{counts['truncated']:,} texts cut at {counts['max_length']} tokens"
+    if counts["skipped"]:
+        facts["bad rows"] = f"{counts['skipped']:,} left out"
     if "prompts" in counts:
         facts["written"] = f"to {counts['prompts']:,} prompts, {counts['ended']:,} texts ended within the limit"
     if counts.get("dropped"):
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _score_labelled(
     args: argparse.Namespace, saved: TaskFile, columns: Columns
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[dict[str, Any], dict[str, float | None]]:
     from lora_jax.training.data import read_examples
     from lora_jax.training.errors import ConfigError
     from lora_jax.training.predict import load_predictor
@@ -84,7 +86,12 @@ def _score_labelled(
     if args.generate:
         raise ConfigError(f"`generate` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
     examples = read_examples(
-        args.test, text=columns.text, text_pair=columns.text_pair, label=columns.label, split="test"
+        args.test,
+        text=columns.text,
+        text_pair=columns.text_pair,
+        label=columns.label,
+        split="test",
+        skip_bad_rows=hasattr(args, "skip_bad_rows"),
     )
     assert isinstance(saved.task, LabelledTask)
     saved.task.encode(examples)  # an unknown label is told before the model is loaded
@@ -92,12 +99,13 @@ def _score_labelled(
         predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
     encoded = predictor.encode(examples.texts, examples.pairs)
     counts = {"rows": encoded.rows, "truncated": encoded.truncated, "max_length": predictor.max_length}
+    counts |= {"skipped": examples.skipped}
     return counts, predictor.evaluate(examples)
 
 
 def _score_language(
     args: argparse.Namespace, saved: TaskFile, columns: Columns
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[dict[str, Any], dict[str, float | None]]:
     import lora_jax as lj
     from lora_jax.training.completer import load_completer
     from lora_jax.training.documents import pairs_of, read_documents
@@ -107,9 +115,9 @@ def _score_language(
     from .weights_progress import WeightsProgress
 
     options = generation_options(args)
-    base = getattr(args, "base", None)
+    base, skip = getattr(args, "base", None), hasattr(args, "skip_bad_rows")
     special = lj.models.read_special_tokens(base or saved.base)
-    documents = read_documents(args.test, columns, special=special, split="test")
+    documents = read_documents(args.test, columns, special=special, split="test", skip_bad_rows=skip)
     if not args.generate and (args.predictions is not None or args.limit is not None):
         raise ConfigError("`predictions` and `limit` are for what is written: pass `--generate` too.")
     prompts = with_references(pairs_of(documents))[: args.limit] if args.generate else []
@@ -117,6 +125,7 @@ def _score_language(
         completer = load_completer(args.adapter, base=base, progress=progress)
     rows, metrics = completer.evaluate(documents)
     counts = {"rows": rows.texts, "truncated": rows.truncated, "dropped": rows.dropped, "max_length": rows.max_length}
+    counts |= {"skipped": documents.skipped}
     if args.generate:
         written = completer.complete([prompt.prompt for prompt in prompts], options, form=documents.format)
         counts |= {"prompts": len(prompts), "ended": sum(completion.ended for completion in written)}

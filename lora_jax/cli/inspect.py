@@ -77,12 +77,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _count_labels(config) -> int:
-    from lora_jax.training.data import read_examples
+    from lora_jax.training.labelled import read_labelled
     from lora_jax.training.task import make_task
 
     if config.train == "(none)" or config.task != "classification":
         return 2
-    examples = read_examples(config.train, text=config.text, text_pair=config.text_pair, label=config.label)
+    examples = read_labelled(config, config.train, "train")
     return len(make_task(config.task, examples).labels)
 
 

@@ -54,6 +54,12 @@ def add_column_arguments(parser: argparse._ActionsContainer) -> None:
         help="causal-lm: between prompt and completion (default: a line end, \\n)",
     )
     _add(parser, "--messages", metavar="COLUMN", help="causal-lm: column of conversations, lists of role and content")
+    _add(
+        parser,
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave out rows that can't be used, and say how many (default: refuse them)",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

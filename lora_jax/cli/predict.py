@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
 
     saved = read_task(adapter_folder(args.adapter))
     wanted = _complete if saved.task.kind == "causal-lm" else _label
-    rows, load = wanted(args, saved, given_columns(args, saved))
+    left = _Left()
+    rows, load = wanted(args, saved, given_columns(args, saved), left)
     first = list(itertools.islice(rows, 1))  # a missing file is told before the model is loaded
     with WeightsProgress() as progress:
         answer = load(progress)
@@ -79,9 +81,31 @@ def run(args: argparse.Namespace) -> None:
         for row in answer(chunk):
             print(json.dumps(row, ensure_ascii=False))
         sys.stdout.flush()
+    for note in left.notes():
+        print(f"lora-jax predict: {note}", file=sys.stderr)
 
 
-def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row], Load]:
+@dataclasses.dataclass
+class _Left:
+    """What was left out of the input, told when all is answered.
+
+    Attributes:
+        cut: How many texts lost their end, being longer than `max_length` tokens.
+        rows: Bad rows, in words.
+    """
+
+    cut: int = 0
+    max_length: int = 0
+    rows: str | None = None
+
+    def notes(self) -> Iterator[str]:
+        if self.rows is not None:
+            yield self.rows
+        if self.cut:
+            yield f"{self.cut:,} texts cut at {self.max_length} tokens"
+
+
+def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _Left) -> tuple[Iterator[Row], Load]:
     from lora_jax.training.predict import load_predictor
 
     refuse_generation(args, saved.task.kind)
@@ -92,16 +116,18 @@ def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple
 
         def answer(chunk: list[Row]) -> Iterable[Row]:
             pairs = [row[pair] for row in chunk] if pair is not None else None
-            predictions = predictor.predict([row[text] for row in chunk], pairs)
+            encoded = predictor.encode([row[text] for row in chunk], pairs)
+            predictions = predictor.predict_encoded(encoded)
+            left.cut, left.max_length = left.cut + encoded.truncated, predictor.max_length
             for row, prediction in zip(chunk, predictions, strict=True):
                 yield _labelled(row, prediction, saved, everything=args.all)
 
         return answer
 
-    return _rows(args, text, pair), load
+    return _rows(args, text, pair, left), load
 
 
-def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row], Load]:
+def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _Left) -> tuple[Iterator[Row], Load]:
     from lora_jax.training.completer import load_completer
     from lora_jax.training.errors import ConfigError
 
@@ -120,7 +146,7 @@ def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tu
 
         return answer
 
-    return _rows(args, column, None, conversations=columns.messages is not None), load
+    return _rows(args, column, None, left, conversations=columns.messages is not None), load
 
 
 def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[str]:
@@ -138,14 +164,15 @@ def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[
 
 
 def _rows(
-    args: argparse.Namespace, text: str, pair: str | None, *, conversations: bool = False
+    args: argparse.Namespace, text: str, pair: str | None, left: _Left, *, conversations: bool = False
 ) -> Iterator[dict[str, Any]]:
     from lora_jax.training.data import SUFFIXES, read_examples
     from lora_jax.training.errors import DataError
 
-    suffix = Path(args.input).suffix.lower()
+    suffix, skip = Path(args.input).suffix.lower(), hasattr(args, "skip_bad_rows")
     if suffix in SUFFIXES and suffix != ".jsonl":
-        examples = read_examples(args.input, text=text, text_pair=pair)
+        examples = read_examples(args.input, text=text, text_pair=pair, skip_bad_rows=skip)
+        left.rows = examples.left_out
         pairs = examples.pairs or itertools.repeat(None)
         yield from ({text: t} | ({pair: p} if pair else {}) for t, p in zip(examples.texts, pairs, strict=False))
         return
@@ -154,40 +181,72 @@ def _rows(
         raise DataError(f"This adapter takes pairs: give JSONL with the fields '{text}' and '{pair}'.")
     kinds = (str, list) if conversations else (str,)
     if args.input == "-":
-        yield from _parsed(sys.stdin.buffer, "standard input", as_json, text, pair, kinds)
+        yield from _parsed(sys.stdin.buffer, "standard input", as_json, text, pair, kinds, left if skip else None)
         return
     if not Path(args.input).is_file():
         raise DataError(f"{args.input} doesn't exist or is no file.")
     with Path(args.input).open("rb") as file:
-        yield from _parsed(file, args.input, as_json, text, pair, kinds)
+        yield from _parsed(file, args.input, as_json, text, pair, kinds, left if skip else None)
 
 
 def _parsed(
-    lines: BinaryIO | Iterable[bytes], name: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
+    lines: BinaryIO | Iterable[bytes],
+    name: str,
+    as_json: bool,
+    text: str,
+    pair: str | None,
+    kinds: tuple[type, ...],
+    left: _Left | None,
 ) -> Iterator[dict[str, Any]]:
+    """A row a line. Bad ones are told of in `left`, or refused where that is `None`."""
     from lora_jax.training.errors import DataError
-    from lora_jax.training.file_checks import parse_object
+    from lora_jax.training.table import BadRows
 
+    bad, count = BadRows(name, skip=True), 0
     for number, raw in enumerate(lines, start=1):
-        where = f"{name}, line {number}"
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8.") from None
-        if not line:
-            continue
-        row = parse_object(line, where) if as_json else {text: line}
-        for column in (text, pair):
-            if column is not None and not isinstance(row.get(column), kinds):
-                raise DataError(
-                    f"{where}: field '{column}' holds {row.get(column)!r:.80}, and a text is expected. The fields are "
-                    f"{', '.join(row)}; choose with `--text`, `--text-pair`, `--prompt` or `--messages`."
-                )
-        yield row
+            row = _parse(raw, number, f"{name}, line {number}", as_json, text, pair, kinds)
+        except DataError as error:
+            if left is None:
+                raise
+            bad.add(number, str(error).removeprefix(f"{name}, "))
+            row = {}
+        if row is not None:
+            count += 1
+        if row:
+            yield row
+    if left is not None and bad:
+        left.rows = bad.describe(count)
+
+
+def _parse(
+    raw: bytes, number: int, where: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
+) -> Row | None:
+    from lora_jax.training.errors import DataError
+    from lora_jax.training.json_lines import check_writable, parse_object
+    from lora_jax.training.table import shown, some_names
+
+    try:
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8.") from None
+    if not line:
+        return None
+    row = parse_object(line, where) if as_json else {text: line}
+    if as_json:
+        check_writable(row, where)  # its fields go out again
+    for column in (text, pair):
+        if column is not None and not isinstance(row.get(column), kinds):
+            raise DataError(
+                f"{where}: field '{column}' holds {shown(row.get(column))}, and a text is expected. The fields are "
+                f"{some_names(list(row))}; choose with `--text`, `--text-pair`, `--prompt` or `--messages`."
+            )
+    return row
 
 
 def _labelled(row: Row, prediction: Prediction, saved: TaskFile, *, everything: bool) -> Row:
-    result = {**_given(row, ("label", "probability")), "label": prediction.label}
+    ours = ("label", "probability", *(("probabilities",) if everything else ()))
+    result = {**_given(row, ours), "label": prediction.label}
     if prediction.probability is not None:
         result["probability"] = prediction.probability
         if everything:
@@ -196,5 +255,11 @@ def _labelled(row: Row, prediction: Prediction, saved: TaskFile, *, everything: 
 
 
 def _given(row: Row, ours: tuple[str, ...]) -> Row:
-    """The fields of the input; those that have the name of one of ours as `given_...`."""
-    return {("given_" + key if key in ours else key): value for key, value in row.items()}
+    """The fields of the input; those that have the name of one of ours as `given_...`, until that is free."""
+    given: Row = {}
+    for key, value in row.items():
+        name = key
+        while name in ours or (name != key and name in row):
+            name = f"given_{name}"
+        given[name] = value
+    return given

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax import data, files
-from lora_jax.training.config import TrainConfig
+from lora_jax.training.config import TrainConfig, check_seed
 from lora_jax.training.data import Examples
 from lora_jax.training.errors import ConfigError, RunFolderError
 from lora_jax.training.inspection import MethodReport, inspect_method
+from lora_jax.training.metrics import is_undefined
 
 from .candidates import Candidate, default_candidates
 from .plan import PlannedRun
@@ -65,6 +66,8 @@ class Comparison:
             raise ConfigError(f"`preset` is {self.preset!r}, and one of {', '.join(PRESETS)} is expected.")
         if not self.seeds or any(type(seed) is not int or seed < 0 for seed in (*self.seeds, self.data_seed)):
             raise ConfigError(f"`seeds` are {self.seeds!r}, and whole numbers of at least 0 are expected.")
+        for seed in self.seeds:
+            check_seed("seeds", seed)
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"`seeds` are {self.seeds!r}, and each is expected once.")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
@@ -155,6 +158,12 @@ def prepare(settings: Comparison) -> Prepared:
         splits = splits._replace(examples=splits.examples | {"train": rows}, sources=sources)
     candidates = _candidates(settings, len(rows))
     metric = task.check_metric(config.metric)
+    for split in ("dev", "test"):
+        if split in splits.examples and is_undefined(metric, task.encode(splits.examples[split])):
+            raise ConfigError(
+                f"`{split}`: {metric} is undefined, as all rows have one target. Give rows that differ, or choose "
+                "another `metric`, such as `loss`."
+            )
     # Written out, so that candidates on fewer rows take as many steps and are evaluated as often as the others.
     epoch = math.ceil(len(rows) / config.batch_size)
     config = replace(
@@ -243,6 +252,9 @@ def _check_folder(folder: Path, description: Mapping[str, Any]) -> None:
     earlier = files.read_json(path)
     if not isinstance(earlier, dict) or earlier.get("format") != _FORMAT:
         raise RunFolderError(f"`output` {folder} holds a comparison of another version: choose a new folder.")
+    # An option that a comparison doesn't name is younger than it, and had its default there.
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    earlier = earlier | {"options": defaults | earlier.get("options", {})}
     mine, theirs = _flat(description), _flat(earlier)
     if different := [key for key in mine if mine[key] != theirs.get(key)]:
         shown = "; ".join(f"`{key}` is {theirs.get(key)!r} there and {mine[key]!r} here" for key in different[:4])

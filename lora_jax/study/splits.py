@@ -134,7 +134,8 @@ def _rows(examples: Examples, places: np.ndarray) -> Examples:
         return None if column is None else [column[place] for place in places]
 
     texts = [examples.texts[place] for place in places]
-    return Examples(examples.name, texts, pick(examples.pairs), pick(examples.labels))
+    numbers = [examples.numbers[place] for place in places]
+    return Examples(examples.name, texts, pick(examples.pairs), pick(examples.labels), numbers)
 
 
 def _fingerprint(examples: Examples) -> str:

@@ -42,6 +42,7 @@ def render_conversations(
     template: str | None,
     tokens: Mapping[str, str],
     name: str,
+    numbers: Sequence[int] | None = None,
     seconds: float = _SECONDS,
 ) -> list[tuple[Part, ...]]:
     """Renders conversations, and tells what the assistant says in each.
@@ -59,6 +60,7 @@ def render_conversations(
         template: in Jinja; `None` for `DEFAULT_TEMPLATE`.
         tokens: the texts of special tokens, such as `eos_token`.
         name: of the data, for messages.
+        numbers: of the conversations' rows in it; `None` for 1, 2, 3, …
         seconds: that one conversation may take.
 
     Returns:
@@ -77,7 +79,7 @@ def render_conversations(
     **Deviations.** transformers' `return_assistant_tokens_mask` takes what is between `{% generation %}` tags, which
     few templates have; here the tags are read over.
     """
-    return _render(conversations, template, tokens, name, seconds, prompt=False)
+    return _render(conversations, template, tokens, name, seconds, prompt=False, numbers=numbers)
 
 
 def render_prompts(
@@ -100,6 +102,7 @@ def _render(
     seconds: float,
     *,
     prompt: bool,
+    numbers: Sequence[int] | None = None,
 ) -> list[tuple[Part, ...]]:
     import jinja2  # noqa: F401, that it is missing is told here, and not by a process that ends
 
@@ -123,10 +126,11 @@ def _render(
         output, _ = process.communicate()
         ending = "didn't end in time"
     answers = [json.loads(line) for line in output.splitlines() if line.endswith(b"}")]
-    for row, answer in enumerate(answers, start=1):
+    numbers = numbers if numbers is not None else range(1, len(conversations) + 1)
+    for row, answer in zip(numbers, answers, strict=False):
         _check(answer, f"{name}, row {row}")
     if len(answers) < len(conversations):
-        raise DataError(f"{name}, row {len(answers) + 1}: the base's chat template {ending}. {_WAY_OUT}")
+        raise DataError(f"{name}, row {numbers[len(answers)]}: the base's chat template {ending}. {_WAY_OUT}")
     return [tuple(Part(text, is_target) for text, is_target in answer["parts"]) for answer in answers]
 
 

@@ -14,6 +14,7 @@ import lora_jax as lj
 
 from .batching import plan_in_order
 from .buckets import choose_buckets
+from .config import check_seed
 from .data import Columns
 from .documents import Documents, Format, format_of
 from .errors import ConfigError, DataError, TrainingError
@@ -48,9 +49,10 @@ class GenerationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("max_new_tokens", 1), ("batch_size", 1)):
             if type(value := getattr(self, name)) is not int or value < least:
                 raise ConfigError(f"`{name}` is {value!r}, and a whole number of at least {least} is expected.")
+        check_seed("seed", self.seed)
 
 
 class Completion(NamedTuple):
@@ -97,7 +99,7 @@ class Completer:
         self._apply = lj.adapt(model.apply)
         self._forward = make_forward(self._apply, CausalLM())
 
-    def evaluate(self, documents: Documents) -> tuple[TokenRows, dict[str, float]]:
+    def evaluate(self, documents: Documents) -> tuple[TokenRows, dict[str, float | None]]:
         """The metrics of texts, see `language_metrics`, and their rows, for what was cut."""
         rows = token_rows(documents, self._tokenizer, self.special, self.max_length, packing=True)
         outputs = predict_outputs(self._forward, self.params, rows, buckets=(self.max_length,))

@@ -33,6 +33,8 @@ _OF_TASKS: dict[str, tuple[str, ...]] = {
 }
 _LENGTHS = {"classification": 128, "regression": 128, "causal-lm": 512}
 
+_LARGEST_SEED = 2**63 - 1
+
 # What doesn't change the result: a run with other values of these is the same run.
 _PRESENTATION = ("output", "log_every", "tensorboard")
 
@@ -52,6 +54,8 @@ class TrainConfig:
         separator: what stands between a prompt and its completion.
         messages: the column of conversations, lists of `{"role": ..., "content": ...}`: the loss is on what the
             assistant says.
+        skip_bad_rows: whether rows that can't be used (not UTF-8, a wrong number of fields, no text, no label) are
+            left out and counted; otherwise they are refused, all at once.
         task: `"classification"`, `"regression"` or `"causal-lm"`.
         base: a known name, a hub name or a folder; for a language model it must be given.
         pooling: what the head sees: the `"first"` token (in BERT through the pooler) or the `"mean"` of all.
@@ -97,6 +101,7 @@ class TrainConfig:
     completion: str | None = None
     separator: str = "\n"
     messages: str | None = None
+    skip_bad_rows: bool = False
     task: Kind = "classification"
     base: str = DEFAULT_BASE
     pooling: Literal["first", "mean"] = "first"
@@ -136,6 +141,7 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("dtype", DTYPES),
             ("packing", (True, False)),
+            ("skip_bad_rows", (True, False)),
             ("tensorboard", (True, False)),
         ):
             _check_choice(name, getattr(self, name), choices)
@@ -152,7 +158,7 @@ class TrainConfig:
         if self.max_length is None:
             object.__setattr__(self, "max_length", _LENGTHS[self.task])
         _check_int("max_length", self.max_length, 4)
-        _check_int("seed", self.seed, 0)
+        check_seed("seed", self.seed)
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"`accumulate` is {self.accumulate}, which doesn't divide `batch_size` {self.batch_size}: a step is "
@@ -253,6 +259,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def write_yaml(path: str | Path, config: TrainConfig) -> None:
     """Writes the resolved options, atomically."""
     files.write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True, width=120))
+
+
+def check_seed(name: str, value: object) -> None:
+    """Refuses what `jax.random.key` takes no seed from."""
+    _check_int(name, value, 0)
+    assert isinstance(value, int)
+    if value > _LARGEST_SEED:
+        raise ConfigError(f"`{name}` is {value!r:.80}, and a whole number below 2**63 is expected.")
 
 
 def check_option(name: str, task: str) -> None:

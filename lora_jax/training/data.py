@@ -1,30 +1,38 @@
 """Columns of a file (CSV, TSV, JSONL, Parquet) or of a data set on the Hugging Face hub; labelled texts.
 
-Everything is read through `datasets`, and nothing that a data set brings along is ever run: `trust_remote_code` is not
-passed, so a data set that needs a script is refused.
+Files are read by `data_files`; data sets of the hub through `datasets`, and nothing that one brings along is ever run:
+`trust_remote_code` is not passed, so a data set that needs a script is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
+import math
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from .data_files import READERS, read_file
 from .errors import DataError
-from .file_checks import check_csv, check_jsonl, check_tsv
-
-if TYPE_CHECKING:
-    import datasets
+from .table import BadRows, Table, require_columns, shown
 
 # Which split of a hub data set a run's own is, where the name says none.
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?(@(?P<split>[\w.-]+(\[[^\]]*\])?))?")
+SUFFIXES = tuple(READERS)
+# Endings of files that are never names on the hub, and what to do with them.
+_OTHERS = {
+    **dict.fromkeys(
+        (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers"), "is a spreadsheet: save it as CSV (UTF-8)"
+    ),
+    **dict.fromkeys(
+        (".docx", ".doc", ".odt", ".rtf", ".pages", ".pdf"), "is a document: save its table as CSV (UTF-8)"
+    ),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar"), "is compressed: unpack it first"),
+}
+_HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?(@(?P<split>[\w.-]+(\[[^\]]*\])?))?")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +62,26 @@ class Examples(NamedTuple):
         name: the file or data set, for messages.
         texts, pairs: the texts of every row; `pairs` is `None` without a second column.
         labels: `None` where no label column was asked for.
+        rows: the number of each in the source; `None` for 1, 2, 3, …
+        left_out: what was left out of bad rows, in words; `None` for nothing.
+        skipped: how many these are.
     """
 
     name: str
     texts: list[str]
     pairs: list[str] | None = None
     labels: list[Any] | None = None
+    rows: Sequence[int] | None = None
+    left_out: str | None = None
+    skipped: int = 0
 
     def __len__(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         return len(self.texts)
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The number of each row in the source."""
+        return self.rows if self.rows is not None else range(1, len(self.texts) + 1)
 
 
 def read_examples(
@@ -72,6 +91,7 @@ def read_examples(
     text_pair: str | None = None,
     label: str | None = None,
     split: str = "train",
+    skip_bad_rows: bool = False,
 ) -> Examples:
     """Reads the named columns of a data file or of a hub data set.
 
@@ -80,87 +100,73 @@ def read_examples(
             `owner/name`, with `:subset` and `@split` where wanted (`nyu-mll/glue:rte@train[:1000]`).
         text, text_pair, label: column names.
         split: of a hub data set, where `source` names none.
+        skip_bad_rows: whether rows that can't be used are left out, and counted.
 
     Returns:
         The rows, in their order.
 
     Raises:
-        DataError: a missing or empty file, a missing column (those present are listed), a row that is not UTF-8, has
-            the wrong number of fields, or has no text or no label (named by its number).
+        DataError: a missing or empty file, a missing column (those present are listed), or rows that are not UTF-8,
+            have the wrong number of fields, or have no text or no label (named by their numbers, all at once).
     """
-    table = read_table(source, {"--text": text, "--text-pair": text_pair, "--label": label}, split=split)
+    table = read_table(
+        source, {"--text": text, "--text-pair": text_pair, "--label": label}, split=split, skip_bad_rows=skip_bad_rows
+    )
+    for column in (text, text_pair):
+        if column is not None:
+            check_texts(table, column)
+    if label is not None:
+        table.convert(label, lambda value, where: _label(value, where, label))
+    table = table.good()
     return Examples(
         name=source,
-        texts=texts_of(table, text, source),
-        pairs=texts_of(table, text_pair, source) if text_pair is not None else None,
-        labels=_labels(table, label, source) if label is not None else None,
+        texts=table.columns[text],
+        pairs=table.columns[text_pair] if text_pair is not None else None,
+        labels=table.columns[label] if label is not None else None,
+        rows=table.rows,
+        left_out=table.left_out,
+        skipped=len(table.bad),
     )
 
 
-def read_table(source: str, wanted: Mapping[str, str | None], *, split: str = "train") -> datasets.Dataset:
-    """A data file or a hub data set that has rows and the columns wanted; see `read_examples`.
+def read_table(
+    source: str, wanted: Mapping[str, str | None], *, split: str = "train", skip_bad_rows: bool = False
+) -> Table:
+    """The rows of a data file or a hub data set in the columns wanted; see `read_examples`.
 
     Args:
         source: see `read_examples`.
         wanted: `{flag: column}`; those that are `None` aren't.
         split: of a hub data set, where `source` names none.
+        skip_bad_rows: whether rows that can't be parsed are left out.
     """
-    table = _read_file(Path(source)) if _is_file(source) else _read_hub(source, split)
-    if missing := [name for name in wanted.values() if name is not None and name not in table.column_names]:
-        *flags, last = (f"`{flag}`" for flag in wanted)
-        raise DataError(
-            f"{source} has no column '{missing[0]}'; its columns are {', '.join(table.column_names)}. Choose with "
-            f"{', '.join(flags)}{' and ' if flags else ''}{last}."
-        )
-    if not len(table):
-        raise DataError(f"{source} has no rows: at least one is expected.")
-    return table
+    if (path := _file(source)) is not None:
+        return read_file(path, wanted, skip_bad_rows=skip_bad_rows)
+    return _read_hub(source, wanted, split, skip_bad_rows=skip_bad_rows)
 
 
-def _is_file(source: str) -> bool:
-    return Path(source).exists() or source.lower().endswith(SUFFIXES)
-
-
-def _read_file(path: Path) -> datasets.Dataset:
-    import datasets
-
-    if not path.exists():
+def _file(source: str) -> Path | None:
+    """The data file that is meant; `None` for a name on the hub."""
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if suffix in _OTHERS:
+        raise DataError(f"{source} {_OTHERS[suffix]} first, and pass that file.")
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise DataError(f"{source!r:.200} is no name of a file: {error.strerror}.") from None
+    if not exists:
+        if suffix not in SUFFIXES:
+            return None
         near = sorted(other.name for other in path.parent.glob("*") if other.suffix in SUFFIXES)[:8]
         beside = f" Data files in {path.parent}: {', '.join(near)}." if near else ""
         raise DataError(f"{path} doesn't exist.{beside}")
-    if path.is_dir() or path.suffix.lower() not in SUFFIXES:
+    if path.is_dir() or suffix not in SUFFIXES:
         raise DataError(f"{path} is no data file: one that ends in {', '.join(SUFFIXES)} is expected.")
-    if not path.stat().st_size:
-        raise DataError(f"{path} is empty: a file with at least one row is expected.")
-
-    # A cache of one's own file would outlive the file; it is as quickly read again.
-    with tempfile.TemporaryDirectory() as cache, _quiet():
-        options: dict[str, Any] = {"cache_dir": cache, "keep_in_memory": True}
-        kind = path.suffix.lower()
-        if kind == ".parquet":
-            return _loaded(path, lambda: datasets.Dataset.from_parquet(str(path), **options))
-        if kind == ".jsonl":
-            check_jsonl(path)
-            return _loaded(path, lambda: datasets.Dataset.from_json(str(path), **options))
-        columns = check_tsv(path) if kind == ".tsv" else check_csv(path)
-        # Strings as they stand: left to itself the parser turns "NA" and "null" into nothing and "01" into 1.
-        options["features"] = datasets.Features({name: datasets.Value("string") for name in columns})
-        options |= {"na_filter": False, "encoding": "utf-8-sig"}
-        if kind == ".tsv":
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-        return _loaded(path, lambda: datasets.Dataset.from_csv(str(path), **options))
+    return path
 
 
-def _loaded(path: Path, load: Callable[[], Any]) -> datasets.Dataset:
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return load()
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        raise DataError(f"{path} can't be read as {path.suffix}: {error.__cause__ or error}") from error
-
-
-def _read_hub(source: str, split: str) -> datasets.Dataset:
+def _read_hub(source: str, wanted: Mapping[str, str | None], split: str, *, skip_bad_rows: bool) -> Table:
     import datasets
 
     match = _HUB_NAME.fullmatch(source)
@@ -171,42 +177,56 @@ def _read_hub(source: str, split: str) -> datasets.Dataset:
         )
     with _quiet():
         try:
-            return datasets.load_dataset(match["name"], match["subset"], split=match["split"] or split)  # pyright: ignore[reportReturnType]
+            held: Any = datasets.load_dataset(match["name"], match["subset"], split=match["split"] or split)
         except Exception as error:  # of many kinds: no network, no such name, split or subset, a script
             raise DataError(
                 f"There is no file {source}, and the data set '{match['name']}' can't be read from the hub: "
                 f"{_first_line(error)}"
             ) from error
+    require_columns(source, wanted, held.column_names)
+    if not len(held):
+        raise DataError(f"{source} has no rows: at least one is expected.")
+    columns: dict[str, list[Any]] = {}
+    for column in wanted.values():
+        if column is not None:
+            columns[column] = list(held[column])
+            if isinstance(feature := held.features[column], datasets.ClassLabel):
+                # -1 is the hub's mark in hidden test sets.
+                columns[column] = [feature.int2str(v) if v is not None and v >= 0 else None for v in columns[column]]
+    return Table(source, columns, rows=range(1, len(held) + 1), bad=BadRows(source, skip=skip_bad_rows))
 
 
-def texts_of(table: datasets.Dataset, column: str, source: str) -> list[str]:
-    """The texts of a column; a row without one is named."""
-    values = list(table[column])
-    for row, value in enumerate(values, start=1):
+def check_texts(table: Table, column: str) -> None:
+    """Notes the rows without a text in a column."""
+
+    def check(value: Any, where: str) -> str:
         if not isinstance(value, str):
-            raise DataError(
-                f"{source}, row {row}: column '{column}' holds {value!r:.80}, and a text is expected. Mend or remove "
-                "the row."
-            )
+            raise DataError(f"{where}: column '{column}' holds {shown(value)}, and a text is expected")
         if not value.strip():
-            raise DataError(f"{source}, row {row}: column '{column}' is empty. Fill in or remove the row.")
-    return values
+            raise DataError(f"{where}: column '{column}' is empty")
+        _check_characters(value, where, column)
+        return value
+
+    table.convert(column, check)
 
 
-def _labels(table: datasets.Dataset, column: str, source: str) -> list[Any]:
-    import datasets
+def _label(value: Any, where: str, column: str) -> Any:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"{where} has no label in column '{column}'")
+    if not isinstance(value, (str, int, float, bool)) or (isinstance(value, float) and not math.isfinite(value)):
+        raise DataError(f"{where}: column '{column}' holds {shown(value)}, and a name or a number is expected")
+    if isinstance(value, str):
+        _check_characters(value, where, column)
+    return value
 
-    values = list(table[column])
-    feature = table.features[column]
-    for row, value in enumerate(values, start=1):
-        unlabelled = isinstance(feature, datasets.ClassLabel) and value == -1  # the hub's mark in hidden test sets
-        if value is None or unlabelled or (isinstance(value, str) and not value.strip()):
-            raise DataError(f"{source}, row {row} has no label in column '{column}'. Fill in or remove the row.")
-        if not isinstance(value, (str, int, float, bool)):
-            raise DataError(
-                f"{source}, row {row}: column '{column}' holds {value!r:.80}, and a name or a number is expected."
-            )
-    return [feature.int2str(value) for value in values] if isinstance(feature, datasets.ClassLabel) else values
+
+def _check_characters(text: str, where: str, column: str) -> None:
+    """JSON can write half a character, which no tokenizer and no file can take."""
+    if not text.isascii() and (half := _LONE_SURROGATE.search(text)) is not None:
+        raise DataError(
+            f"{where}: column '{column}' has half a character (the lone surrogate \\u{ord(half.group()):04x}) at "
+            f"place {half.start() + 1:,}"
+        )
 
 
 @contextlib.contextmanager

@@ -8,8 +8,11 @@ from typing import Any, Literal, NamedTuple
 import lora_jax as lj
 
 from .chat import Part, render_conversations
-from .data import Columns, read_table, texts_of
+from .data import Columns, check_texts, read_table
+from .data_files import check_regular
 from .errors import DataError
+from .json_lines import check_writable
+from .table import Table, shown
 
 Format = Literal["text", "completion", "chat"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -22,11 +25,15 @@ class Documents(NamedTuple):
         name: the file or data set, for messages.
         format: what they were read from.
         rows: the parts of each text.
+        left_out: what was left out of bad rows, in words; `None` for nothing.
+        skipped: how many these are.
     """
 
     name: str
     format: Format
     rows: list[tuple[Part, ...]]
+    left_out: str | None = None
+    skipped: int = 0
 
     @property
     def is_framed(self) -> bool:
@@ -48,7 +55,12 @@ def format_of(columns: Columns) -> Format:
 
 
 def read_documents(
-    source: str, columns: Columns, *, special: lj.models.SpecialTokens, split: str = "train"
+    source: str,
+    columns: Columns,
+    *,
+    special: lj.models.SpecialTokens,
+    split: str = "train",
+    skip_bad_rows: bool = False,
 ) -> Documents:
     """Reads texts for a language model.
 
@@ -57,6 +69,7 @@ def read_documents(
         columns: `messages`; or `prompt` and `completion`; or `text`, all of which is to be learnt.
         special: of the base; its chat template renders `messages`.
         split: of a hub data set, where `source` names none.
+        skip_bad_rows: whether rows that can't be used are left out, and counted.
 
     Raises:
         DataError: as for `read_examples`; messages of another form; a template that can't be used.
@@ -66,30 +79,50 @@ def read_documents(
         if form != "text":
             raise DataError(f"{source} is plain text and has no columns: leave out `--prompt` and `--messages`.")
         return Documents(source, form, [(Part(_read_text(Path(source)), True),)])
-    if form == "completion":
-        assert columns.prompt is not None
-        table = read_table(source, {"--prompt": columns.prompt, "--completion": columns.completion}, split=split)
-        prompts = texts_of(table, columns.prompt, source)
-        completions = texts_of(table, columns.completion or "", source)
-        pairs = zip(prompts, completions, strict=True)
-        rows = [(Part(prompt + columns.separator, False), Part(completion, True)) for prompt, completion in pairs]
-        return Documents(source, form, rows)
+    wanted = {f"--{name}": getattr(columns, name) for name in _COLUMNS[form]}
+    table = read_table(source, wanted, split=split, skip_bad_rows=skip_bad_rows)
     if form == "chat":
         assert columns.messages is not None
-        table = read_table(source, {"--messages": columns.messages}, split=split)
-        talks = [
-            check_messages(value, f"{source}, row {row}: column '{columns.messages}'")
-            for row, value in enumerate(table[columns.messages], start=1)
-        ]
-        for row, talk in enumerate(talks, start=1):
-            if not any(message["role"] == "assistant" for message in talk):
-                raise DataError(
-                    f"{source}, row {row} has no message of the role 'assistant': there's nothing to learn."
-                )
-        rendered = render_conversations(talks, template=special.chat_template, tokens=special.texts, name=source)
-        return Documents(source, form, rendered)
-    table = read_table(source, {"--text": columns.text}, split=split)
-    return Documents(source, form, [(Part(text, True),) for text in texts_of(table, columns.text, source)])
+        rows, table = _conversations(table, columns.messages, special)
+        return Documents(source, form, rows, table.left_out, len(table.bad))
+    for column in wanted.values():
+        check_texts(table, column)
+    table = table.good()
+    texts = [table.columns[column] for column in wanted.values()]
+    if form == "completion":
+        separator = columns.separator
+        rows = [(Part(prompt + separator, False), Part(text, True)) for prompt, text in zip(*texts, strict=True)]
+    else:
+        rows = [(Part(text, True),) for text in texts[0]]
+    return Documents(source, form, rows, table.left_out, len(table.bad))
+
+
+_COLUMNS: dict[Format, tuple[str, ...]] = {
+    "text": ("text",),
+    "completion": ("prompt", "completion"),
+    "chat": ("messages",),
+}
+
+
+def _conversations(table: Table, column: str, special: lj.models.SpecialTokens) -> tuple[list[tuple[Part, ...]], Table]:
+    """The rendered conversations of a column, and the rows that they are of."""
+
+    def check(value: Any, where: str) -> list[dict[str, Any]]:
+        talk = check_messages(value, f"{where}: column '{column}'")
+        if not any(message["role"] == "assistant" for message in talk):
+            raise DataError(f"{where} has no message of the role 'assistant': there's nothing to learn")
+        return talk
+
+    table.convert(column, check)
+    table = table.good()
+    rendered = render_conversations(
+        table.columns[column],
+        template=special.chat_template,
+        tokens=special.texts,
+        name=table.name,
+        numbers=table.rows,
+    )
+    return rendered, table
 
 
 def pairs_of(documents: Documents) -> list[Pair]:
@@ -115,7 +148,7 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
     """
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise DataError(
-            f'{where} holds {value!r:.80}, and a list of messages is expected: [{{"role": "user", "content": ...}}, '
+            f'{where} holds {shown(value)}, and a list of messages is expected: [{{"role": "user", "content": ...}}, '
             '{"role": "assistant", "content": ...}].'
         )
     # `datasets` fills what some messages have and others don't.
@@ -123,21 +156,21 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
     for place, message in enumerate(messages, start=1):
         if message.get("role") not in ROLES:
             raise DataError(
-                f"{where}, message {place} has the role {message.get('role')!r:.40}, and one of {', '.join(ROLES)} is "
+                f"{where}, message {place} has the role {shown(message.get('role'))}, and one of {', '.join(ROLES)} is "
                 "expected."
             )
         if not isinstance(message.get("content"), str):
             raise DataError(
-                f"{where}, message {place} has the content {message.get('content')!r:.80}, and a text is expected."
+                f"{where}, message {place} has the content {shown(message.get('content'))}, and a text is expected."
             )
+    check_writable(messages, where, allow_nan=True)  # the template is rendered elsewhere
     return messages
 
 
 def _read_text(path: Path) -> str:
+    check_regular(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path} doesn't exist.") from None
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -57,7 +57,7 @@ class Evaluated:
 
     step: int
     split: str
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     best: bool | None = None
 
 

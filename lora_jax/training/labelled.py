@@ -67,7 +67,12 @@ def read_labelled(config: TrainConfig, source: str, split: str) -> Examples:
     """The rows of `"train"`, `"dev"` or `"test"`, in the config's columns."""
     columns = config.columns
     return read_examples(
-        source, text=columns.text, text_pair=columns.text_pair, label=columns.label, split=HUB_SPLITS[split]
+        source,
+        text=columns.text,
+        text_pair=columns.text_pair,
+        label=columns.label,
+        split=HUB_SPLITS[split],
+        skip_bad_rows=config.skip_bad_rows,
     )
 
 
@@ -99,6 +104,9 @@ class LabelledData:
             )
             for name, examples in self._examples.items()
         }
+
+    def notes(self) -> list[str]:
+        return [f"{split}: {rows.left_out}" for split, rows in self._examples.items() if rows.left_out is not None]
 
     def describe(self) -> str:
         return f"{len(self.task.labels)} labels" if self.task.labels else "a number"

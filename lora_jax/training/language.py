@@ -12,6 +12,7 @@ from lora_jax.models.decoder import DecoderConfig
 from .config import TrainConfig
 from .data import HUB_SPLITS
 from .documents import Documents, read_documents
+from .encoding import Beginning, encode_beginnings, end_of
 from .errors import ConfigError, DataError
 from .task import CausalLM
 from .token_cache import cached
@@ -47,7 +48,13 @@ class LanguageData:
         self._special = lj.models.read_special_tokens(config.base)
         self._packing, self._seed = config.packing, config.seed
         self._documents = {
-            split: read_documents(source, config.columns, special=self._special, split=HUB_SPLITS[split])
+            split: read_documents(
+                source,
+                config.columns,
+                special=self._special,
+                split=HUB_SPLITS[split],
+                skip_bad_rows=config.skip_bad_rows,
+            )
             for split, source in sources.items()
         }
 
@@ -57,6 +64,9 @@ class LanguageData:
             name: token_rows(documents, tokenizer, self._special, max_length, packing=self._packing, seed=self._seed)
             for name, documents in self._documents.items()
         }
+
+    def notes(self) -> list[str]:
+        return [f"{split}: {texts.left_out}" for split, texts in self._documents.items() if texts.left_out is not None]
 
     def describe(self) -> str:
         return f"loss on {_LEARNT[self._documents['train'].format]}"
@@ -108,25 +118,36 @@ def tokenize(
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    encodings = iter(
-        tokenizer.encode_batch([part.text for parts in documents.rows for part in parts], add_special_tokens=False)
-    )
     begin = leading_tokens(tokenizer) if documents.is_framed else []
+    pieces = [part.text for parts in documents.rows for part in parts]
+    whole = documents.format == "text"  # whose chunks need all of it
+    if whole:
+        beginnings = (Beginning(each, False) for each in tokenizer.encode_batch(pieces, add_special_tokens=False))
+    else:  # one token more than a row holds, so that it is known which are cut
+        beginnings = iter(encode_beginnings(pieces, tokenizer, max_length + 1, add_special_tokens=False))
     end = [special.end] if documents.is_framed else []
     specials = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     specials.add(special.end)
+    marks = [mark for token in specials if (mark := tokenizer.id_to_token(token))]
     texts: list[tuple[np.ndarray, np.ndarray]] = []
+    short = 0  # texts that were cut, see `encode_beginnings`, and yet fit
     for parts in documents.rows:
+        is_short = False
         ids, targets = list(begin), [False] * len(begin)
         for part in parts:
-            new = next(encodings).ids
-            learnt = _learnt(new, specials) if part.is_target and not documents.is_framed else len(new)
+            beginning = next(beginnings)
+            new = beginning.encoding.ids
+            is_short |= beginning.is_cut and len(new) <= max_length
+            ends = part.is_target and not documents.is_framed and not _goes_on(part.text, beginning, marks)
+            learnt = _learnt(new, specials) if ends else len(new)
             ids += new
             targets += [part.is_target] * learnt + [False] * (len(new) - learnt)
         ids += end
         targets += [True] * len(end)
+        short += is_short and len(ids) <= max_length
         texts.append((np.array(ids, np.int32), np.array(targets, bool)))
-    return make_rows(texts, max_length, chunk=documents.format == "text")
+    rows = make_rows(texts, max_length, chunk=whole)
+    return rows._replace(truncated=rows.truncated + short)
 
 
 def leading_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
@@ -134,6 +155,11 @@ def leading_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
     encoding = tokenizer.encode("a")
     count = next((place for place, special in enumerate(encoding.special_tokens_mask) if not special), 0)
     return encoding.ids[:count]
+
+
+def _goes_on(text: str, beginning: Beginning, marks: list[str]) -> bool:
+    """Whether a special token follows in what was cut off a text."""
+    return beginning.is_cut and max(text.rfind(mark) for mark in marks) >= end_of(beginning.encoding)
 
 
 def _learnt(ids: list[int], specials: set[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -170,7 +171,9 @@ class _Progress:
         metrics, score = None, None
         if "dev" in self.run.splits:
             metrics = self._evaluate(self.state.trainable, "dev")
-            score = better(self.run.metric, metrics[self.run.metric])
+            value = metrics[self.run.metric]
+            assert value is not None  # `prepare` has chosen a metric that dev defines
+            score = better(self.run.metric, value)
             if not math.isfinite(score):
                 self._refuse(number, f"The dev set's {self.run.metric} became {score}")
             self._log(number, "dev", metrics)
@@ -185,13 +188,13 @@ class _Progress:
             best = self.checkpoints.best_step == number
             self.listen(Evaluated(step=number, split="dev", metrics=metrics, best=best))
 
-    def _evaluate(self, trainable: Any, split: str) -> dict[str, float]:
+    def _evaluate(self, trainable: Any, split: str) -> dict[str, float | None]:
         run = self.run
         rows = run.splits[split]
         params = lj.combine(trainable, run.frozen)
         return run.task.measure(predict_outputs(self.forward, params, rows, buckets=run.buckets), rows.targets)
 
-    def _log(self, number: int, split: str, values: dict[str, float]) -> None:
+    def _log(self, number: int, split: str, values: Mapping[str, float | None]) -> None:
         self.folder.log({"step": number, "split": split, **values})
         self.scalars.write(split, values, number)
 
@@ -211,7 +214,7 @@ class _Progress:
         step = best if best is not None else self.checkpoints.last_step
         assert step is not None  # the last step saves
         chosen = self.checkpoints.restore(step, run.state)
-        metrics: dict[str, dict[str, float]] = {}
+        metrics: dict[str, dict[str, float | None]] = {}
         if chosen.progress["dev"] is not None:
             metrics["dev"] = chosen.progress["dev"]
         if "test" in run.splits:

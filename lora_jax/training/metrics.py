@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+_OF_VARIATION = ("matthews", "pearson", "spearman")
 
 
 def better(metric: str, value: float) -> float:
@@ -16,8 +17,15 @@ def better(metric: str, value: float) -> float:
     return -value if metric in LOWER_IS_BETTER else value
 
 
-def classification_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+def is_undefined(metric: str, targets: np.ndarray) -> bool:
+    """Whether a metric says nothing of rows with such targets: a correlation with what doesn't vary."""
+    return metric in _OF_VARIATION and np.ptp(targets) == 0
+
+
+def classification_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
     """`accuracy`, `macro_f1` (mean of F1 over the labels that occur in targets or predictions), `matthews`, `loss`.
+
+    `matthews` is `None`, undefined, where all targets are the same; 0 where all predictions are.
 
     Args:
         outputs: logits `(rows, labels)`.
@@ -35,13 +43,16 @@ def classification_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str
     return {
         "accuracy": float(metrics.accuracy_score(targets, predicted)),
         "macro_f1": float(metrics.f1_score(targets, predicted, average="macro")),
-        "matthews": float(matthews),
+        "matthews": None if is_undefined("matthews", targets) else float(matthews),
         "loss": float(-log_probabilities[np.arange(len(targets)), targets].mean()),
     }
 
 
-def regression_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """`pearson`, `spearman` and `loss`, the mean square; a correlation with a constant is undefined and given as 0.
+def regression_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
+    """`pearson`, `spearman` and `loss`, the mean square.
+
+    The correlations are `None`, undefined, where all targets are the same (in a single row, say); 0 where all outputs
+    are, which follow nothing.
 
     Args:
         outputs, targets: `(rows,)`.
@@ -49,15 +60,17 @@ def regression_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str, fl
     from scipy import stats
 
     outputs = outputs.astype(np.float64)
-    constant = min(np.ptp(outputs), np.ptp(targets)) == 0
     correlations: dict[str, Any] = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
-    return {
-        **{name: 0.0 if constant else float(f(outputs, targets)[0]) for name, f in correlations.items()},
-        "loss": float(np.mean((outputs - targets) ** 2)),
-    }
+    measured: dict[str, float | None] = {}
+    for name, correlation in correlations.items():
+        if is_undefined(name, targets):
+            measured[name] = None
+        else:
+            measured[name] = float(correlation(outputs, targets)[0]) if np.ptp(outputs) else 0.0
+    return measured | {"loss": float(np.mean((outputs - targets) ** 2))}
 
 
-def language_metrics(sums: np.ndarray) -> dict[str, float]:
+def language_metrics(sums: np.ndarray) -> dict[str, float | None]:
     """`perplexity`, `token_accuracy` and `loss`, the mean `-log p` (natural) of the target tokens.
 
     Args:

@@ -111,9 +111,13 @@ class Predictor:
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
         """One prediction a text, in order."""
-        return [self._prediction(row) for row in self.outputs(texts, pairs)] if texts else []
+        return self.predict_encoded(self.encode(texts, pairs)) if texts else []
 
-    def evaluate(self, examples: Examples) -> dict[str, float]:
+    def predict_encoded(self, encoded: Encoded) -> list[Prediction]:
+        """As `predict`, of what `encode` gives, which knows how many texts it has cut."""
+        return [self._prediction(row) for row in self.encoded_outputs(encoded)]
+
+    def evaluate(self, examples: Examples) -> dict[str, float | None]:
         """The metrics of labelled rows; see `Task.measure`."""
         return self.task.measure(self.outputs(examples.texts, examples.pairs), self.task.encode(examples))
 

@@ -89,15 +89,20 @@ def format_step(event: StepDone, *, loss: float | None, accuracy: float | None) 
     return "  ".join(parts)
 
 
-def format_metrics(metrics: dict[str, float]) -> str:
-    """Rates in percent, the loss as it is.
+def format_metrics(metrics: dict[str, float | None]) -> str:
+    """Rates in percent, the loss as it is; `None` is a metric that is undefined on such rows.
 
     Example:
         >>> format_metrics({"accuracy": 0.9, "loss": 0.25})
         'accuracy 90.0 %  loss 0.250'
     """
-    shown = {name: f"{100 * value:.1f} %" if name in _RATES else f"{value:.3f}" for name, value in metrics.items()}
-    return "  ".join(f"{name.replace('_', '-')} {value}" for name, value in shown.items())
+    return "  ".join(f"{name.replace('_', '-')} {_format_metric(name, value)}" for name, value in metrics.items())
+
+
+def _format_metric(name: str, value: float | None) -> str:
+    if value is None:
+        return "undefined"
+    return f"{100 * value:.1f} %" if name in _RATES else f"{value:.3f}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -39,7 +39,7 @@ class RunResult:
 
     output: Path
     adapter: Path
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
     chosen: str
     chosen_step: int
     steps: int

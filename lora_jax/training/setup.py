@@ -15,9 +15,11 @@ from lora_jax.models.model import Model, skeleton
 from .batching import Rows, TrainingBatches
 from .buckets import choose_buckets
 from .config import TrainConfig
+from .errors import ConfigError
 from .events import Listener, Note, WeightsRead
 from .labelled import LabelledData
 from .language import LanguageData
+from .metrics import is_undefined
 from .optimizer import make_optimizer
 from .step import TrainState
 from .task import Task
@@ -33,6 +35,10 @@ class Data(Protocol):
     def task(self) -> Task: ...
     def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> Mapping[str, Rows]:
         """Each split in tokens."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What was left out of the sources, in words."""
         ...
 
     def describe(self) -> str:
@@ -86,7 +92,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     sources = {"train": config.train, "dev": config.dev, "test": config.test}
     data = _DATA[config.task](config, {name: source for name, source in sources.items() if source is not None})
     task = data.task
-    metric = task.check_metric(config.metric)
+    task.check_metric(config.metric)
 
     model = lj.models.load(
         config.base,
@@ -103,6 +109,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     max_length = min(config.max_length, model.config.max_length)
     splits = data.rows(tokenizer, max_length)
     rows = splits["train"]
+    metric = choose_metric(task, config.metric, splits["dev"].targets if "dev" in splits else None)
     steps = config.steps or config.epochs * math.ceil(rows.rows / config.batch_size)
     buckets = choose_buckets(rows.lengths, count=config.buckets, max_length=max_length, steps=steps)
     batches = TrainingBatches(rows, buckets=buckets, batch_size=config.batch_size, seed=config.seed, steps=steps)
@@ -113,6 +120,8 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     trainable, frozen = lj.partition(params, lj.trainable_mask(params, config.method))
     counts = lj.count_params(params, labels)
     tx = make_optimizer(config, labels, steps=steps)
+    if config.metric is None and metric != task.metrics[0]:
+        listen(Note(message=f"dev: {task.metrics[0]} is undefined, as all rows have one target: {metric} chooses"))
     for note in _notes(config, data, splits, counts, buckets, max_length):
         listen(Note(message=note))
     return Run(
@@ -132,6 +141,23 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     )
 
 
+def choose_metric(task: Task, name: str | None, dev: Any) -> str:
+    """What dev chooses the checkpoint by: `name`, or the task's first metric, or the loss where that is undefined.
+
+    Raises:
+        ConfigError: `name` is undefined on dev, or no metric of the task.
+    """
+    metric = task.check_metric(name)
+    if dev is None or not is_undefined(metric, dev):
+        return metric
+    if name is not None:
+        raise ConfigError(
+            f"`metric` is {name!r}, which is undefined on `dev`: all its rows have one target. Choose `loss`, or give "
+            "dev rows that differ."
+        )
+    return "loss"
+
+
 def _notes(
     config: TrainConfig,
     data: Data,
@@ -147,6 +173,7 @@ def _notes(
     ]
     if max_length < (config.max_length or 0):
         notes.append(f"`max_length` {config.max_length} is more than the base's positions: {max_length} are used")
+    notes += data.notes()
     for split, rows in splits.items():
         notes += rows.notes(split)
     return notes

@@ -17,8 +17,10 @@ import optax
 from .data import Examples
 from .errors import ConfigError, DataError
 from .metrics import classification_metrics, language_metrics, regression_metrics
+from .table import shown
 
 Kind = Literal["classification", "regression", "causal-lm"]
+_LARGEST = float(np.finfo(np.float32).max)
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -57,8 +59,8 @@ class Task(abc.ABC):
         return outputs
 
     @abc.abstractmethod
-    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """The metrics of a data set, from the summaries of its rows and their targets."""
+    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
+        """The metrics of a data set, from the summaries of its rows and their targets; `None` for what is undefined."""
 
     def check_metric(self, name: str | None) -> str:
         """`name`, if the task has such a metric; its first for `None`."""
@@ -100,7 +102,7 @@ class Classification(LabelledTask):
         index = {label: place for place, label in enumerate(self.labels)}
         values = self.labels_of(examples)
         targets = np.empty(len(values), np.int32)
-        for row, value in enumerate(values, start=1):
+        for place, (row, value) in enumerate(zip(examples.numbers, values, strict=True)):
             name = _label_name(value, examples.name, row)
             if name not in index:
                 near = difflib.get_close_matches(name, self.labels, n=1)
@@ -109,7 +111,7 @@ class Classification(LabelledTask):
                     f"{examples.name}, row {row} has the label {name!r}{hint}, which the training data doesn't have: "
                     f"{_some(self.labels)}."
                 )
-            targets[row - 1] = index[name]
+            targets[place] = index[name]
         return targets
 
     def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -119,7 +121,7 @@ class Classification(LabelledTask):
     def correct(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         return (outputs.argmax(-1) == targets).astype(jnp.float32)
 
-    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
         return classification_metrics(summaries, targets)
 
 
@@ -132,8 +134,8 @@ class Regression(LabelledTask):
     has_accuracy: ClassVar[bool] = False
 
     def encode(self, examples: Examples) -> np.ndarray:
-        """float32; what is no finite number is refused."""
-        values = enumerate(self.labels_of(examples), start=1)
+        """float32; what is no finite number there is refused."""
+        values = zip(examples.numbers, self.labels_of(examples), strict=True)
         return np.array([_number(value, examples.name, row) for row, value in values], np.float32)
 
     def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -144,7 +146,7 @@ class Regression(LabelledTask):
         del outputs
         return jnp.zeros(targets.shape, jnp.float32)
 
-    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
         return regression_metrics(summaries, targets)
 
 
@@ -177,7 +179,7 @@ class CausalLM(Task):
         parts = (_token_losses(outputs, targets), self.correct(outputs, targets), jnp.ones_like(weights))
         return jnp.stack([(weights * part).sum(axis=1) for part in parts], axis=1)
 
-    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
         del targets  # the sums know them
         return language_metrics(summaries)
 
@@ -199,7 +201,7 @@ def make_task(kind: str, train: Examples) -> LabelledTask:
         raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
     if train.labels is None:
         raise DataError(f"{train.name} was read without a label column.")
-    names = {_label_name(value, train.name, row) for row, value in enumerate(train.labels, start=1)}
+    names = {_label_name(value, train.name, row) for row, value in zip(train.numbers, train.labels, strict=True)}
     if len(names) < 2:
         raise DataError(f"{train.name} has only the label {next(iter(names))!r}: two or more are needed to learn from.")
     numeric = all(_is_integer(name) for name in names)
@@ -230,10 +232,13 @@ def _label_name(value: Any, name: str, row: int) -> str:
 def _number(value: Any, name: str, row: int) -> float:
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise DataError(f"{name}, row {row} has the label {value!r}, and a finite number is expected in a regression.")
+    if not abs(number) <= _LARGEST:
+        raise DataError(
+            f"{name}, row {row} has the label {shown(value)}, and a finite number is expected in a regression: one of "
+            f"float32, at most {_LARGEST:.3g}."
+        )
     return number
 
 

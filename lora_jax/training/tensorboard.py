@@ -37,8 +37,9 @@ class Scalars:
         if self._writer is not None:
             self._writer.close()
 
-    def write(self, prefix: str, values: Mapping[str, float], step: int) -> None:
+    def write(self, prefix: str, values: Mapping[str, float | None], step: int) -> None:
         """One point of each curve `prefix/name`."""
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+                if value is not None:
+                    self._writer.add_scalar(f"{prefix}/{name}", value, step)

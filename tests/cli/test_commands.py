@@ -148,6 +148,60 @@ def test_predict_reads_jsonl_and_passes_fields_through(finished, tmp_path, capsy
     assert (second["id"], second["text"], second["given_probability"]) == (8, "naïve", 2)
 
 
+def test_predict_keeps_every_field_of_the_input(finished, tmp_path, capsys):
+    """What an earlier prediction wrote is input too."""
+    row = {"text": "good", "label": "a", "given_label": "b", "given_given_label": "c", "probabilities": "d"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    assert run("predict", "--adapter", finished.output, "--all", tmp_path / "a.jsonl") == 0
+    (found,) = rows_of(capsys)
+    kept = {"given_given_given_label": "a", "given_label": "b", "given_given_label": "c", "given_probabilities": "d"}
+    assert found == {"text": "good", **kept, **{k: found[k] for k in ("label", "probability", "probabilities")}}
+    assert set(found["probabilities"]) == {"neg", "pos"}
+
+
+def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, monkeypatch):
+    rows = b"text\tlabel\n" + b"good\tpos\nbad\tneg\n" * 8 + b"good\n\xff\tpos\n \tneg\ngreat\tpos\n"
+    (tmp_path / "a.tsv").write_bytes(rows)
+    told = "3 of 20 rows left out: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
+    flags = ("--base", options["base"], "--steps", 1, "--batch-size", 8, "--buckets", 1, "--train", tmp_path / "a.tsv")
+    assert run("train", *flags, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"a.tsv has 3 bad rows: {told.partition(': ')[2]}" in error
+    assert error.count("\n") == 1
+    assert run("train", *flags, "--output", tmp_path / "out", "--skip-bad-rows") == 0
+    assert f"train: {told}" in capsys.readouterr().err
+    assert read_yaml(tmp_path / "out" / "config.yaml")["skip_bad_rows"] is True
+
+    flags = ("--adapter", finished.output, "--test", tmp_path / "a.tsv")
+    assert run("eval", *flags) == 2
+    assert "a.tsv has 3 bad rows" in capsys.readouterr().err
+    assert run("eval", *flags, "--skip-bad-rows") == 0
+    assert "bad rows  3 left out" in capsys.readouterr().out
+    assert run("eval", *flags, "--skip-bad-rows", "--json") == 0
+    scored = json.loads(capsys.readouterr().out)
+    assert (scored["rows"], scored["skipped"]) == (17, 3)
+
+    assert run("predict", "--adapter", finished.output, "--skip-bad-rows", tmp_path / "a.tsv") == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 18  # a row without a label can be predicted; one without a text can't
+    assert "lora-jax predict: 2 of 20 rows left out: row 18" in captured.err
+
+    lines = b'{"text": "good"}\n\n{"text": 3}\nno\n{"text": "bad", "x": NaN}\n{"text": "bad"}\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    assert run("predict", "--adapter", finished.output, "--skip-bad-rows", "--jsonl") == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["good", "bad"]
+    assert "lora-jax predict: 3 of 5 rows left out: line 3: field 'text' holds 3" in captured.err
+
+
+def test_predict_says_what_it_cut(finished, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("good " * 100_000 + "\nbad\n" + "bad " * 50)
+    assert run("predict", "--adapter", finished.output, tmp_path / "a.txt") == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    assert "lora-jax predict: 2 texts cut at 32 tokens" in captured.err
+
+
 def test_predict_reads_columns(finished, data, capsys):
     assert run("predict", "--adapter", finished.output, data["test"]) == 0
     assert len(rows_of(capsys)) == 12
@@ -160,6 +214,17 @@ def test_predict_reads_columns(finished, data, capsys):
         ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8 (byte 1)"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' holds 3, and a text is expected. The fields are text"),
         ("a.jsonl", b"good\n", "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "x": NaN}\n', "line 2 has a NaN or an infinity, which JSON lacks"),
+        ("a.jsonl", b'{"text": "a", "x": [-1e999]}\n', "line 1 has a NaN or an infinity, which JSON lacks"),
+        ("a.jsonl", b'{"text": "a", "label": 1, "label": 2}\n', "line 1 has the name 'label' more than once"),
+        ("a.jsonl", b'\n{"text": "a\\ud800"}\n', "line 2 has half a character (the lone surrogate \\ud800)"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "x": {"\\udfff": 1}}\n',
+            "line 1 has half a character (the lone",
+        ),
+        ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
+        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number of thousands of digits"),
         ("a.tsv", b"sentence\ngood\n", "has no column 'text'"),
     ],
 )

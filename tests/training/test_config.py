@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 import lora_jax as lj
+from lora_jax.study import Comparison
+from lora_jax.training.completer import GenerationOptions
 from lora_jax.training.config import TrainConfig, read_yaml, write_yaml
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.method_options import make_method, method_options
@@ -104,6 +106,9 @@ def test_default_method():
         ({"steps": 0}, r"`steps` is 0, and a whole number of at least 1"),
         ({"max_length": 2}, r"`max_length` is 2, and a whole number of at least 4"),
         ({"seed": -1}, r"`seed` is -1, and a whole number of at least 0"),
+        ({"seed": 2**63}, r"`seed` is 9223372036854775808, and a whole number below 2\*\*63"),
+        ({"seed": 10**30}, r"`seed` is 1000000000000000000000000000000, and a whole number below"),
+        ({"skip_bad_rows": "yes"}, r"`skip_bad_rows` is 'yes', and one of True, False"),
         ({"accumulate": 3}, r"`accumulate` is 3, which doesn't divide `batch_size` 32"),
         ({"remat": "some"}, r"`remat` is 'some', and one of nothing_saveable, dots_saveable, dots_with"),
         ({"lr": "fast"}, r"`lr` is 'fast', and a number of at least 0"),
@@ -134,6 +139,14 @@ def test_default_method():
 def test_impossible_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_seeds_that_jax_takes():
+    assert config(seed=2**63 - 1).seed == 2**63 - 1
+    with pytest.raises(ConfigError, match=r"`seeds` is 9223372036854775808, and a whole number below"):
+        Comparison(output="out", seeds=(0, 2**63))
+    with pytest.raises(ConfigError, match=r"`seed` is 9223372036854775808, and a whole number below"):
+        GenerationOptions(seed=2**63)
 
 
 def test_functions_have_no_yaml():

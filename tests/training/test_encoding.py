@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import resource
+
 import numpy as np
 import pytest
 
 import lora_jax as lj
 from lora_jax.training.data import Examples
-from lora_jax.training.encoding import encode
+from lora_jax.training.encoding import encode, encode_beginnings
+from tests.tiny_bert import WORDS
+from tests.tiny_encoders import byte_level
 
 
 @pytest.fixture
@@ -43,3 +48,57 @@ def test_fingerprint_is_of_the_rows(tokenizer):
     )
     assert first == again
     assert first != other
+
+
+# ---------------------------------------------------------------------------------------------------------- long texts
+
+
+def long_text(rng: random.Random, most: int) -> str:
+    bits = ("good", "bad film", "x" * 40, " " * 100, "\n", "é", "漢字", "😀 ", "the ", "poor", "a-b", "1234567")
+    return "a" + "".join(rng.choice(bits) + rng.choice((" ", "")) for _ in range(rng.choice((1, 5, most))))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_text_that_is_cut_early_has_the_tokens_that_it_would_have(pairs, tokenizer):
+    """Against the tokenizer's own truncation, which reads all of a text."""
+    rng = random.Random(0)
+    for each in (tokenizer, byte_level(WORDS)):
+        for length in (12, 17):
+            # Of pairs few: the tokenizer's own truncation gives every two ends that are cut off an encoding.
+            texts = [long_text(rng, 40 if pairs else 120) for _ in range(24)]
+            inputs = list(zip(texts[::2], texts[1::2], strict=True)) if pairs else texts
+            found = encode_beginnings(inputs, each, length)
+            each.no_padding()
+            each.enable_truncation(length)
+            expected = each.encode_batch(inputs)
+            assert [b.encoding.ids for b in found] == [encoding.ids for encoding in expected]
+            assert [b.encoding.type_ids for b in found] == [encoding.type_ids for encoding in expected]
+            assert [b.is_cut for b in found] == [bool(encoding.overflowing) for encoding in expected]
+
+
+def test_megabytes_are_cut_before_they_are_tokenized(tokenizer):
+    read = []
+
+    class Counting:
+        """The tokenizer, and how many characters it is given."""
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def encode_batch(self, inputs, **options):
+            read.append(sum(map(len, inputs)))
+            return tokenizer.encode_batch(inputs, **options)
+
+        def encode(self, text, **options):
+            read.append(len(text))
+            return tokenizer.encode(text, **options)
+
+    texts = ["good " * 10_000_000, "bad", "x" * 30_000_000, "bad " + " " * 30_000_000 + "good"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    encoded = encode(Examples("x", texts), Counting(), 128)  # pyright: ignore[reportArgumentType]
+    assert sum(read) < 8_000_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # kB
+    # A word of a megabyte, or as much blank space, is where reading ends: told as a cut.
+    assert encoded.truncated == 3
+    assert encoded.lengths.tolist() == [128, 3, 3, 3]
+    np.testing.assert_array_equal(encoded.ids[:128], encode(Examples("x", ["good " * 200]), tokenizer, 128).ids)

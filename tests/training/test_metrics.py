@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from lora_jax.training.errors import ConfigError
+from lora_jax.training.progress import format_metrics
+from lora_jax.training.setup import choose_metric
 from lora_jax.training.task import Classification, Regression
 
 TWO = Classification(labels=("a", "b"))
@@ -34,18 +36,39 @@ def test_regression_by_hand():
     assert found["loss"] == pytest.approx((0 + 1 + 4) / 3)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_constants_have_no_correlation(rows):
-    found = NUMBER.measure(np.ones(rows), np.arange(rows, dtype=np.float32))
+def test_constant_outputs_have_no_correlation():
+    found = NUMBER.measure(np.ones(3), np.arange(3, dtype=np.float32))
     assert (found["pearson"], found["spearman"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_correlation_with_constant_targets_is_undefined(rows):
+    for outputs in (np.arange(rows), np.ones(rows)):
+        found = NUMBER.measure(outputs, np.full(rows, 2.5, np.float32))
+        assert (found["pearson"], found["spearman"]) == (None, None)
+        assert found["loss"] == pytest.approx(np.mean((outputs - 2.5) ** 2))
+        assert format_metrics(found) == f"pearson undefined  spearman undefined  loss {found['loss']:.3f}"
+
+
+def test_predictions_of_one_label_have_a_matthews_of_zero():
+    """As scikit-learn and GLUE have it; only one label in the targets is undefined."""
+    assert TWO.measure(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([0, 1]))["matthews"] == 0.0
+    assert TWO.measure(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1, 1]))["matthews"] is None
 
 
 def test_one_label_only_and_large_logits():
     found = TWO.measure(np.array([[1e4, 0.0], [1e4, 0.0]]), np.array([0, 0]))
-    assert found == {"accuracy": 1.0, "macro_f1": 1.0, "matthews": 0.0, "loss": 0.0}
+    assert found == {"accuracy": 1.0, "macro_f1": 1.0, "matthews": None, "loss": 0.0}
 
 
 def test_metric_must_be_of_the_task():
     assert TWO.check_metric("macro_f1") == "macro_f1"
+    assert choose_metric(TWO, "matthews", np.array([0, 1])) == "matthews"
+    assert choose_metric(TWO, None, np.array([1, 1])) == "accuracy"
+    assert choose_metric(NUMBER, None, None) == "pearson"
+    assert choose_metric(NUMBER, None, np.array([0.5])) == "loss"
+    for task, name in ((TWO, "matthews"), (NUMBER, "pearson"), (NUMBER, "spearman")):
+        with pytest.raises(ConfigError, match=rf"`metric` is '{name}', which is undefined on `dev`: .* Choose `loss`"):
+            choose_metric(task, name, np.array([1, 1, 1]))
     with pytest.raises(ConfigError, match=r"`metric` is 'accuracy', and a regression has pearson, spearman, loss"):
         NUMBER.check_metric("accuracy")

@@ -58,8 +58,10 @@ def test_regression_targets():
     task = make_task("regression", examples("1", "2.5"))
     assert task.num_labels is None
     np.testing.assert_array_equal(task.encode(examples("1", 2.5)), np.array([1, 2.5], np.float32))
-    for bad in ("high", "nan", "inf"):
-        with pytest.raises(DataError, match=r"row 2 has the label '.*', and a finite number is expected"):
+    limit = float(np.finfo(np.float32).max)
+    assert np.isfinite(task.encode(examples(limit, -limit))).all()
+    for bad in ("high", "nan", "inf", 1e39, "-1e39", 10**400, "1e400", float("nan")):
+        with pytest.raises(DataError, match=r"row 2 has the label .*, and a finite number is expected .* 3.4e\+38"):
             task.encode(examples("1", bad))
 
 

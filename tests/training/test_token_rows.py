@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import lora_jax as lj
 from lora_jax.training import language, token_cache
 from lora_jax.training.batching import BatchPlan
+from lora_jax.training.chat import DEFAULT_TEMPLATE
 from lora_jax.training.data import Columns
 from lora_jax.training.documents import pairs_of, read_documents
 from lora_jax.training.errors import DataError
@@ -235,11 +238,103 @@ def test_pairs_are_prompt_and_answer(base, tmp_path):
         ),
         ({"messages": [{"role": "user"}]}, CHAT, r"row 1: column 'messages', message 1 has the content None"),
         ({"messages": TALK[:1]}, CHAT, r"row 1 has no message of the role 'assistant'"),
+        (
+            {"messages": [{**TALK[1], "content": "a\ud800"}]},
+            CHAT,
+            r"row 1: column 'messages' has half a character",
+        ),
+        ({"q": "x", "a": "\udfff"}, PAIR, r"row 1: column 'a' has half a character"),
+        ({"text": "\ud800", "other": 1}, Columns(), r"row 1: column 'text' has half a character"),
+        (
+            {"messages": 10**200},
+            CHAT,
+            r"row 1: column 'messages' holds 10+\.\.\.0+, and a list of messages",
+        ),
     ],
 )
 def test_messages_of_bad_rows(made, row, columns, message):
     with pytest.raises(DataError, match=message):
         made([row], columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "kept"),
+    [
+        ([{"messages": TALK[:1]}, {"messages": TALK}, {"messages": 3}, {}, {"messages": TALK[2:]}], CHAT, [2, 5]),
+        ([{"q": "x"}, {"q": "2024-01-02", "a": "007"}, {"q": " ", "a": "b"}, {"q": 1, "a": "c"}], PAIR, [2]),
+        ([{"text": "12:30"}, {"text": None}, {"other": 1}, {"text": "01"}], Columns(), [1, 4]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_bad_rows_of_documents(rows, columns, kept, suffix, base, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        rows = [{name: None if isinstance(v, int) else v for name, v in row.items()} for row in rows]
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows, pyarrow.Table.from_pylist([rows[1], *rows]).schema), path
+        )
+    special = lj.models.read_special_tokens(base)
+    bad = len(rows) - len(kept)
+    with pytest.raises(DataError, match=rf"rows{suffix} has {bad} bad rows: row "):
+        read_documents(str(path), columns, special=special)
+    documents = read_documents(str(path), columns, special=special, skip_bad_rows=True)
+    good = [rows[row - 1] for row in kept]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
+    assert documents.rows == read_documents(str(tmp_path / "good.jsonl"), columns, special=special).rows
+    assert documents.skipped == bad
+    assert documents.left_out is not None
+    assert documents.left_out.startswith(f"{bad} of {len(rows)} rows left out: row ")
+
+
+def test_the_template_names_rows_as_the_file_has_them(base, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in (3, TALK[:2], TALK[2:])))
+    template = "{% if messages[0].content == 'bad' %}{{ raise_exception('No') }}{% endif %}" + DEFAULT_TEMPLATE
+    special = lj.models.read_special_tokens(base)._replace(chat_template=template)
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 3: the base's chat template says: No"):
+        read_documents(str(path), CHAT, special=special, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize("columns", [PAIR, CHAT])
+def test_megabytes_of_a_part_are_cut_before_they_are_tokenized(columns, made, monkeypatch):
+    """The same rows and counts as of texts that are short enough to read, and no more is."""
+    read = []
+    original = language.encode_beginnings
+
+    def counting(texts, tokenizer, length, **options):
+        class Counting:
+            def __getattr__(self, name):
+                return getattr(tokenizer, name)
+
+            def encode_batch(self, inputs, **more):
+                read.append(max(map(len, inputs)))
+                return tokenizer.encode_batch(inputs, **more)
+
+        return original(texts, Counting(), length, **options)
+
+    def rows(words: int) -> list[dict]:
+        long = "good " * words
+        if columns is PAIR:
+            return [{"q": "bad", "a": long}, {"q": long, "a": "bad"}, {"q": "bad", "a": "good"}]
+        talks = [[{"role": "user", "content": "bad"}, {"role": "assistant", "content": long}], TALK[:2]]
+        marked = [TALK[0], {"role": "assistant", "content": f"good </s> {long}"}]  # learnt to its last special token
+        return [{"messages": talk} for talk in (*talks, marked)]
+
+    short = made(rows(200), columns, max_length=64)
+    monkeypatch.setattr(language, "encode_beginnings", counting)
+    long = made(rows(700_000), columns, max_length=64)
+    assert max(read) <= 32 * 65
+    assert long.fingerprint() == short.fingerprint()
+    assert long.notes("train") == short.notes("train") != []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_a_text_without_an_end_is_not_read(make, base, tmp_path):
+    make(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a\.txt is not a regular file"):
+        read_documents(str(tmp_path / "a.txt"), Columns(), special=lj.models.read_special_tokens(base))
 
 
 @pytest.mark.parametrize(
