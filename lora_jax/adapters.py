@@ -139,7 +139,8 @@ def load_adapter(
 
     Raises:
         AdapterError: another base (the leaves that differ are named); a tensor is missing, extra, misshapen, of
-            another dtype or not finite (each named); a description that this version cannot read.
+            another dtype or not finite (each named), or float64 where JAX has no 64-bit numbers; a description that
+            this version cannot read.
         FileError: a file is missing, truncated or corrupt.
 
     Example:
@@ -154,6 +155,7 @@ def load_adapter(
         raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
     description = read_description(folder)
     tensors = _read_tensors(folder, description)
+    require_held(tensors, folder)
     leaves = leaves_by_path(base_params)
     adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if adapted:
@@ -265,7 +267,7 @@ def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict
 
 
 def _require_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
-    broken = [name for name, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+    broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
     if broken:
         raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}; go back to an earlier checkpoint")
 
@@ -286,7 +288,7 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
         )
     for name, info in header.items():
         wanted = expected[name]
-        if not jnp.issubdtype(info.dtype, jnp.inexact):
+        if not jnp.issubdtype(info.dtype, jnp.floating):
             raise AdapterError(f"{path}: `{name}` is {info.dtype}, and what is trained is of a floating type")
         if list(info.shape) != wanted.get("shape") or str(info.dtype) != wanted.get("dtype"):
             raise AdapterError(
@@ -300,6 +302,16 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
             f"{path} is not the file that {DESCRIPTION} was written with: copy both files of the adapter again"
         )
     return tensors
+
+
+def require_held(tensors: Mapping[str, np.ndarray], folder: Path) -> None:
+    """JAX makes float32 of float64 without a word where 64-bit numbers are switched off."""
+    wide = [name for name, array in tensors.items() if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype]
+    if wide:
+        raise AdapterError(
+            f"{folder}: `{wide[0]}` is {tensors[wide[0]].dtype}, and JAX's 64-bit numbers are switched off: call "
+            '`jax.config.update("jax_enable_x64", True)` before the base is loaded'
+        )
 
 
 def _require_agreement(params: Any, method: Method, tensors: Mapping[str, Any], folder: Path) -> None:

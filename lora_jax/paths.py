@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from .weights import is_adapted
@@ -214,7 +215,7 @@ def select(
         if not matched:
             raise SelectionError(_nothing_matched(argument, name, selector, leaves, eligible))
         if not usable:
-            shown = [f"{path} {shape_text(leaves[path])}" for path in sorted(matched)]
+            shown = [f"{path} {_described(leaves[path])}" for path in sorted(matched)]
             raise SelectionError(f"`{argument}` entry {name} matches no {kind}, only {listed(shown)}")
         chosen |= usable
     return [path for path in leaves if path in chosen]
@@ -222,6 +223,12 @@ def select(
 
 def shape_text(leaf: Any) -> str:
     return str(tuple(leaf.shape)) if hasattr(leaf, "shape") else type(leaf).__name__
+
+
+def _described(leaf: Any) -> str:
+    """The shape, and the dtype where that may be why the leaf wasn't taken."""
+    dtype = getattr(leaf, "dtype", None)
+    return shape_text(leaf) if dtype is None or jnp.issubdtype(dtype, jnp.inexact) else f"{shape_text(leaf)} {dtype}"
 
 
 def _nothing_matched(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..paths import path_key, shape_text
-from ..weights import IN, OUT, AdaptedWeight
+from ..weights import IN, OUT, AdaptedWeight, not_finite
 from .base import FROZEN, is_number, require
 from .low_rank import LoRAWeight, LowRankWeight
 from .starts import FROM_WEIGHT, STARTS, start
@@ -106,10 +106,23 @@ class LoRA(WeightMethod):
     def nodes(self, targets: list[Target], *, key: jax.Array) -> dict[str, AdaptedWeight]:
         ranks = overridden(self.rank, self.rank_overrides, targets, "rank_overrides")
         alphas = overridden(self.alpha, self.alpha_overrides, targets, "alpha_overrides")
-        return {
+        nodes = {
             target.path: self._node(target, ranks[target.path], alphas[target.path], path_key(key, target.path))
             for target in targets
         }
+        self._require_finite_start(nodes)
+        return nodes
+
+    def _require_finite_start(self, nodes: Mapping[str, LowRankWeight]) -> None:
+        """What starts from the weight is NaN in all its numbers where the weight has one, or squares that overflow."""
+        names = (*(("a", "b") if self.init in FROM_WEIGHT else ()), *self.node.starts_from_weight)
+        started = {(path, name): getattr(node, name) for path, node in nodes.items() for name in names}
+        for path, name in not_finite(started):
+            raise ValueError(
+                f"the start of `{path}`'s `{name}` isn't finite, for the weight holds NaN, infinity, or numbers whose "
+                f"squares exceed {nodes[path].dtype}'s or float32's range: mend the weight"
+                + (f', or choose another `init` than "{self.init}"' if self.init in FROM_WEIGHT else "")
+            )
 
     def _node(self, target: Target, rank: int, alpha: float, key: jax.Array) -> LowRankWeight:
         fan_in, fan_out = target.size(IN), target.size(OUT)

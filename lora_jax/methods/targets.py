@@ -11,6 +11,7 @@ import jax
 
 from ..paths import SelectionError, Selector, matches_entry, select, shape_text
 from ..weights import IN, OUT, STACK, AdaptedWeight
+from . import dtypes
 from .base import Method, is_weight, require, require_selector, rooted
 
 _ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "query_key_value", "output"))
@@ -81,7 +82,7 @@ class WeightMethod(Method, abstract=True):
         return found
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
-        chosen = self.selected(leaves, uses)
+        chosen = self._admitted(leaves, self.selected(leaves, uses))
         both = sorted(set(chosen) & set(self.head(leaves)))
         if both:
             raise SelectionError(
@@ -102,7 +103,11 @@ class WeightMethod(Method, abstract=True):
             f"the tree has no {type(self).__name__} factors: make them with `lj.attach(params, method, key=...)` and "
             "label its result",
         )
-        return {path: node.label(True) for path, node in nodes.items()}
+        return {path: nodes[path].label(True) for path in self._admitted(leaves, list(nodes))}
+
+    def _admitted(self, leaves: Mapping[str, Any], paths: list[str]) -> list[str]:
+        """`paths`, if factors can stand beside their leaves."""
+        return dtypes.factored(leaves, paths)
 
     def resolved(self, leaves: Mapping[str, Any]) -> Self:
         return dataclasses.replace(super().resolved(leaves), targets=rooted(list(self.own_nodes(leaves))))
