@@ -31,7 +31,8 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
 
     Raises:
         ValueError: a factor holds NaN or infinity, or a merged number is too large for float16 or a float of 8 bits
-            (both checked where values are concrete); the message names the leaf. `dtype` is no floating type.
+            (both checked where values are concrete); the message names the leaf. `dtype` is no floating type, or a base
+            is complex.
 
     Example:
         >>> import lora_jax as lj
@@ -44,6 +45,9 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     paths, leaves, treedef = flatten_with_paths(params)
     leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in leaves]
     _refuse_not_finite(dict(zip(paths, leaves, strict=True)))
+    cut = [path for path, leaf in zip(paths, leaves, strict=True) if dtype is not None and _is_complex(leaf)]
+    if cut:
+        raise ValueError(f"cannot merge `{cut[0]}` into {jnp.dtype(dtype)}, for it is complex: leave `dtype` out")
     whole = merge_on_entry([_widened(leaf, dtype) if _is_whole(leaf) else leaf for leaf in leaves])
     merged = [
         _finished(array, leaf, dtype) if _is_whole(leaf) else _merged(leaf, dtype) if is_adapted(leaf) else leaf
@@ -51,6 +55,10 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     ]
     _refuse_overflow(dict(zip(paths, leaves, strict=True)), merged)
     return jax.tree.unflatten(treedef, merged)
+
+
+def _is_complex(leaf: Any) -> bool:
+    return is_adapted(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
 def _is_whole(leaf: Any) -> bool:
