@@ -184,8 +184,8 @@ def load_adapter(
 
     Raises:
         AdapterError: another base (the leaves that differ are named); a tensor is missing, extra, misshapen, of
-            another dtype or not finite (each named); a description that this version cannot read; `state` isn't given
-            and the adapter has some, or it doesn't fit.
+            another dtype or not finite (each named), or float64 where JAX has no 64-bit numbers; a description that
+            this version cannot read; `state` isn't given and the adapter has some, or it doesn't fit.
         FileError: a file is missing, truncated or corrupt.
 
     Example:
@@ -200,6 +200,7 @@ def load_adapter(
         raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
     description = read_description(folder)
     tensors = _read_tensors(folder, description)
+    require_held(tensors, folder)
     apart = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_APART)}
     if state is None and apart:
         raise AdapterError(
@@ -377,7 +378,7 @@ def _require_finite(tensors: Mapping[str, np.ndarray], what: str, state: Collect
     broken = [
         name
         for name, array in tensors.items()
-        if (np.isnan if name in state else lambda values: ~np.isfinite(values))(array.astype(np.float32)).any()
+        if (np.isnan if name in state else lambda values: ~np.isfinite(values))(array).any()
     ]
     if broken:
         raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}; go back to an earlier checkpoint")
@@ -399,7 +400,7 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
         )
     for name, info in header.items():
         wanted = expected[name]
-        if not jnp.issubdtype(info.dtype, jnp.inexact) and name not in description.get("state", ()):
+        if not jnp.issubdtype(info.dtype, jnp.floating) and name not in description.get("state", ()):
             raise AdapterError(f"{path}: `{name}` is {info.dtype}, and what is trained is of a floating type")
         if list(info.shape) != wanted.get("shape") or str(info.dtype) != wanted.get("dtype"):
             raise AdapterError(
@@ -413,6 +414,16 @@ def _read_tensors(folder: Path, description: Mapping[str, Any]) -> dict[str, np.
             f"{path} is not the file that {DESCRIPTION} was written with: copy both files of the adapter again"
         )
     return tensors
+
+
+def require_held(tensors: Mapping[str, np.ndarray], folder: Path) -> None:
+    """JAX makes float32 of float64 without a word where 64-bit numbers are switched off."""
+    wide = [name for name, array in tensors.items() if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype]
+    if wide:
+        raise AdapterError(
+            f"{folder}: `{wide[0]}` is {tensors[wide[0]].dtype}, and JAX's 64-bit numbers are switched off: call "
+            '`jax.config.update("jax_enable_x64", True)` before the base is loaded'
+        )
 
 
 def _require_agreement(params: Any, method: Method, tensors: Set[str], folder: Path) -> None:

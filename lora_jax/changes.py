@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .paths import leaves_by_path
-from .weights import is_adapted
+from .weights import is_adapted, wider
 
 
 def changed_leaves(params: Any, base_params: Any, *, argument: str = "params") -> list[str]:
@@ -56,6 +56,6 @@ def _differ(path: str, new: Any, old: Any) -> bool:
         raise ValueError(f"`{path}` has the shape {tuple(new.shape)}, and the base's has {tuple(old.shape)}")
     new, old = np.asarray(new), np.asarray(old)
     if new.dtype != old.dtype and all(jnp.issubdtype(array.dtype, jnp.floating) for array in (new, old)):
-        wide = jnp.promote_types(jnp.promote_types(new.dtype, old.dtype), jnp.float32)
+        wide = wider(wider(new.dtype, old.dtype), jnp.float32)
         new, old = new.astype(wide), old.astype(wide)
     return not np.array_equal(new, old)

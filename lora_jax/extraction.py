@@ -24,11 +24,11 @@ from .low_rank import (
     with_factors,
 )
 from .masks import copied
-from .methods import LoRA, LoRAWeight
+from .methods import LoRA, LoRAWeight, dtypes
 from .methods.base import is_trainable, rooted
 from .paths import Selector, leaves_by_path
 from .state import marked_leaves, state_paths
-from .weights import IN, OUT, STACK, is_adapted
+from .weights import IN, OUT, STACK, is_adapted, wider
 
 Rest = Literal["train", "drop", "error"]
 _FLOAT64_EPS = float(np.finfo(np.float64).eps)
@@ -65,8 +65,8 @@ def extract_lora(
 ) -> Extracted:
     """A LoRA out of two full models: for each target that has changed, the truncated SVD of `W_tuned − W_base`.
 
-    The difference is taken in float32 and decomposed in float64 on the host, one leaf at a time, of a stack one member:
-    memory is taken for a few copies of one leaf. `ΔW ≈ U Σ Vᵀ` becomes `a = √Σ Uᵀ`
+    The difference is taken in float32 (float64 where the weights are) and decomposed in float64 on the host, one leaf
+    at a time, of a stack one member: memory is taken for a few copies of one leaf. `ΔW ≈ U Σ Vᵀ` becomes `a = √Σ Uᵀ`
     `(r, in…)` and `b = √Σ Vᵀ (r, out…)`, with the scale 1. What full fine-tuning changed elsewhere isn't lost unseen:
     `rest` says what becomes of it, and the result names it.
 
@@ -90,7 +90,7 @@ def extract_lora(
     Raises:
         ValueError: neither `rank` nor `energy`, or one out of range; trees of two models, or with factors; no target
             has changed; a leaf has changed that is neither array nor float; values that are not finite.
-        SelectionError: see `attach`.
+        SelectionError: see `attach`; what is to be factored or carried is complex in the tuned model.
 
     Example:
         >>> base = {"dense": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
@@ -116,10 +116,13 @@ def extract_lora(
         )
     head, state = set(probe.head(marked_leaves(base_params))), state_paths(base_params)
     others = [path for path in changed if path not in chosen and path not in head]
-    _check_others([path for path in others if path not in state or rest == "error"], before, rest)
+    _check_others([path for path in others if path not in state or rest == "error"], before, after, rest)
     carried = [path for path in before if path in head or (rest == "train" and path in others)]
+    # The base's dtypes have passed as the targets and the head were chosen; those of the tuned model may be others.
+    dtypes.factored(after, chosen, argument="tuned_params")
+    dtypes.trained(after, carried, argument="tuned_params")
 
-    fits, replaced = {}, {path: copied(jnp.asarray(after[path])) for path in carried}
+    fits, replaced = {}, {path: copied(after[path]) for path in carried}
     for path, node in chosen.items():
         replaced[path], fits[path] = _factored(path, node, after[path], rank, energy)
     usual = most_frequent(fit.rank for fit in fits.values())
@@ -130,17 +133,23 @@ def extract_lora(
     return Extracted(params, method, fits, carried, [] if rest == "train" else others)
 
 
-def _check_others(others: list[str], leaves: Mapping[str, Any], rest: Rest) -> None:
+def _check_others(others: list[str], before: Mapping[str, Any], after: Mapping[str, Any], rest: Rest) -> None:
     if rest == "error" and others:
         raise ValueError(
             f"`tuned_params` has other values at {_some(others)}, which no factors stand for: name them in "
             '`also_train`, or pass `rest="train"` to take them over in full or `rest="drop"` to leave them out'
         )
-    if rest == "train" and (fixed := [path for path in others if not is_trainable(path, leaves[path])]):
+    fixed = [path for path in others if not (_can_learn(path, before[path]) and _can_learn(path, after[path]))]
+    if rest == "train" and fixed:
+        kinds = ", ".join(dict.fromkeys(str(after[path].dtype) for path in fixed))
         raise ValueError(
-            f"{_some(fixed)} changed, and can't be trained, since it is of no floating type: "
-            'pass `rest="drop"` to leave it as the base has it'
+            f"{_some(fixed)} changed, and can't be trained, since it is {kinds}, which is no real floating type of 16 "
+            'bits or more: pass `rest="drop"` to leave it as the base has it'
         )
+
+
+def _can_learn(path: str, leaf: Any) -> bool:
+    return is_trainable(path, leaf) and dtypes.why_not_trained(leaf) is None
 
 
 def _factored(
@@ -151,7 +160,8 @@ def _factored(
     most = full if rank is None else min(rank, full)
     a, b, sigma, floor = [], [], [], []
     for base, new in zip(_members(node, node.base), _members(node, tuned), strict=True):
-        delta = new.astype(np.float32) - base.astype(np.float32)
+        wide = wider(wider(base.dtype, new.dtype), np.float32)
+        delta = new.astype(wide) - base.astype(wide)
         if not np.isfinite(delta).all():
             raise ValueError(f"`{path}` holds NaN or infinity, in `base_params` or in `tuned_params`")
         *factors, spectrum = _balanced_factors(delta.astype(np.float64), most)
@@ -159,7 +169,7 @@ def _factored(
             kept.append(array)
         sigma.append(spectrum)
         eps = max(float(jnp.finfo(array.dtype).eps) for array in (base, new))
-        of_weights = (eps * float(np.linalg.norm(new.astype(np.float32)))) ** 2
+        of_weights = (eps * float(np.linalg.norm(new.astype(wide)))) ** 2
         floor.append(of_weights + full * _FLOAT64_EPS * spectrum[0] ** 2)
     spectra = np.stack(sigma)
     kept = rank_for(spectra, np.array(floor), rank, energy)

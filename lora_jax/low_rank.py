@@ -67,7 +67,7 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
 
     Raises:
         ValueError: neither `rank` nor `energy`, or one out of range; no factors, other factors than LoRA's, or values
-            that are not finite; called under `jit`, where a rank can't depend on values.
+            that are not finite, or complex ones; called under `jit`, where a rank can't depend on values.
 
     Example:
         >>> a = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -117,6 +117,9 @@ def _require_plain(path: str, node: Any) -> None:
         raise ValueError(f"`{path}` is a {type(node).__name__}, and only LoRA's factors can be given another rank")
     if any(array is None for array in (node.base, node.a, node.b)):
         raise ValueError(f"`params` lacks the base or a factor of `{path}`: pass `lj.combine(trainable, frozen)`")
+    kinds = {str(array.dtype) for array in (node.base, node.a, node.b) if jnp.iscomplexobj(array)}
+    if kinds:
+        raise ValueError(f"`{path}` is {', '.join(sorted(kinds))}, and only real factors can be given another rank")
     if is_traced(node):
         raise ValueError(f"`{path}` is abstract, and a rank can't depend on values under `jax.jit`: call it outside")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from .paths import flatten_with_paths, require_arrays
-from .weights import AdaptedWeight, is_adapted, is_traced, merge_on_entry, placement, wider
+from .weights import AdaptedWeight, is_adapted, is_traced, merge_on_entry, not_finite, placement, wider
 
 
 def merge_params(params: Any, *, dtype: Any = None) -> Any:
@@ -30,8 +30,9 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
         A tree of plain arrays.
 
     Raises:
-        ValueError: a factor holds NaN or infinity (checked where values are concrete); the message names the
-            leaf. `dtype` is no floating type.
+        ValueError: a factor holds NaN or infinity, or a merged number is too large for float16 or a float of 8 bits
+            (both checked where values are concrete); the message names the leaf. `dtype` is no floating type, or a base
+            is complex.
 
     Example:
         >>> import lora_jax as lj
@@ -45,12 +46,20 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     require_arrays(paths, leaves)
     leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in leaves]
     _refuse_not_finite(dict(zip(paths, leaves, strict=True)))
+    cut = [path for path, leaf in zip(paths, leaves, strict=True) if dtype is not None and _is_complex(leaf)]
+    if cut:
+        raise ValueError(f"cannot merge `{cut[0]}` into {jnp.dtype(dtype)}, for it is complex: leave `dtype` out")
     whole = merge_on_entry([_widened(leaf, dtype) if _is_whole(leaf) else leaf for leaf in leaves])
     merged = [
         _finished(array, leaf, dtype) if _is_whole(leaf) else _merged(leaf, dtype) if is_adapted(leaf) else leaf
         for array, leaf in zip(whole, leaves, strict=True)
     ]
+    _refuse_overflow(dict(zip(paths, leaves, strict=True)), merged)
     return jax.tree.unflatten(treedef, merged)
+
+
+def _is_complex(leaf: Any) -> bool:
+    return is_adapted(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
 def _is_whole(leaf: Any) -> bool:
@@ -64,25 +73,33 @@ def _finished(array: jax.Array, node: AdaptedWeight, dtype: Any) -> jax.Array:
 
 
 def _refuse_not_finite(leaves: dict[str, Any]) -> None:
-    """Looks at every factor whose values are concrete; all at once, since each look alone would wait for the device."""
-    with jax.ensure_compile_time_eval():  # values are concrete, be it in the midst of a trace
-        finite = {
-            (path, name): _all_finite(getattr(node, name))
-            for path, node in leaves.items()
-            if is_adapted(node) and not is_traced(node)
-            for name in node.fields
-            if getattr(node, name) is not None
-        }
-    for (path, name), good in jax.device_get(finite).items():
-        if not good:
+    factors = {
+        (path, name): getattr(node, name)
+        for path, node in leaves.items()
+        if is_adapted(node)
+        for name in node.fields
+        if getattr(node, name) is not None
+    }
+    for path, name in not_finite(factors):
+        raise ValueError(
+            f"cannot merge `{path}`: its factor `{name}` holds NaN or infinity; load an earlier checkpoint"
+        )
+
+
+def _refuse_overflow(leaves: dict[str, Any], merged: list[Any]) -> None:
+    """A sum can be too large for a float of 16 bits or 8 whose parts are not: it would be infinity, or NaN."""
+    narrow = {
+        path: array
+        for (path, node), array in zip(leaves.items(), merged, strict=True)
+        if is_adapted(node) and float(jnp.finfo(array.dtype).max) < float(jnp.finfo(jnp.float32).max) / 2
+    }
+    for path in not_finite(narrow):
+        dtype = narrow[path].dtype
+        if not leaves[path].has_base or not not_finite({path: leaves[path].base}):
             raise ValueError(
-                f"cannot merge `{path}`: its factor `{name}` holds NaN or infinity; load an earlier checkpoint"
+                f"cannot merge `{path}` into {dtype}: a merged number is larger than its largest, "
+                f"{float(jnp.finfo(dtype).max):g}; merge with `dtype=jnp.bfloat16` or `jnp.float32`"
             )
-
-
-@jax.jit
-def _all_finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
 
 
 def _merged(node: AdaptedWeight, dtype: Any) -> jax.Array:

@@ -327,7 +327,7 @@ def select(
         if not matched:
             raise SelectionError(_nothing_matched(argument, name, selector, leaves, eligible))
         if not usable:
-            shown = [f"{path} {shape_text(leaves[path])}" for path in sorted(matched)]
+            shown = [f"{path} {_described(leaves[path])}" for path in sorted(matched)]
             is_state = any(isinstance(leaves[path], StateLeaf) for path in matched)
             hint = ". State changes by what a function does, and no optimizer trains it" if is_state else ""
             raise SelectionError(f"`{argument}` entry {name} matches no {kind}, only {listed(shown)}{hint}")
@@ -344,6 +344,12 @@ def shape_text(leaf: Any) -> str:
     if isinstance(leaf, StateLeaf):
         return f"{shape_text(leaf.leaf)} (state: {leaf.kind})"
     return str(tuple(leaf.shape)) if hasattr(leaf, "shape") else type(leaf).__name__
+
+
+def _described(leaf: Any) -> str:
+    """The shape, and the dtype where that may be why the leaf wasn't taken."""
+    dtype = getattr(leaf, "dtype", None)
+    return shape_text(leaf) if dtype is None or jnp.issubdtype(dtype, jnp.inexact) else f"{shape_text(leaf)} {dtype}"
 
 
 def _nothing_matched(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import jax
@@ -331,6 +331,7 @@ class AdaptedWeight:
 
 
 Node = TypeVar("Node", bound=AdaptedWeight)
+Key = TypeVar("Key", bound=Hashable)
 
 
 def register(cls: type[Node]) -> type[Node]:
@@ -369,14 +370,45 @@ def placement(leaf: Any) -> Sharding | None:
 
 
 def wider(first: Any, second: Any) -> Any:
-    """The dtype to compute in with arrays of both; strict promotion forbids what is implicit, and this is not."""
+    """The dtype to compute in with arrays of both; strict promotion forbids what is implicit, and this is not.
+
+    Floats of 8 bits are for storing: the other dtype decides, and float32 where both are such.
+
+    Example:
+        >>> wider("bfloat16", "float32").name, wider("float8_e4m3fn", "bfloat16").name
+        ('float32', 'bfloat16')
+    """
+    kinds = [kind for kind in (first, second) if not _is_for_storing(kind)] or [jnp.float32]
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(first, second)
+        return jnp.promote_types(kinds[0], kinds[-1])
+
+
+def _is_for_storing(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
+
+
+def summed(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The sum in the first one's dtype, which JAX computes for floats of 16 bits and more."""
+    wide = wider(first.dtype, first.dtype)
+    return (first.astype(wide) + second.astype(wide)).astype(first.dtype)
 
 
 def is_traced(tree: Any) -> bool:
     """Whether any array of `tree` is abstract at the moment: its values cannot be looked at."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def not_finite(arrays: Mapping[Key, jax.Array]) -> list[Key]:
+    """Which of some arrays hold NaN or infinity, as far as values are concrete; all at once, since each look alone
+    would wait for the device."""
+    with jax.ensure_compile_time_eval():  # values are concrete, be it in the midst of a trace
+        finite = {key: _all_finite(array) for key, array in arrays.items() if not is_traced(array)}
+    return [key for key, good in jax.device_get(finite).items() if not good]
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
 
 
 def _field_dims(spec: str, labels: Sequence[Any]) -> list[int | None]:

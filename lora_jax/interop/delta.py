@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..adapters import AdapterError
+from ..adapters import AdapterError, require_held
 from ..changes import changed_leaves
 from ..files import (
     TensorInfo,
@@ -152,8 +152,8 @@ def apply_delta(
         A new tree, or a new dict, in which the changed entries are new and all others the same objects.
 
     Raises:
-        AdapterError: another base; a tensor without a place here, misshapen, or not finite; a description that this
-            version cannot read.
+        AdapterError: another base; a tensor without a place here, misshapen, not finite, or (for a tree) float64 where
+            JAX has no 64-bit numbers; a description that this version cannot read.
         FileError: a file is missing, truncated or corrupt, or leads out of the folder.
 
     Example:
@@ -217,6 +217,7 @@ def apply_delta(
         listed = description["tensors"]
         tied = {other: tensors[name] for name in tensors for other in _names(listed[name].get("tied")) if other in here}
         return {**here, **tensors, **tied}
+    require_held(tensors, folder)
     new = {path: _leaf(layout.restore(tensors[name]), here[path]) for name, (path, layout) in places.items() if layout}
     _, _, treedef = flatten_with_paths(target)
     return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in here.items()])
@@ -247,7 +248,7 @@ def _require_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
     broken = [
         name
         for name, array in tensors.items()
-        if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array.astype(np.complex128)).all()
+        if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all()
     ]
     if broken:
         raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}")

@@ -341,7 +341,7 @@ def _listed(targets: list[str] | str) -> dict[str, Any]:
 
 
 def _require_finite(tensors: Mapping[str, np.ndarray]) -> None:
-    broken = [name for name, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+    broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
     if broken:
         raise AdapterError(
             f"cannot export: NaN or infinity in {', '.join(broken[:5])}; go back to an earlier checkpoint, or leave "

@@ -219,7 +219,7 @@ def _file_names(plan: Plan) -> list[str]:
 
 
 def _require_finite(tensors: Mapping[str, np.ndarray], file: Path) -> None:
-    broken = [name for name, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+    broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
     if broken:
         raise AdapterError(f"{file} is not usable: NaN or infinity in {', '.join(broken[:5])}")
 

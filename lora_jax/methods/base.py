@@ -12,6 +12,7 @@ import numpy as np
 
 from ..paths import SelectionError, Selector, StateLeaf, is_weight_name, select
 from ..weights import is_adapted
+from . import dtypes
 
 FROZEN, HEAD = "frozen", "head"
 
@@ -41,7 +42,8 @@ class Method:
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
         """The leaves that the method replaces or inserts, by path; none unless it changes weights."""
-        del leaves, key, uses
+        del key, uses
+        self.own_labels(leaves)  # what it can't train is refused now, rather than at the first step
         return {}
 
     def folded(self, params: Any) -> tuple[Any, Self]:
@@ -54,9 +56,10 @@ class Method:
 
     def head(self, leaves: Mapping[str, Any]) -> list[str]:
         """Paths that `also_train` selects."""
-        return select(
+        found = select(
             leaves, self.also_train, argument="also_train", eligible=is_trainable, kind="trainable leaf", below=True
         )
+        return dtypes.trained(leaves, found, argument="also_train")
 
     def resolved(self, leaves: Mapping[str, Any]) -> Self:
         """This method with its selectors written out as rooted leaf paths, so that it means the same on disk."""
@@ -68,7 +71,10 @@ def rooted(paths: list[str]) -> tuple[str, ...]:
 
 
 def is_trainable(path: str, leaf: Any) -> bool:
-    """Plain leaves of a floating type that are no state: integers, keys and adapted weights have no gradient."""
+    """Plain leaves of a floating type that are no state: integers, keys and adapted weights have no gradient.
+
+    Complex ones and those of 8 bits may be named too; `dtypes` then says why they aren't trained.
+    """
     del path
     if is_adapted(leaf) or isinstance(leaf, StateLeaf):
         return False

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..paths import path_key
+from . import dtypes
 from .base import is_number, require
 from .inserted import InsertedArray, InsertingMethod, Sublayer, sublayers
 from .norm_tuning import NormTuning
@@ -85,6 +86,7 @@ class BottleneckAdapter(InsertingMethod):
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
         del uses
+        self._norms(leaves)  # refuses what can't be trained
         attentions, mlps = sublayers(leaves, self)
         places = mlps if self.placement == "pfeiffer" else [*attentions, *mlps]
         nodes: dict[str, Any] = {}
@@ -117,4 +119,5 @@ class BottleneckAdapter(InsertingMethod):
         wanted = self.placement == "houlsby" if self.train_norms is None else self.train_norms
         layers = {place.path.rpartition("/")[0] + "/" for place in sublayers(leaves, self)[1]}
         members = NormTuning().members(leaves) if wanted else []
-        return [path for path in members if any(path.startswith(layer) for layer in layers)]
+        norms = [path for path in members if any(path.startswith(layer) for layer in layers)]
+        return dtypes.trained(leaves, norms, argument="train_norms")

@@ -13,7 +13,7 @@ from jax import lax
 
 from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, register, wider
 from .lora import LoRA
-from .low_rank import LoRAWeight, LowRankWeight
+from .low_rank import LoRAWeight, LowRankWeight, multiple
 from .scaling import scaled, scaled_conv, scaled_dot, scaled_ragged_dot, scaled_take, vector_axes
 from .targets import Target
 
@@ -29,6 +29,7 @@ class DoRAWeight(LowRankWeight):
 
     fields: ClassVar[dict[str, str]] = {**LowRankWeight.fields, "magnitude": "so"}
     saved: ClassVar[tuple[str, ...]] = (*LowRankWeight.saved, "magnitude")
+    starts_from_weight: ClassVar[tuple[str, ...]] = ("magnitude",)
 
     magnitude: Any = None
 
@@ -56,8 +57,7 @@ class DoRAWeight(LowRankWeight):
         return dataclasses.replace(labels, magnitude="magnitude") if method_labels else labels
 
     def times(self, factor: jax.Array) -> Self:
-        magnitude = self.magnitude * jnp.abs(factor).astype(self.magnitude.dtype)
-        return dataclasses.replace(super().times(factor), magnitude=magnitude)
+        return dataclasses.replace(super().times(factor), magnitude=multiple(self.magnitude, jnp.abs(factor)))
 
     def column_norms(self) -> jax.Array:
         """`‖V‖` of each output, `(stack…, out…)`, without `V`.
@@ -70,7 +70,8 @@ class DoRAWeight(LowRankWeight):
         pair = self.one_pair()
         count = self.axes.count(STACK)
         stack, inside = list(range(count)), list(range(count + 1, pair.a.ndim))
-        a, b = pair.a.astype(jnp.float32) * self.scale, pair.b.astype(jnp.float32)
+        wide = self._wide()
+        a, b = pair.a.astype(wide) * self.scale, pair.b.astype(wide)
         of_weight = _thin_product(a, self.base, (inside, self.places(IN)), (stack, self.places(STACK)))
         gram = lax.dot_general(a, a, ((inside, inside), (stack, stack)), precision=lax.Precision.HIGHEST)
         of_path = lax.dot_general(gram, b, (([count + 1], [count]), (stack, stack)), precision=lax.Precision.HIGHEST)
@@ -79,7 +80,8 @@ class DoRAWeight(LowRankWeight):
 
     def _ratio(self, norms: jax.Array) -> jax.Array:
         # A column of zeros has no direction; it stays one, rather than become NaN.
-        return self.magnitude / lax.stop_gradient(jnp.where(norms > 0, norms, 1))
+        wide = wider(self.magnitude.dtype, norms.dtype)
+        return self.magnitude.astype(wide) / lax.stop_gradient(jnp.where(norms > 0, norms, 1).astype(wide))
 
 
 def _squares(array: jax.Array, node: DoRAWeight) -> jax.Array:
@@ -91,16 +93,18 @@ def _squares(array: jax.Array, node: DoRAWeight) -> jax.Array:
 
 
 def _thin_product(a: jax.Array, base: jax.Array, contract: Any, batch: Any) -> jax.Array:
-    """A float32 product of `a` with the weight; in 16 bits `a` is taken as the sum of two such numbers, so that the
-    weight need not be widened."""
+    """The product of `a`, float32 or wider, with the weight, in `a`'s dtype; beside 16 bits `a` is taken as the sum of
+    two such numbers, so that the weight need not be widened."""
+    if jnp.finfo(base.dtype).bits < 16:
+        base = base.astype(jnp.bfloat16)  # which holds every float of 8 bits
     product = functools.partial(
         lax.dot_general,
         dimension_numbers=(contract, batch),
         precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=a.dtype,
     )
     if jnp.finfo(base.dtype).bits >= 32:
-        return product(a.astype(base.dtype), base).astype(jnp.float32)
+        return product(a, base.astype(a.dtype))
     kind = jnp.finfo(base.dtype)
     high = lax.reduce_precision(a, kind.nexp, kind.nmant)
     return product(high.astype(base.dtype), base) + product((a - high).astype(base.dtype), base)
@@ -175,7 +179,8 @@ class DoRA(LoRA):
     Deviations:
         Under dropout PEFT drops the input of `(m/‖V‖ − 1) ⊙ x W` as well, a second full product; here the low-rank
         path's alone, as in LoRA. The expectation is the same. A column of zeros stays zero here, where the quotient
-        would be NaN.
+        would be NaN. Beside a float64 base the magnitude, a factor, is float32 all the same, so that the start is the
+        base's function to 6e-8.
     """
 
     node: ClassVar[type[LowRankWeight]] = DoRAWeight

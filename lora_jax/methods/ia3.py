@@ -50,7 +50,7 @@ class IA3Weight(AdaptedWeight):
         return super().misfit(shapes)
 
     def times(self, factor: jax.Array) -> Self:
-        return self.with_base(self.base * factor)
+        return self.with_base(self.base * factor.astype(self.base.dtype))
 
     # One function in the program, as LoRA's.
     @functools.partial(jax.jit, static_argnames=("spec", "run"))
@@ -145,6 +145,9 @@ class IA3(WeightMethod):
         else:
             inputs = {path for entry in self.feedforward for path in matching(entry, targets, "feedforward")}
         return {target.path: _start(target, target.path in inputs) for target in targets}
+
+    def _admitted(self, leaves: Mapping[str, Any], paths: list[str]) -> list[str]:
+        return paths  # a real factor for each output is as good for complex ones
 
     def resolved(self, leaves: Mapping[str, Any]) -> Self:
         inputs = [path for path, node in self.own_nodes(leaves).items() if node.input_scale is not None]

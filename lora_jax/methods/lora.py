@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..paths import listed, path_key, shape_text
-from ..weights import IN, OUT, AdaptedWeight
+from ..weights import IN, OUT, AdaptedWeight, not_finite
 from .base import FROZEN, is_number, require
 from .low_rank import LoRAWeight, LowRankWeight
 from .starts import FROM_WEIGHT, STARTS, placed_start, start
@@ -117,10 +117,23 @@ class LoRA(WeightMethod):
     def nodes(self, targets: list[Target], *, key: jax.Array) -> dict[str, AdaptedWeight]:
         ranks = self._ranks(targets)
         alphas = overridden(self.alpha, self.alpha_overrides, targets, "alpha_overrides")
-        return {
+        nodes = {
             target.path: self._node(target, ranks[target.path], alphas[target.path], path_key(key, target.path))
             for target in targets
         }
+        self._require_finite_start(nodes)
+        return nodes
+
+    def _require_finite_start(self, nodes: Mapping[str, LowRankWeight]) -> None:
+        """What starts from the weight is NaN in all its numbers where the weight has one, or squares that overflow."""
+        names = (*(("a", "b") if self.init in FROM_WEIGHT else ()), *self.node.starts_from_weight)
+        started = {(path, name): getattr(node, name) for path, node in nodes.items() for name in names}
+        for path, name in not_finite(started):
+            raise ValueError(
+                f"the start of `{path}`'s `{name}` isn't finite, for the weight holds NaN, infinity, or numbers whose "
+                f"squares exceed {nodes[path].dtype}'s or float32's range: mend the weight"
+                + (f', or choose another `init` than "{self.init}"' if self.init in FROM_WEIGHT else "")
+            )
 
     def _ranks(self, targets: list[Target]) -> dict[str, int]:
         """The rank of each target; of those that nobody has named, at most what the weight has room for."""

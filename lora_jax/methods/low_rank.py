@@ -24,6 +24,7 @@ from ..weights import (
     TakeSpec,
     Unfactorable,
     register,
+    summed,
     wider,
 )
 from .base import FROZEN, require
@@ -51,6 +52,8 @@ class LowRankWeight(AdaptedWeight):
     fields: ClassVar[dict[str, str]] = {"a": "sri", "b": "sro", "key": "s", "start_a": "sri", "start_b": "sro"}
     saved: ClassVar[tuple[str, ...]] = ("a", "b", "start_a", "start_b")
     optional: ClassVar[tuple[str, ...]] = ("start_a", "start_b")
+    # Those of `fields` that start from the base's values, whatever the start of the factors.
+    starts_from_weight: ClassVar[tuple[str, ...]] = ()
 
     a: Any
     b: Any
@@ -77,17 +80,19 @@ class LowRankWeight(AdaptedWeight):
         return dataclasses.replace(self, a=a, b=b, start_a=None, start_b=None)
 
     def delta(self) -> jax.Array:
-        """`scale · (B A − B₀ A₀)` in the base's layout, float32."""
+        """`scale · (B A − B₀ A₀)` in the base's layout; float32, or wider where the base or the factors are."""
         stack, i, o = (self.places(label) for label in (STACK, IN, OUT))
-        pair = self.one_pair()
-        product = low_rank_product(pair.a * self.scale, pair.b, len(stack))
+        pair, wide = self.one_pair(), self._wide()
+        product = low_rank_product(pair.a.astype(wide) * self.scale, pair.b.astype(wide), len(stack))
         order = stack + i + o
         return lax.transpose(product, [order.index(axis) for axis in range(len(order))])
 
     def sum(self) -> jax.Array:
         """`W + scale · (B A − B₀ A₀)`, float32 or wider."""
-        wide = wider(self.base.dtype, jnp.float32)
-        return self.base.astype(wide) + self.delta().astype(wide)
+        return self.base.astype(self._wide()) + self.delta()
+
+    def _wide(self) -> Any:
+        return wider(wider(self.base.dtype, self.a.dtype), jnp.float32)
 
     def label(self, method_labels: bool) -> Self:
         frozen = jax.tree.map(lambda array: FROZEN, self)
@@ -99,11 +104,9 @@ class LowRankWeight(AdaptedWeight):
         return super().misfit(shapes)
 
     def times(self, factor: jax.Array) -> Self:
-        def multiple(b: jax.Array) -> jax.Array:
-            return b * factor.astype(b.dtype)
-
-        start_b = None if self.start_b is None else multiple(self.start_b)
-        return dataclasses.replace(self, base=self.base * factor, b=multiple(self.b), start_b=start_b)
+        start_b = None if self.start_b is None else multiple(self.start_b, factor)
+        base = self.base * factor.astype(self.base.dtype)
+        return dataclasses.replace(self, base=base, b=multiple(self.b, factor), start_b=start_b)
 
     def with_key(self, key: jax.Array | None) -> Self:
         if self.dropout == 0:
@@ -112,6 +115,12 @@ class LowRankWeight(AdaptedWeight):
 
     def for_use(self, number: Any) -> Self:
         return dataclasses.replace(self, key=key_for_use(self.key, number))
+
+
+def multiple(array: jax.Array, factor: jax.Array) -> jax.Array:
+    """An array of a node's own times a scalar, in the wider of both dtypes."""
+    wide = wider(array.dtype, factor.dtype)
+    return array.astype(wide) * factor.astype(wide)
 
 
 def keys_of(key: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
@@ -154,7 +163,7 @@ class LoRAWeight(LowRankWeight):
         if self._strategy(other, spec) == "merged_weight":
             return merged_matmul(other, self.base, self.a, self.b, run=run, merge=merge, low_rank=low_rank)
         base_out = run(self.base, other)
-        return base_out + low_rank(self._dropped(other), self.a, self.b).astype(base_out.dtype)
+        return summed(base_out, low_rank(self._dropped(other), self.a, self.b))
 
     def _strategy(self, other: jax.Array, spec: DotSpec) -> Strategy:
         dropped = self.key is not None and self.dropout > 0
@@ -228,12 +237,12 @@ class LoRAWeight(LowRankWeight):
         )
         rows = lax.gather(reduce.T, indices, dimensions, (1, self.rank), mode=spec.mode, fill_value=0)
         base_out = run(self.base)
-        rows = (rows * self.scale).astype(base_out.dtype).reshape(-1, self.rank)
-        y = rows @ expand.reshape(self.rank, -1).astype(base_out.dtype)
+        compute = wider(base_out.dtype, base_out.dtype)
+        rows = rows.astype(wider(rows.dtype, compute)) * self.scale
+        y = rows.astype(compute).reshape(-1, self.rank) @ expand.reshape(self.rank, -1).astype(compute)
         y = y.reshape(indices.shape[:-1] + expand.shape[1:])
         lookup = indices.ndim - 1
-        y = jnp.moveaxis(y, range(lookup, y.ndim), spec.offset_dims)
-        return base_out + y
+        return summed(base_out, jnp.moveaxis(y, range(lookup, y.ndim), spec.offset_dims))
 
     def conv(self, other: jax.Array, spec: ConvSpec, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
         if self.places(OUT) != [spec.kernel_out] or self.places(STACK):
@@ -247,7 +256,7 @@ class LoRAWeight(LowRankWeight):
         positions, hidden = hidden.shape[1:], hidden.reshape(self.rank, -1).astype(compute)
         y = lax.dot_general(hidden, self.b.astype(compute), (((0,), (0,)), ((), ())), spec.params["precision"])
         y = y.reshape(*positions, y.shape[-1])
-        return base_out + jnp.moveaxis(y, -1, spec.output_feature).astype(base_out.dtype)
+        return summed(base_out, jnp.moveaxis(y, -1, spec.output_feature))
 
     def ragged_dot(
         self, other: jax.Array, sizes: jax.Array, spec: RaggedDotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
@@ -260,7 +269,7 @@ class LoRAWeight(LowRankWeight):
         x, reduce, expand = self._dropped(other).astype(compute), reduce.astype(compute), expand.astype(compute)
         hidden = lax.ragged_dot(x, reduce.swapaxes(1, 2), sizes, precision=spec.precision)
         y = lax.ragged_dot(hidden * self.scale, expand, sizes, precision=spec.precision)
-        return base_out + y.astype(base_out.dtype)
+        return summed(base_out, y)
 
     def _direction(self, contracted: Sequence[int]) -> tuple[str, jax.Array, jax.Array]:
         """The label whose axes are contracted, the factor that carries them, and the other one."""

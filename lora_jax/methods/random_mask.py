@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..draws import leaf_seed, spread_places
-from ..weights import IN, OUT, STACK, register
+from ..weights import IN, OUT, STACK, register, wider
 from .base import is_number, is_trainable, is_weight, require
 from .bitfit import BitFit
 from .targets import axis_labels
@@ -47,7 +47,7 @@ class MaskedEntries(WholeWeight):
     def started(self, count: int) -> Self:
         """This node with `count` values, those of the base."""
         values = _taken(self._as_lines(self.base), jnp.uint32(self.seed), count=count)
-        return dataclasses.replace(self, values=values.astype(jnp.promote_types(values.dtype, jnp.float32)))
+        return dataclasses.replace(self, values=values.astype(wider(values.dtype, jnp.float32)))
 
     def merge(self) -> jax.Array:
         across, within = self._order()

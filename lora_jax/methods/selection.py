@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from ..paths import SelectionError, Selector, leaf_name, listed, select
+from . import dtypes
 from .base import Method, is_trainable, require_selector, rooted
 
 
@@ -69,7 +70,7 @@ class Selection(Method, abstract=True):
         return callable(names) or isinstance(names, str) or leaf_name(path) in map(leaf_name, names)
 
     def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        return dict.fromkeys(self.selected(leaves), self.label)
+        return dict.fromkeys(dtypes.trained(leaves, self.selected(leaves), argument="targets"), self.label)
 
     def resolved(self, leaves: Mapping[str, Any]) -> Self:
         return dataclasses.replace(super().resolved(leaves), targets=rooted(self.selected(leaves)))

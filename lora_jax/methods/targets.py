@@ -12,6 +12,7 @@ import jax
 
 from ..paths import SelectionError, Selector, matches_entry, select, shape_text
 from ..weights import IN, OUT, STACK, AdaptedWeight
+from . import dtypes
 from .base import Method, is_weight, require, require_selector, rooted
 from .presets import PRESETS, Choice, choose, reasons
 
@@ -70,12 +71,13 @@ class WeightMethod(Method, abstract=True):
         return choose(preset, self.presets[preset], leaves, set(self.head(leaves)), uses)
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
-        chosen, unusable = self._choice(leaves, uses)
+        found, unusable = self._choice(leaves, uses)
         if unusable:
             warnings.warn(
                 f"`targets={self.targets!r}` leaves out weights that factors can't stand beside. {reasons(unusable)}",
                 stacklevel=3,
             )
+        chosen = self._admitted(leaves, found)
         both = sorted(set(chosen) & set(self.head(leaves)))
         if both:
             raise SelectionError(
@@ -96,7 +98,11 @@ class WeightMethod(Method, abstract=True):
             f"the tree has no {type(self).__name__} factors: make them with `lj.attach(params, method, key=...)` and "
             "label its result",
         )
-        return {path: node.label(True) for path, node in nodes.items()}
+        return {path: nodes[path].label(True) for path in self._admitted(leaves, list(nodes))}
+
+    def _admitted(self, leaves: Mapping[str, Any], paths: list[str]) -> list[str]:
+        """`paths`, if factors can stand beside their leaves."""
+        return dtypes.factored(leaves, paths)
 
     def resolved(self, leaves: Mapping[str, Any]) -> Self:
         return dataclasses.replace(super().resolved(leaves), targets=rooted(list(self.own_nodes(leaves))))

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..layers import layer_places, layer_sizes
 from ..paths import SelectionError, StateLeaf
+from . import dtypes
 from .base import Method, is_number, is_trainable, require
 
 
@@ -59,7 +60,8 @@ class TopLayers(Method):
         require(self.count <= size, f"`count` is {self.count}, and `{stack}` has {size} layers")
         first = size - self.count
         top = [path for path, place in places.items() if place.stack == stack and place.layer >= first]
-        return {path: "full" for path in top if is_trainable(path, leaves[path])}
+        found = [path for path in top if is_trainable(path, leaves[path])]
+        return dict.fromkeys(dtypes.trained(leaves, found, argument="count"), "full")
 
     def _stack(self, sizes: Mapping[str, int]) -> tuple[str, int]:
         known = ", ".join(f"{stack} ({size} layers)" for stack, size in sizes.items())

@@ -21,9 +21,10 @@ from ..weights import (
     RaggedDotSpec,
     TakeSpec,
     register,
+    wider,
 )
 from .base import FROZEN, is_number, require
-from .low_rank import LoRAWeight, key_for_use, keys_of
+from .low_rank import LoRAWeight, key_for_use, keys_of, multiple
 from .targets import Target, WeightMethod
 
 # More than any weight has use for, and few enough that a file can't ask for much memory.
@@ -66,8 +67,10 @@ class VeRAWeight(AdaptedWeight):
     def low_rank(self) -> LoRAWeight:
         """The same weight as LoRA's, both vectors on the side of `b`, so that no gradient has the shape of `a`."""
         stack, outer = self.places(STACK), self.places(OUT)
-        scales = jnp.expand_dims(self.lambda_d, [len(stack) + 1 + axis for axis in range(len(outer))])
-        b = scales * self.b * jnp.expand_dims(self.lambda_b, len(stack))
+        wide = wider(self.base.dtype, jnp.float32)
+        lambda_d, lambda_b = self.lambda_d.astype(wide), self.lambda_b.astype(wide)
+        scales = jnp.expand_dims(lambda_d, [len(stack) + 1 + axis for axis in range(len(outer))])
+        b = scales * self.b.astype(wide) * jnp.expand_dims(lambda_b, len(stack))
         a = jnp.broadcast_to(self.a, (*(self.shape[axis] for axis in stack), *self.a.shape))
         return LoRAWeight(self.base, a, b, self.key, scale=1.0, axes=self.axes, dropout=self.dropout)
 
@@ -98,8 +101,8 @@ class VeRAWeight(AdaptedWeight):
         return dataclasses.replace(self, a=drawn("a", IN, projection_a), b=drawn("b", OUT, projection_b))
 
     def times(self, factor: jax.Array) -> Self:
-        lambda_d = self.lambda_d * factor.astype(self.lambda_d.dtype)
-        return dataclasses.replace(self, base=self.base * factor, lambda_d=lambda_d)
+        base = self.base * factor.astype(self.base.dtype)
+        return dataclasses.replace(self, base=base, lambda_d=multiple(self.lambda_d, factor))
 
     def with_key(self, key: jax.Array | None) -> Self:
         key = None if self.dropout == 0 else key

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from ..paths import SelectionError, Selector, select
 from ..weights import AdaptedWeight
+from . import dtypes
 from .base import Method, is_number, require, require_selector, rooted
 
 
@@ -62,6 +63,9 @@ class WholeMethod(Method, abstract=True):
 
     def chosen(self, leaves: Mapping[str, Any], *, eligible: Callable[[str, Any], bool], kind: str) -> list[str]:
         """Paths of the targets, in tree order; `leaves` are those of the base."""
+        return dtypes.trained(leaves, self._named(leaves, eligible, kind), argument="targets")
+
+    def _named(self, leaves: Mapping[str, Any], eligible: Callable[[str, Any], bool], kind: str) -> list[str]:
         heads = set(self.head(leaves))
         if self.targets == "all":
             found = [path for path, leaf in leaves.items() if path not in heads and eligible(path, leaf)]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
+from lora_jax.masters import widened
 
 from .batching import AnyBatch
 from .task import Task
@@ -64,6 +65,7 @@ def make_step(
     """Makes `step(state, frozen, batch, key) -> (state, output)`.
 
     The gradient is that of `Σᵢ wᵢ·lossᵢ / Σᵢ wᵢ` over the batch's targets, with respect to the trainable leaves only.
+    Sums over parts, its norm and its clipping are float32 whatever the leaves.
 
     Args:
         apply: the model's function, wrapped by `lj.adapt`.
@@ -91,7 +93,7 @@ def make_step(
 
     def sums(trainable: Any, frozen: Any, batch: AnyBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
         (loss, correct), grads = value_and_grad(trainable, frozen, batch, key)
-        return loss, correct, grads
+        return loss, correct, widened(grads)
 
     def accumulated_sums(
         trainable: Any, frozen: Any, batch: AnyBatch, key: jax.Array
@@ -101,7 +103,7 @@ def make_step(
         def add(total: Any, part: tuple[AnyBatch, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, sums(trainable, frozen, *part)), None
 
-        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, widened(trainable)))
         return jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))[0]
 
     @functools.partial(jax.jit, donate_argnames="state", compiler_options=dict(compiler_options or {}))

@@ -21,6 +21,7 @@ from lora_jax.training import (
     loop,
     train,
 )
+from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.data import read_examples
 from lora_jax.training.events import Evaluated, Note, StepDone
 from lora_jax.training.setup import prepare
@@ -145,6 +146,38 @@ def test_interrupted_anywhere_it_ends_the_same(finished, options, tmp_path):
     assert result.metrics == finished.metrics
     assert [row["step"] for row in result.history] == [row["step"] for row in finished.history]
     assert result.padding_share == finished.padding_share
+
+
+@pytest.mark.parametrize("method", ["full", "norms", "bitfit"])
+def test_in_bfloat16_what_is_trained_moves_and_goes_on_after_an_interruption(method, options, data, tmp_path):
+    """As in float32, though most steps are below the leaves' rounding. The leaves, rounded, are what is evaluated and
+    saved: the adapter, loaded, scores what the run did."""
+    options = {**options, "dev": None, "dtype": "bfloat16", "method": method, "lr": 1e-3, "accumulate": 2}
+    config = TrainConfig(**options, output=str(tmp_path / "run"))
+    result = train(config)
+    run = prepare(config, lambda event: None)
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        state = checkpoints.restore(result.steps, run.state).state
+    moved = []
+    for (path, start), end, copy in zip(
+        jax.tree_util.tree_leaves_with_path(run.state.trainable),
+        *map(jax.tree.leaves, (state.trainable, state.optimizer.copies)),
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert (end.dtype, copy.dtype) == ("bfloat16", "float32")
+        np.testing.assert_allclose(np.asarray(end, np.float32), copy, rtol=2.0**-8, atol=1e-6)
+        if not name.endswith(("key/bias", "embedding")):  # no gradient: under softmax, or of words that no text has
+            moved.append((np.asarray(start, np.float32) != copy).mean())
+    assert min(moved) == 1.0
+    test = read_examples(data["test"], text="text", label="label")
+    assert load_predictor(result.output).evaluate(test) == pytest.approx(result.metrics["test"], rel=1e-6)
+
+    broken = TrainConfig(**options, output=str(tmp_path / "broken"))
+    with pytest.raises(Interrupted):
+        train(broken, on_progress=interrupt_at(19))
+    assert train(broken).resumed_from == 16
+    assert_same_run(tmp_path / "broken", result.output)
 
 
 def test_best_checkpoint_is_the_adapter(options, tmp_path, monkeypatch):

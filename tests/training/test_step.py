@@ -115,6 +115,32 @@ def test_accumulation_changes_memory_not_the_result(parts):
     assert_close(our_output, their_output)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_narrow_leaves_are_added_up_in_float32(dtype):
+    """Parts whose gradients are small beside their sum count: 1 + 32 · 2⁻⁹ in 8 bits would stay 1."""
+    gradients = jnp.concatenate([jnp.ones((1, 1)), jnp.full((32, 1), 2.0**-9), jnp.zeros((31, 1))])
+
+    def linear(params, input_ids, attention_mask=None, token_type_ids=None, *, dropout_key=None):
+        return (gradients[input_ids[:, 0]] * params["w"].astype(jnp.float32)).sum(1)
+
+    class Sum(Classification):
+        def losses(self, outputs, targets):
+            return outputs
+
+        def correct(self, outputs, targets):
+            return outputs
+
+    trainable = {"w": jnp.full(1, 2.0, dtype)}
+    tx = lj.make_optimizer(optax.sgd(64.0), {"w": "full"})
+    state = TrainState(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
+    data = batch(size=64)._replace(input_ids=np.repeat(np.arange(64, dtype=np.int32)[:, None], 4, 1))
+    step = make_step(linear, Sum(labels=("a", "b")), tx, accumulate=64, model_dropout=False)
+    after, output = step(state, {"w": None}, data, jax.random.key(0))
+    assert float(output.grad_norm) == (1 + 32 * 2.0**-9) / 64
+    assert float(after.optimizer.copies["w"][0]) == 2.0 - (1 + 32 * 2.0**-9)
+    assert after.trainable["w"].dtype == dtype
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_clipping_cuts_the_norm_of_the_trainable_gradient(accumulate):
     before = start(optax.sgd(1.0))[0].trainable
