@@ -6,7 +6,9 @@ logits = model.apply(model.params, input_ids, attention_mask)
 
 from .bert import BertConfig as BertConfig
 from .cache import Cache as Cache
+from .checkpoint_task import CheckpointHead as CheckpointHead
 from .checkpoint_task import absent_leaves as absent_leaves
+from .checkpoint_task import checkpoint_head as checkpoint_head
 from .checkpoint_task import checkpoint_task as checkpoint_task
 from .config import ModelConfig as ModelConfig
 from .distilbert import DistilBertConfig as DistilBertConfig

@@ -14,6 +14,7 @@ from lora_jax.extraction import Rest
 from lora_jax.low_rank import LowRankFit
 from lora_jax.methods.base import is_trainable, rooted
 from lora_jax.models.checkpoint import read_config
+from lora_jax.models.config import label_names
 from lora_jax.models.families import family_of
 from lora_jax.models.hub import ALIASES
 from lora_jax.models.stacking import is_stacked, layer_path
@@ -275,7 +276,5 @@ def _class_names(source: AdapterSource, labels: Sequence[str] | None) -> tuple[s
 
 def _labels(source: str, count: int) -> list[str] | None:
     """The names that a folder's configuration gives to so many classes."""
-    own = read_config(models.find_base(source)).get("id2label")
-    if not isinstance(own, dict) or len(own) != count:
-        return None
-    return [str(name) for name in own.values()]
+    own = label_names(read_config(models.find_base(source)))
+    return list(own) if own is not None and len(own) == count else None

@@ -43,6 +43,7 @@ class LanguageData:
                 f"`base` {config.base} is a {base.model_type}, an encoder: causal-lm needs a decoder "
                 "(GPT-2, Llama, Mistral, Qwen2, Qwen3)."
             )
+        self.new_head, self.prior, self.baselines = False, None, {}
         self.task = CausalLM(label_smoothing=config.label_smoothing)
         self._special = lj.models.read_special_tokens(config.base)
         self._packing, self._seed = config.packing, config.seed
@@ -60,6 +61,9 @@ class LanguageData:
 
     def describe(self) -> str:
         return f"loss on {_LEARNT[self._documents['train'].format]}"
+
+    def notes(self) -> list[str]:
+        return []
 
 
 _LEARNT = {"text": "every token", "completion": "completions", "chat": "the assistant's answers"}

@@ -163,6 +163,7 @@ def load_adapter(
         dtype=saved.dtype,
         pooling=saved.pooling,
         tie_word_embeddings=False if _has_head(folder) else None,
+        new_head=saved.new_head,
         progress=progress,
     )
     adapter = lj.load_adapter(folder, model.params)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lora_jax as lj
 from lora_jax.models.model import Model, skeleton
 
+from .baseline import Baseline
 from .batching import Rows, TrainingBatches
 from .buckets import choose_buckets
 from .config import TrainConfig
@@ -31,12 +33,31 @@ class Data(Protocol):
 
     @property
     def task(self) -> Task: ...
+    @property
+    def new_head(self) -> bool:
+        """Whether the base's own head is left aside."""
+        ...
+
+    @property
+    def prior(self) -> np.ndarray | None:
+        """What is known of an answer without its text; `None` of a language model's."""
+        ...
+
+    @property
+    def baselines(self) -> Mapping[str, Baseline]:
+        """What one answer to all scores, by split."""
+        ...
+
     def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> Mapping[str, Rows]:
         """Each split in tokens."""
         ...
 
     def describe(self) -> str:
         """What is learnt, in words."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What a user should know of the data."""
         ...
 
 
@@ -52,6 +73,7 @@ class Run(NamedTuple):
 
     Attributes:
         task, splits, metric: what is learnt, from what, and what chooses the checkpoint.
+        new_head, prior, baselines: see `Data`.
         max_length, buckets, batches: how texts become batches.
         apply: the model's, adapted.
         state: before the first step.
@@ -65,6 +87,9 @@ class Run(NamedTuple):
     task: Task
     splits: Mapping[str, Rows]
     metric: str
+    new_head: bool
+    prior: np.ndarray | None
+    baselines: Mapping[str, Baseline]
     max_length: int
     buckets: tuple[int, ...]
     batches: TrainingBatches
@@ -96,6 +121,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         seed=config.seed,
         pooling=config.pooling,
         remat=config.remat,
+        new_head=data.new_head,
         progress=lambda done, total: listen(WeightsRead(done=done, total=total)),
     )
     tokenizer = lj.models.load_tokenizer(config.base)
@@ -119,6 +145,9 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         task=task,
         splits=splits,
         metric=metric,
+        new_head=data.new_head,
+        prior=data.prior,
+        baselines=data.baselines,
         max_length=max_length,
         buckets=buckets,
         batches=batches,
@@ -143,6 +172,7 @@ def _notes(
     described = ", ".join(f"{split} {rows.describe()}" for split, rows in splits.items())
     notes = [
         f"rows: {described}; {data.describe()}; batches padded to {', '.join(map(str, buckets))} tokens",
+        *data.notes(),
         f"trainable: {counts.trainable:,} of {counts.total:,} parameters ({counts.percent:.3g} %)",
     ]
     if max_length < (config.max_length or 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,9 @@ class TaskFile:
         task: kind and labels.
         pooling, max_length, dtype: as trained.
         columns: of the data, as defaults for other files.
+        new_head: Whether the base has a head of something else, which was left aside.
+        prior: What the training rows tell of an answer without its text, see `LabelledTask.prior`; empty where that
+            isn't known.
     """
 
     base: str
@@ -34,11 +38,13 @@ class TaskFile:
     max_length: int
     dtype: str
     columns: Columns
+    new_head: bool = False
+    prior: tuple[float, ...] = ()
 
 
 def write_task(folder: Path, saved: TaskFile) -> None:
     """Writes `task.json`, atomically."""
-    fields = {name: getattr(saved, name) for name in _PLAIN}
+    fields = {name: getattr(saved, name) for name in (*_PLAIN, "new_head")} | {"prior": list(saved.prior)}
     content = {"format": _FORMAT, "task": saved.task.kind, "labels": list(saved.task.labels), **fields}
     files.write_json(folder / TASK_FILE, content | dataclasses.asdict(saved.columns))
 
@@ -51,9 +57,9 @@ def read_task(folder: Path) -> TaskFile:
         raise TrainingError(f"{path} must hold an object, and holds a {type(content).__name__}.")
     if content.get("format") != _FORMAT:
         raise TrainingError(f"{path} has format {content.get('format')!r}, and this version reads {_FORMAT}.")
-    # A file of an earlier version lacks columns of tasks that there weren't.
-    content = dataclasses.asdict(Columns()) | content
-    kinds: dict[str, Any] = dict.fromkeys(("task", *_PLAIN), str) | {"max_length": int, "labels": list}
+    # A file of an earlier version lacks columns of tasks that there weren't, and what wasn't kept.
+    content = dataclasses.asdict(Columns()) | {"new_head": False, "prior": []} | content
+    kinds: dict[str, Any] = dict.fromkeys(("task", *_PLAIN), str) | {"max_length": int, "labels": list, "prior": list}
     kinds |= {name: (str, type(None)) if default is None else str for name, default in vars(Columns()).items()}
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
@@ -65,12 +71,20 @@ def read_task(folder: Path) -> TaskFile:
         raise TrainingError(f"{path}: `pooling` can't be {content['pooling']!r:.80}.")
     if not 1 <= content["max_length"] <= 1_000_000:
         raise TrainingError(f"{path}: `max_length` can't be {content['max_length']}.")
+    if not isinstance(content["new_head"], bool):
+        raise TrainingError(f"{path}: `new_head` can't be {content['new_head']!r:.80}.")
+    prior, expected = content["prior"], {"classification": len(labels), "regression": 1}.get(content["task"], 0)
+    if prior and (
+        len(prior) != expected or not all(isinstance(share, float) and math.isfinite(share) for share in prior)
+    ):
+        raise TrainingError(f"{path}: `prior` can't be {prior!r:.80}.")
     columns = Columns(**{name: content[name] for name in vars(Columns())})
     try:
         task = restore_task(content["task"], labels)
     except ConfigError as error:
         raise TrainingError(f"{path}: {error}") from None
-    return TaskFile(task=task, columns=columns, **{name: content[name] for name in _PLAIN})
+    plain = {name: content[name] for name in (*_PLAIN, "new_head")}
+    return TaskFile(task=task, columns=columns, prior=tuple(prior), **plain)
 
 
 _PLAIN = ("base", "pooling", "max_length", "dtype")
