@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,15 @@ from .options import (
 
 if TYPE_CHECKING:
     from lora_jax.models import SpecialTokens
+    from lora_jax.training.baseline import Baseline
     from lora_jax.training.completer import Completion
-    from lora_jax.training.data import Columns
+    from lora_jax.training.data import Columns, Examples
     from lora_jax.training.generation_metrics import Referenced
+    from lora_jax.training.predict import Prediction
     from lora_jax.training.task_file import TaskFile
+
+    # Counts, metrics, and what one answer to all scores.
+    Score = tuple[dict[str, Any], dict[str, float], Baseline | None]
 
 NAME = "eval"
 HELP = "score an adapter on a data set"
@@ -31,6 +37,7 @@ with BLEU and ROUGE-L of what it writes to each prompt. Rows that share a prompt
 EPILOG = """\
 examples:
   lora-jax eval --adapter out --test test.tsv
+  lora-jax eval --adapter out --test test.tsv --predictions predicted.jsonl
   lora-jax eval --adapter out --test owner/name@test --text sentence --json
   lora-jax eval --adapter out --test test.jsonl --generate --num-beams 10 --predictions written.jsonl"""
 
@@ -43,24 +50,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--generate", action="store_true", help="a language model: write, and score what is written")
     parser.add_argument("--limit", type=int, metavar="N", help="write to the first N prompts only")
-    parser.add_argument("--predictions", metavar="FILE", help="for what is written, as JSONL")
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="JSONL to write: each row's prediction, or what is written with --generate",
+    )
     add_generation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from lora_jax.training.predict import adapter_folder
-    from lora_jax.training.progress import format_metrics
     from lora_jax.training.task_file import read_task
 
-    from .tables import print_facts
+    from .tables import print_facts, score_facts
 
     saved = read_task(adapter_folder(args.adapter))
     score = _score_language if saved.task.kind == "causal-lm" else _score_labelled
-    counts, metrics = score(args, saved, given_columns(args, saved))
+    counts, metrics, baseline = score(args, saved, given_columns(args, saved))
     if args.json:
-        print(json.dumps({"data": args.test, **counts, **metrics}))
+        beside = {} if baseline is None else {"baseline": baseline._asdict()}
+        # JSON has no infinity, which a perplexity can be.
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        print(json.dumps({"data": args.test, **counts, **finite, **beside}, allow_nan=False))
         return
-    facts = {"rows": f"{counts['rows']:,}", "metrics": format_metrics(metrics)}
+    facts = {"rows": f"{counts['rows']:,}"} | score_facts("metrics", metrics, baseline)
     if counts["truncated"]:
         facts["truncated"] = f"{counts['truncated']:,} texts cut at {counts['max_length']} tokens"
     if "prompts" in counts:
@@ -70,9 +83,10 @@ def run(args: argparse.Namespace) -> None:
     print_facts(facts)
 
 
-def _score_labelled(
-    args: argparse.Namespace, saved: TaskFile, columns: Columns
-) -> tuple[dict[str, Any], dict[str, float]]:
+def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> Score:
+    import numpy as np
+
+    from lora_jax.training.baseline import baseline_of
     from lora_jax.training.data import read_examples
     from lora_jax.training.errors import ConfigError
     from lora_jax.training.predict import load_predictor
@@ -83,21 +97,42 @@ def _score_labelled(
     refuse_generation(args, saved.task.kind)
     if args.generate:
         raise ConfigError(f"`generate` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
+    if args.limit is not None:
+        raise ConfigError(f"`limit` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
     examples = read_examples(
         args.test, text=columns.text, text_pair=columns.text_pair, label=columns.label, split="test"
     )
     assert isinstance(saved.task, LabelledTask)
-    saved.task.encode(examples)  # an unknown label is told before the model is loaded
+    targets = saved.task.encode(examples)  # an unknown label is told before the model is loaded
     with WeightsProgress() as progress:
         predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
     encoded = predictor.encode(examples.texts, examples.pairs)
     counts = {"rows": encoded.rows, "truncated": encoded.truncated, "max_length": predictor.max_length}
-    return counts, predictor.evaluate(examples)
+    outputs = predictor.encoded_outputs(encoded)
+    if args.predictions is not None:
+        _write_predictions(args.predictions, examples, columns, predictor.predictions(outputs))
+    # An adapter of an earlier version doesn't know what it was trained on.
+    prior = np.array(saved.prior) if saved.prior else saved.task.prior(targets)
+    return counts, saved.task.measure(outputs, targets), baseline_of(saved.task, prior, targets)
 
 
-def _score_language(
-    args: argparse.Namespace, saved: TaskFile, columns: Columns
-) -> tuple[dict[str, Any], dict[str, float]]:
+def _write_predictions(path: str, examples: Examples, columns: Columns, predictions: Sequence[Prediction]) -> None:
+    """As `lora-jax predict` writes them, with the label of the data as `given_label`."""
+    from lora_jax import files
+
+    lines = []
+    for row, prediction in enumerate(predictions):
+        line: dict[str, Any] = {columns.text: examples.texts[row]}
+        if columns.text_pair is not None and examples.pairs is not None:
+            line[columns.text_pair] = examples.pairs[row]
+        line |= {"given_label": (examples.labels or [])[row], "label": prediction.label}
+        if prediction.probability is not None:
+            line["probability"] = prediction.probability
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    files.write_text(path, "".join(lines))
+
+
+def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> Score:
     import lora_jax as lj
     from lora_jax.training.completer import load_completer
     from lora_jax.training.documents import pairs_of, read_documents
@@ -121,7 +156,7 @@ def _score_language(
         written = completer.complete([prompt.prompt for prompt in prompts], options, form=documents.format)
         counts |= {"prompts": len(prompts), "ended": sum(completion.ended for completion in written)}
         metrics |= _compare(prompts, written, special, args.predictions)
-    return counts, metrics
+    return counts, metrics, None
 
 
 def _compare(

@@ -8,8 +8,9 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from .arrivals import arriving_lines, chunks
 from .options import (
     add_base_argument,
     add_column_arguments,
@@ -35,7 +36,8 @@ HELP = "label texts, or continue prompts, from lines, JSONL or a data file"
 DESCRIPTION = """\
 Labels texts; writes one JSON object a line, in the order of the input:
 {"text": ..., "label": ..., "probability": ...}. With an adapter of a language model, continues prompts:
-{"prompt": ..., "completion": ...}.
+{"prompt": ..., "completion": ...}. Of standard input, what has arrived is answered when no more is there for the
+moment, so it may stay open.
 
 The input has one text a line (blank lines are left out); one JSON object a line where it ends in .jsonl or with
 --jsonl, whose other fields are passed through (its own `label` as `given_label`); or columns where it ends in .tsv,
@@ -71,17 +73,17 @@ def run(args: argparse.Namespace) -> None:
     saved = read_task(adapter_folder(args.adapter))
     wanted = _complete if saved.task.kind == "causal-lm" else _label
     rows, load = wanted(args, saved, given_columns(args, saved))
-    first = list(itertools.islice(rows, 1))  # a missing file is told before the model is loaded
+    # A missing file, or a first row that can't be used, is told before the model is loaded.
+    first = list(itertools.islice((row for row in rows if row is not None), 1))
     with WeightsProgress() as progress:
         answer = load(progress)
-    rows = itertools.chain(first, rows)
-    while chunk := list(itertools.islice(rows, _CHUNK)):
+    for chunk in chunks(itertools.chain(first, rows), _CHUNK):
         for row in answer(chunk):
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row, ensure_ascii=False, allow_nan=False))
         sys.stdout.flush()
 
 
-def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row], Load]:
+def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row | None], Load]:
     from lora_jax.training.predict import load_predictor
 
     refuse_generation(args, saved.task.kind)
@@ -101,7 +103,7 @@ def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple
     return _rows(args, text, pair), load
 
 
-def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row], Load]:
+def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row | None], Load]:
     from lora_jax.training.completer import load_completer
     from lora_jax.training.errors import ConfigError
 
@@ -139,7 +141,7 @@ def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[
 
 def _rows(
     args: argparse.Namespace, text: str, pair: str | None, *, conversations: bool = False
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row | None]:
     from lora_jax.training.data import SUFFIXES, read_examples
     from lora_jax.training.errors import DataError
 
@@ -154,7 +156,7 @@ def _rows(
         raise DataError(f"This adapter takes pairs: give JSONL with the fields '{text}' and '{pair}'.")
     kinds = (str, list) if conversations else (str,)
     if args.input == "-":
-        yield from _parsed(sys.stdin.buffer, "standard input", as_json, text, pair, kinds)
+        yield from _parsed(arriving_lines(sys.stdin.buffer), "standard input", as_json, text, pair, kinds)
         return
     if not Path(args.input).is_file():
         raise DataError(f"{args.input} doesn't exist or is no file.")
@@ -163,12 +165,18 @@ def _rows(
 
 
 def _parsed(
-    lines: BinaryIO | Iterable[bytes], name: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
-) -> Iterator[dict[str, Any]]:
+    lines: Iterable[bytes | None], name: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
+) -> Iterator[Row | None]:
+    """A row for each line that isn't blank, and `None` where the next one isn't there yet."""
     from lora_jax.training.errors import DataError
     from lora_jax.training.file_checks import parse_object
 
-    for number, raw in enumerate(lines, start=1):
+    number = 0
+    for raw in lines:
+        if raw is None:
+            yield None
+            continue
+        number += 1
         where = f"{name}, line {number}"
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -183,7 +191,21 @@ def _parsed(
                     f"{where}: field '{column}' holds {row.get(column)!r:.80}, and a text is expected. The fields are "
                     f"{', '.join(row)}; choose with `--text`, `--text-pair`, `--prompt` or `--messages`."
                 )
+        if as_json:
+            _check_json(row, where)
         yield row
+
+
+def _check_json(row: Row, where: str) -> None:
+    """Fields are passed through, and Python reads more than JSON has."""
+    from lora_jax.training.errors import DataError
+
+    for field, value in row.items():
+        try:
+            json.dumps({field: value}, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:
+            wrong = "a lone surrogate" if isinstance(error, UnicodeEncodeError) else "NaN or an infinity"
+            raise DataError(f"{where}: field {field!a:.80} holds {wrong}, which JSON has not. Fix the row.") from None
 
 
 def _labelled(row: Row, prediction: Prediction, saved: TaskFile, *, everything: bool) -> Row:

@@ -86,6 +86,15 @@ def checkpoint_head(source: str | os.PathLike[str]) -> CheckpointHead | None:
     return CheckpointHead(outputs, None if is_numbered or len(set(labels or ())) != outputs else labels)
 
 
+def has_other_head(source: str | os.PathLike[str], task: Task, num_labels: int | None) -> bool:
+    """Whether an encoder's checkpoint has a head of another size than a task's: it is of no use for an adapter that
+    brings its own, and `load` has to be told so (`new_head=True`)."""
+    if task not in ("classification", "regression"):
+        return False
+    head = checkpoint_head(source)
+    return head is not None and head.outputs != (1 if task == "regression" else num_labels)
+
+
 def head_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]], *, prefix: str = "") -> int | None:
     """The outputs of the head among tensors with Hugging Face names, `None` if there is none; `prefix` is before it."""
     shape = shapes.get(prefix + family.names.tensor(f"{family.logits}/kernel"))

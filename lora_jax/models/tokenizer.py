@@ -23,9 +23,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         default base's file pads every text to 128 tokens.)
 
     Raises:
-        FileError: no such model, or it has no readable `tokenizer.json`.
+        FileError: no such model, it has no readable `tokenizer.json`, or one whose ids reach beyond the rows of the
+            embeddings, by `vocab_size` in `config.json`.
     """
-    path = find_base(source) / "tokenizer.json"
+    folder = find_base(source)
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileError(
             f"{path} doesn't exist. Write it with transformers: "
@@ -39,7 +41,29 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    _check_ids(tokenizer, folder)
     return tokenizer
+
+
+def _check_ids(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    """A token without a row in the embeddings would be looked up all the same, and make NaN of a whole text."""
+    rows = _vocabulary_size(folder)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    if rows is None or max(ids.values(), default=0) < rows:
+        return
+    beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
+    some = ", ".join(f"{token!r:.40} {number:,}" for number, token in beyond[:3])
+    raise FileError(
+        f"{folder}: the ids of tokenizer.json reach {beyond[-1][0]:,}, and the embeddings have {rows:,} rows "
+        f"(`vocab_size` in config.json): no row for {len(beyond):,} tokens ({some}{', …' if len(beyond) > 3 else ''}). "
+        "Take the tokenizer that belongs to the model; for tokens that were added, save the model with its embeddings "
+        "resized (`model.resize_token_embeddings(len(tokenizer))` in transformers)."
+    )
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    size = _read_object(folder / "config.json").get("vocab_size")
+    return size if type(size) is int else None
 
 
 class SpecialTokens(NamedTuple):
@@ -90,6 +114,11 @@ def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
         raise FileError(
             f"{folder} names no end-of-text: neither `eos_token` in tokenizer_config.json nor `eos_token_id` in "
             "config.json. Add one."
+        )
+    if (rows := _vocabulary_size(folder)) is not None and stops[0] >= rows:
+        raise FileError(
+            f"{folder}: `eos_token_id` is {stops[0]:,}, and the embeddings have {rows:,} rows (`vocab_size` in "
+            "config.json). Name the end-of-text that the tokenizer has."
         )
     texts.setdefault("eos_token", tokenizer.id_to_token(stops[0]) or "")
     return SpecialTokens(texts, stops[0], tuple(dict.fromkeys(stops)), _chat_template(folder, settings))

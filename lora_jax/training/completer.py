@@ -18,7 +18,7 @@ from .data import Columns
 from .documents import Documents, Format, format_of
 from .errors import ConfigError, DataError, TrainingError
 from .language import leading_tokens, token_rows
-from .predict import load_adapter, make_forward, predict_outputs
+from .predict import check_outputs, load_adapter, make_forward, predict_outputs
 from .task import CausalLM
 from .token_rows import TokenRows
 
@@ -101,7 +101,7 @@ class Completer:
         """The metrics of texts, see `language_metrics`, and their rows, for what was cut."""
         rows = token_rows(documents, self._tokenizer, self.special, self.max_length, packing=True)
         outputs = predict_outputs(self._forward, self.params, rows, buckets=(self.max_length,))
-        return rows, CausalLM().measure(outputs, rows.targets)
+        return rows, CausalLM().measure(check_outputs(outputs), rows.targets)
 
     def complete(
         self, prompts: Sequence[str], options: GenerationOptions | None = None, *, form: Format | None = None

@@ -131,7 +131,8 @@ def extract_adapter(
     if kinds[0] != kinds[1]:
         raise ConfigError(f"`base` {base} is a {kinds[0]}, and `tuned` {tuned} a {kinds[1]}: no fine-tuned form of it.")
     after = models.load(tuned, task=task, num_labels=num_labels)
-    before = models.load(base, task=task, num_labels=num_labels)
+    new_head = models.has_other_head(base, task, num_labels)
+    before = models.load(base, task=task, num_labels=num_labels, new_head=new_head)
     # Nobody else has what was drawn for the base: it goes with the adapter, whatever becomes of the rest.
     absent = rooted(models.absent_leaves(before, base))
     found = lj.extract_lora(
@@ -171,8 +172,19 @@ def _write(source: AdapterSource, output: str | Path, to: Format, labels: Sequen
             notices = _write_own(source, staging, labels)
         else:
             (_write_peft if to == "peft" else _write_delta)(_unstacked(source), staging)
-            notices = []
+            notices = _label_notice(source)
     return [str(warning.message) for warning in caught] + notices
+
+
+def _label_notice(source: AdapterSource) -> list[str]:
+    """What the outputs are, where the base would name them otherwise: the formats of others have no names for them."""
+    labels = source.task_file.task.labels if source.task_file is not None else ()
+    if not labels or _labels(source.base, len(labels)) == list(labels):
+        return []
+    return [
+        "The folder has no names for the labels, and its base has others or none: the outputs are, in this order, "
+        f"{', '.join(map(repr, labels))}. Pass them on as `id2label`."
+    ]
 
 
 def _write_own(source: AdapterSource, folder: Path, labels: Sequence[str] | None) -> list[str]:
@@ -189,7 +201,7 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
     if model.pooling == "mean":
         raise ConfigError(
             "The head of this adapter sees the mean over the tokens (`pooling: mean`), and transformers has no class "
-            "that does, so PEFT can't load it. `--to delta` writes the values, and `lora-jax merge` a whole folder."
+            "that does, so PEFT can't load it. `--to delta` writes the values."
         )
     interop.export_peft(
         folder,

@@ -61,6 +61,21 @@ def predict_outputs(forward: Forward, params: Any, rows: Rows, *, buckets: Seque
     return outputs
 
 
+def check_outputs(outputs: np.ndarray) -> np.ndarray:
+    """The outputs as they are: an answer is never made of NaN.
+
+    Raises:
+        TrainingError: An output that isn't finite; the text is named.
+    """
+    finite = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+    if not finite.all():
+        raise TrainingError(
+            f"The model gives NaN or an infinity for text {int(finite.argmin()) + 1} of {len(outputs)}: its parameters "
+            "are damaged, or too large for its `dtype`. Check where the base and the adapter come from."
+        )
+    return outputs
+
+
 class Prediction(NamedTuple):
     """What is predicted of one text.
 
@@ -107,11 +122,15 @@ class Predictor:
 
     def encoded_outputs(self, encoded: Encoded) -> np.ndarray:
         rows = LabelledRows(encoded, np.zeros(encoded.rows, np.int32), padding_id(self._tokenizer))
-        return predict_outputs(self._forward, self.params, rows, buckets=self._buckets)
+        return check_outputs(predict_outputs(self._forward, self.params, rows, buckets=self._buckets))
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
         """One prediction a text, in order."""
-        return [self._prediction(row) for row in self.outputs(texts, pairs)] if texts else []
+        return self.predictions(self.outputs(texts, pairs)) if texts else []
+
+    def predictions(self, outputs: np.ndarray) -> list[Prediction]:
+        """What `outputs` mean, in order."""
+        return [self._prediction(row) for row in outputs]
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
         """The metrics of labelled rows; see `Task.measure`."""
@@ -166,6 +185,12 @@ def load_adapter(
         new_head=saved.new_head,
         progress=progress,
     )
+    limit = model.config.max_length
+    if saved.max_length > limit and getattr(model.config, "bounded_positions", True):
+        raise TrainingError(
+            f"{folder / TASK_FILE}: `max_length` is {saved.max_length:,}, and the base {base or saved.base} has "
+            f"{limit:,} positions. The adapter belongs to another base, or the file was changed."
+        )
     adapter = lj.load_adapter(folder, model.params)
     return LoadedAdapter(model, adapter.params, adapter.method, saved, folder)
 

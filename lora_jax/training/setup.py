@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
+from lora_jax.files import FileError
 from lora_jax.models.model import Model, skeleton
 
 from .baseline import Baseline
@@ -18,7 +19,7 @@ from .batching import Rows, TrainingBatches
 from .buckets import choose_buckets
 from .config import TrainConfig
 from .events import Listener, Note, WeightsRead
-from .labelled import LabelledData
+from .labelled import LabelledData, LabelledRows
 from .language import LanguageData
 from .optimizer import make_optimizer
 from .step import TrainState
@@ -128,6 +129,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     assert config.max_length is not None  # resolved when the config was made
     max_length = min(config.max_length, model.config.max_length)
     splits = data.rows(tokenizer, max_length)
+    _check_token_types(splits, model, config.base)
     rows = splits["train"]
     steps = config.steps or config.epochs * math.ceil(rows.rows / config.batch_size)
     buckets = choose_buckets(rows.lengths, count=config.buckets, max_length=max_length, steps=steps)
@@ -159,6 +161,17 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         key=run_key,
         fingerprint=rows.fingerprint(),
     )
+
+
+def _check_token_types(splits: Mapping[str, Rows], model: Model, base: str) -> None:
+    """A type that the embeddings have no row for would be looked up all the same, and make NaN of the text."""
+    known = getattr(model.config, "type_vocab_size", None)
+    for rows in splits.values():
+        if known is not None and isinstance(rows, LabelledRows) and (most := int(rows.encoded.types.max())) >= known:
+            raise FileError(
+                f"{base}: tokenizer.json gives the second text of a pair the type {most}, and the model has {known} "
+                f"(`type_vocab_size` in config.json). Take the tokenizer that belongs to the model."
+            )
 
 
 def _notes(

@@ -135,7 +135,7 @@ class Classification(LabelledTask):
     def measure_prior(self, prior: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """The loss is that of the shares as probabilities: on the training rows, their entropy."""
         logits = np.log(np.maximum(prior, 1e-12))
-        return self.measure(np.broadcast_to(logits, (len(targets), len(prior))), targets)
+        return classification_metrics(np.broadcast_to(logits, (len(targets), len(prior))), targets)
 
     def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """`-log softmax(outputs)[target]`, of logits `(batch, labels)`."""
@@ -170,7 +170,7 @@ class Regression(LabelledTask):
 
     def measure_prior(self, prior: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """One number for all tells no row from another: its correlations, undefined in themselves, are 0."""
-        found = self.measure(np.broadcast_to(prior, targets.shape), targets)
+        found = regression_metrics(np.broadcast_to(prior, targets.shape), targets)
         return found | {name: 0.0 for name in found if name != "loss"}
 
     def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
