@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,12 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
     assert isinstance(saved.task, LabelledTask)
     targets = saved.task.encode(examples)  # an unknown label is told before the model is loaded
     with WeightsProgress() as progress:
-        predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
+        predictor = load_predictor(
+            args.adapter,
+            base=getattr(args, "base", None),
+            escape_special_tokens=getattr(args, "escape_special_tokens", None),
+            progress=progress,
+        )
     encoded = predictor.encode(examples.texts, examples.pairs)
     counts = {"rows": encoded.rows, "truncated": encoded.truncated, "max_length": predictor.max_length}
     outputs = predictor.encoded_outputs(encoded)
@@ -144,12 +150,15 @@ def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns)
     options = generation_options(args)
     base = getattr(args, "base", None)
     special = lj.models.read_special_tokens(base or saved.base)
-    documents = read_documents(args.test, columns, special=special, split="test")
+    escaped = getattr(args, "escape_special_tokens", saved.escape_special_tokens)
+    documents = read_documents(args.test, columns, special=special, split="test", escape_special_tokens=escaped)
+    for note in documents.notes:
+        print(f"note: {note}", file=sys.stderr)
     if not args.generate and (args.predictions is not None or args.limit is not None):
         raise ConfigError("`predictions` and `limit` are for what is written: pass `--generate` too.")
     prompts = with_references(pairs_of(documents))[: args.limit] if args.generate else []
     with WeightsProgress() as progress:
-        completer = load_completer(args.adapter, base=base, progress=progress)
+        completer = load_completer(args.adapter, base=base, escape_special_tokens=escaped, progress=progress)
     rows, metrics = completer.evaluate(documents)
     counts = {"rows": rows.texts, "truncated": rows.truncated, "dropped": rows.dropped, "max_length": rows.max_length}
     if args.generate:
@@ -164,14 +173,15 @@ def _compare(
 ) -> dict[str, float]:
     from lora_jax import files
     from lora_jax.training.generation_metrics import text_metrics
+    from lora_jax.training.special_text import unescape
 
     texts = [completion.text.strip() for completion in written]
     # A rendered answer has the mark of its end, which a written one ends with.
     ends = [text for text in special.texts.values() if text]
-    references = [[_without(ends, text).strip() for text in prompt.references] for prompt in prompts]
+    references = [[unescape(_without(ends, text)).strip() for text in prompt.references] for prompt in prompts]
     if path is not None:
         rows = zip(prompts, texts, references, strict=True)
-        lines = [{"prompt": p.prompt, "completion": text, "references": own} for p, text, own in rows]
+        lines = [{"prompt": unescape(p.prompt), "completion": text, "references": own} for p, text, own in rows]
         files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return text_metrics(texts, references)
 

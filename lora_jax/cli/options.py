@@ -54,6 +54,13 @@ def add_column_arguments(parser: argparse._ActionsContainer) -> None:
         help="causal-lm: between prompt and completion (default: a line end, \\n)",
     )
     _add(parser, "--messages", metavar="COLUMN", help="causal-lm: column of conversations, lists of role and content")
+    _add(
+        parser,
+        "--escape-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="take special tokens that a text spells out, such as </s>, as plain text (default: as control tokens, "
+        "with a note; of an adapter: as in its training)",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -85,15 +85,25 @@ def run(args: argparse.Namespace) -> None:
 
 def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row | None], Load]:
     from lora_jax.training.predict import load_predictor
+    from lora_jax.training.special_text import special_text_note
 
+    note = _tell_once()
     refuse_generation(args, saved.task.kind)
     text, pair = columns.text, columns.text_pair
 
     def load(progress: Progress) -> Answer:
-        predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
+        predictor = load_predictor(
+            args.adapter,
+            base=getattr(args, "base", None),
+            escape_special_tokens=getattr(args, "escape_special_tokens", None),
+            progress=progress,
+        )
 
         def answer(chunk: list[Row]) -> Iterable[Row]:
             pairs = [row[pair] for row in chunk] if pair is not None else None
+            if not predictor.escape_special_tokens:
+                texts = (row[column] for row in chunk for column in (text, pair) if column is not None)
+                note(special_text_note(texts, predictor.special_texts))
             predictions = predictor.predict([row[text] for row in chunk], pairs)
             for row, prediction in zip(chunk, predictions, strict=True):
                 yield _labelled(row, prediction, saved, everything=args.all)
@@ -106,16 +116,25 @@ def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple
 def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tuple[Iterator[Row | None], Load]:
     from lora_jax.training.completer import load_completer
     from lora_jax.training.errors import ConfigError
+    from lora_jax.training.special_text import special_text_note
 
+    note = _tell_once()
     if args.all:
         raise ConfigError("`all` is for adapters with labels, and this one is of a causal-lm.")
     options = generation_options(args)
     column = columns.messages or columns.prompt or columns.text
 
     def load(progress: Progress) -> Answer:
-        completer = load_completer(args.adapter, base=getattr(args, "base", None), progress=progress)
+        completer = load_completer(
+            args.adapter,
+            base=getattr(args, "base", None),
+            escape_special_tokens=getattr(args, "escape_special_tokens", None),
+            progress=progress,
+        )
 
         def answer(chunk: list[Row]) -> Iterable[Row]:
+            if not completer.escape_special_tokens:
+                note(special_text_note(map(_said, (row[column] for row in chunk)), completer.special.added))
             prompts = _prompts([row[column] for row in chunk], columns, completer)
             for row, completion in zip(chunk, completer.complete(prompts, options), strict=True):
                 yield {**_given(row, ("completion",)), "completion": completion.text}
@@ -125,9 +144,29 @@ def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> tu
     return _rows(args, column, None, conversations=columns.messages is not None), load
 
 
+def _tell_once() -> Callable[[list[str]], None]:
+    """Prints the first note that it is given, beside the answers."""
+    told: list[str] = []
+
+    def tell(notes: list[str]) -> None:
+        if notes and not told:
+            told.append(notes[0])
+            print(f"note: {notes[0]}", file=sys.stderr)
+
+    return tell
+
+
+def _said(prompt: Any) -> str:
+    """A prompt's text, or that of a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(message.get("content")) for message in prompt if isinstance(message, dict))
+
+
 def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[str]:
     from lora_jax.training.chat import render_prompts
     from lora_jax.training.documents import check_messages
+    from lora_jax.training.special_text import escape
 
     if columns.messages is None:
         return [value + (columns.separator if columns.prompt is not None else "") for value in values]
@@ -136,6 +175,8 @@ def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[
         for row, value in enumerate(values, start=1)
     ]
     special = completer.special
+    if completer.escape_special_tokens:
+        talks = [escape(talk, special.added) for talk in talks]
     return render_prompts(talks, template=special.chat_template, tokens=special.texts, name="the prompts")
 
 

@@ -66,6 +66,11 @@ def _vocabulary_size(folder: Path) -> int | None:
     return size if type(size) is int else None
 
 
+def special_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """How a tokenizer's special tokens are spelled: it takes these for control tokens wherever a text has them."""
+    return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+
+
 class SpecialTokens(NamedTuple):
     """What a base's folder says of its special tokens.
 
@@ -74,12 +79,14 @@ class SpecialTokens(NamedTuple):
         end: the id of the end-of-text.
         stops: ids that end a generated text, `end` among them.
         chat_template: in Jinja; `None` where the base has none.
+        added: How all special tokens are spelled that the tokenizer finds in a text, named ones or not.
     """
 
     texts: dict[str, str]
     end: int
     stops: tuple[int, ...]
     chat_template: str | None
+    added: tuple[str, ...] = ()
 
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -121,7 +128,8 @@ def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
             "config.json). Name the end-of-text that the tokenizer has."
         )
     texts.setdefault("eos_token", tokenizer.id_to_token(stops[0]) or "")
-    return SpecialTokens(texts, stops[0], tuple(dict.fromkeys(stops)), _chat_template(folder, settings))
+    template = _chat_template(folder, settings)
+    return SpecialTokens(texts, stops[0], tuple(dict.fromkeys(stops)), template, special_texts(tokenizer))
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

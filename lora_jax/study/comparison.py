@@ -172,7 +172,9 @@ def _cores() -> int | None:
 def _measured(result: RunResult | None) -> dict[str, Any]:
     names = ("metrics", "chosen", "chosen_step", "steps", "trainable", "total", "percent", "adapter_bytes")
     names += ("train_seconds", "step_ms", "padding_share", "truncated", "resumed_from")
-    return {name: None if result is None else getattr(result, name) for name in names}
+    row = {name: None if result is None else getattr(result, name) for name in names}
+    baselines = {} if result is None else {split: held._asdict() for split, held in result.baselines.items()}
+    return row | {"baselines": baselines}
 
 
 def _prune(prepared: Prepared, results: ResultsFile) -> None:

@@ -10,9 +10,11 @@ import lora_jax as lj
 from .chat import Part, render_conversations
 from .data import Columns, read_table, texts_of
 from .errors import DataError
+from .special_text import escape, find_lost_marks, special_text_note
 
 Format = Literal["text", "completion", "chat"]
 ROLES = ("system", "user", "assistant", "tool")
+WEIGHT = "weight"  # of a message, as OpenAI's fine-tuning has it: 0 where an answer is context and isn't learnt
 
 
 class Documents(NamedTuple):
@@ -22,11 +24,13 @@ class Documents(NamedTuple):
         name: the file or data set, for messages.
         format: what they were read from.
         rows: the parts of each text.
+        notes: What a user should know of them.
     """
 
     name: str
     format: Format
     rows: list[tuple[Part, ...]]
+    notes: tuple[str, ...] = ()
 
     @property
     def is_framed(self) -> bool:
@@ -48,7 +52,12 @@ def format_of(columns: Columns) -> Format:
 
 
 def read_documents(
-    source: str, columns: Columns, *, special: lj.models.SpecialTokens, split: str = "train"
+    source: str,
+    columns: Columns,
+    *,
+    special: lj.models.SpecialTokens,
+    split: str = "train",
+    escape_special_tokens: bool = False,
 ) -> Documents:
     """Reads texts for a language model.
 
@@ -57,6 +66,8 @@ def read_documents(
         columns: `messages`; or `prompt` and `completion`; or `text`, all of which is to be learnt.
         special: of the base; its chat template renders `messages`.
         split: of a hub data set, where `source` names none.
+        escape_special_tokens: Whether special tokens that a text spells out are plain text, see `escape`; otherwise
+            they are control tokens, and a note says so.
 
     Raises:
         DataError: as for `read_examples`; messages of another form; a template that can't be used.
@@ -65,7 +76,8 @@ def read_documents(
     if Path(source).suffix.lower() == ".txt":
         if form != "text":
             raise DataError(f"{source} is plain text and has no columns: leave out `--prompt` and `--messages`.")
-        return Documents(source, form, [(Part(_read_text(Path(source)), True),)])
+        texts = [_read_text(Path(source))]
+        return _framed(source, form, [(Part(text, True),) for text in texts], special, escape_special_tokens)
     if form == "completion":
         assert columns.prompt is not None
         table = read_table(source, {"--prompt": columns.prompt, "--completion": columns.completion}, split=split)
@@ -73,7 +85,7 @@ def read_documents(
         completions = texts_of(table, columns.completion or "", source)
         pairs = zip(prompts, completions, strict=True)
         rows = [(Part(prompt + columns.separator, False), Part(completion, True)) for prompt, completion in pairs]
-        return Documents(source, form, rows)
+        return _framed(source, form, rows, special, escape_special_tokens)
     if form == "chat":
         assert columns.messages is not None
         table = read_table(source, {"--messages": columns.messages}, split=split)
@@ -81,15 +93,62 @@ def read_documents(
             check_messages(value, f"{source}, row {row}: column '{columns.messages}'")
             for row, value in enumerate(table[columns.messages], start=1)
         ]
-        for row, talk in enumerate(talks, start=1):
-            if not any(message["role"] == "assistant" for message in talk):
-                raise DataError(
-                    f"{source}, row {row} has no message of the role 'assistant': there's nothing to learn."
-                )
-        rendered = render_conversations(talks, template=special.chat_template, tokens=special.texts, name=source)
-        return Documents(source, form, rendered)
+        return _conversations(source, talks, special, escape_special_tokens)
     table = read_table(source, {"--text": columns.text}, split=split)
-    return Documents(source, form, [(Part(text, True),) for text in texts_of(table, columns.text, source)])
+    rows = [(Part(text, True),) for text in texts_of(table, columns.text, source)]
+    return _framed(source, form, rows, special, escape_special_tokens)
+
+
+def _framed(
+    source: str, form: Format, rows: list[tuple[Part, ...]], special: lj.models.SpecialTokens, escaped: bool
+) -> Documents:
+    """Texts that special tokens begin and end; those that they have there already are meant so."""
+    if escaped:
+        return Documents(source, form, [tuple(Part(escape(t, special.added), is_t) for t, is_t in row) for row in rows])
+    begin, end = special.texts.get("bos_token", ""), special.texts.get("eos_token", "")
+    texts = ("".join(part.text for part in row).strip().removeprefix(begin).removesuffix(end) for row in rows)
+    return Documents(source, form, rows, tuple(special_text_note(texts, special.added)))
+
+
+def _conversations(
+    source: str, talks: list[list[dict[str, Any]]], special: lj.models.SpecialTokens, escaped: bool
+) -> Documents:
+    texts = ("\n".join(message["content"] for message in talk) for talk in talks)
+    notes = [] if escaped else special_text_note(texts, special.added)
+    learnt: list[list[bool]] = []
+    for row, talk in enumerate(talks, start=1):
+        answers = [message for message in talk if message["role"] == "assistant"]
+        if not answers:
+            raise DataError(f"{source}, row {row} has no message of the role 'assistant': there's nothing to learn.")
+        learnt.append([bool(message.get(WEIGHT, 1)) for message in answers])
+        if not any(learnt[-1]):
+            raise DataError(
+                f"{source}, row {row} has `{WEIGHT}` 0 on every message of the role 'assistant': there's nothing to "
+                "learn. Leave out the row."
+            )
+    weighted = [message["role"] for talk in talks for message in talk if message.get(WEIGHT)]
+    if others := sum(role != "assistant" for role in weighted):
+        notes.append(f"{others:,} messages that aren't the assistant's have `{WEIGHT}` 1: they aren't learnt even so")
+    plain = [[{key: value for key, value in message.items() if key != WEIGHT} for message in talk] for talk in talks]
+    rendered = render_conversations(
+        [escape(talk, special.added) for talk in plain] if escaped else plain,
+        template=special.chat_template,
+        tokens=special.texts,
+        name=source,
+    )
+    if escaped and (lost := find_lost_marks("".join(part.text for part in parts) for parts in rendered)):
+        raise DataError(
+            f"{source}, row {lost}: the base's chat template writes messages as JSON, where `escape_special_tokens` "
+            "can't tell what is plain text. Take the special tokens out of the messages."
+        )
+    rows = [_weighted(parts, flags) for parts, flags in zip(rendered, learnt, strict=True)]
+    return Documents(source, "chat", rows, tuple(notes))
+
+
+def _weighted(parts: tuple[Part, ...], learnt: list[bool]) -> tuple[Part, ...]:
+    """The parts, of which only those answers are targets that are to be learnt."""
+    flags = iter(learnt)
+    return tuple(Part(part.text, next(flags)) if part.is_target else part for part in parts)
 
 
 def pairs_of(documents: Documents) -> list[Pair]:
@@ -129,6 +188,11 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(message.get("content"), str):
             raise DataError(
                 f"{where}, message {place} has the content {message.get('content')!r:.80}, and a text is expected."
+            )
+        if message.get(WEIGHT, 1) not in (0, 1):
+            raise DataError(
+                f"{where}, message {place} has the `{WEIGHT}` {message[WEIGHT]!r:.40}, and 0 (not learnt) or 1 is "
+                "expected."
             )
     return messages
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+WARNING = "warning: "
 FEW = 5  # training rows; of fewer, a label is learnt by heart or not at all
 _SHOWN = 8
 # A comma stands in prose, too: it counts only where what it separates is found again.
@@ -49,27 +50,27 @@ def label_notes(labels: Sequence[str], counts: Mapping[str, np.ndarray]) -> list
     notes = [f"labels: {shown([f'{labels[place]!r} {train[place]:,}' for place in order], most=12)}"]
     if alike := _alike(labels):
         notes.append(
-            "warning: labels that differ only in case, spaces or Unicode form are learnt as different ones: "
+            f"{WARNING}labels that differ only in case, spaces or Unicode form are learnt as different ones: "
             f"{shown([' and '.join(map(repr, names)) for names in alike])}. Spell them alike if they mean the same."
         )
     for separator in _SEPARATORS:
         if several := _several(labels, separator):
             verb = "labels hold" if len(several) > 1 else "label holds"
             notes.append(
-                f"warning: {len(several):,} {verb} `{separator}` ({shown(several, most=3, quoted=True)}), as several "
+                f"{WARNING}{len(several):,} {verb} `{separator}` ({shown(several, most=3, quoted=True)}), as several "
                 "labels of one row would. Each such text is learnt as one label of its own: give each row one label, "
                 "or train once for each."
             )
     rare = [f"{labels[place]!r} {train[place]:,}" for place in order if train[place] < FEW]
     if rare:
         notes.append(
-            f"warning: {len(rare):,} of {len(labels):,} labels {'have' if len(rare) > 1 else 'has'} fewer than {FEW} "
+            f"{WARNING}{len(rare):,} of {len(labels):,} labels {'have' if len(rare) > 1 else 'has'} fewer than {FEW} "
             f"training rows: {shown(rare)}"
         )
     for split, found in counts.items():
         if absent := [labels[place] for place in range(len(labels)) if not found[place]]:
             notes.append(
-                f"warning: {split} has no row of {len(absent):,} of {len(labels):,} labels: "
+                f"{WARNING}{split} has no row of {len(absent):,} of {len(labels):,} labels: "
                 f"{shown(absent, quoted=True)}. Its scores say nothing of them."
             )
     return notes

@@ -16,6 +16,7 @@ from .config import TrainConfig
 from .data import HUB_SPLITS, Examples, read_examples
 from .encoding import Encoded, padding_id
 from .label_names import label_notes
+from .special_text import special_text_note, special_texts
 from .task import LabelledTask, make_task
 from .token_cache import encode_cached
 
@@ -105,6 +106,8 @@ class LabelledData:
         choice = choose_head(task, lj.models.checkpoint_head(config.base))
         self.task, self.new_head, self._head_note = choice
         self._targets = {name: self.task.encode(rows) for name, rows in self._examples.items()}
+        self._escaped = config.escape_special_tokens
+        self._text_notes: list[str] = []
         self.prior = self.task.prior(self._targets["train"])
         self.baselines: dict[str, Baseline] = {
             name: baseline_of(self.task, self.prior, targets)
@@ -114,9 +117,17 @@ class LabelledData:
 
     def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, LabelledRows]:
         """Each split in tokens."""
+        tokenizer.encode_special_tokens = self._escaped
+        if not self._escaped:
+            special = special_texts(tokenizer)
+            for name, examples in self._examples.items():
+                texts = [*examples.texts, *(examples.pairs or ())]
+                self._text_notes += [f"{name}: {note}" for note in special_text_note(texts, special)]
         return {
             name: LabelledRows(
-                encode_cached(examples, tokenizer, max_length), self._targets[name], padding_id(tokenizer)
+                encode_cached(examples, tokenizer, max_length),
+                self._targets[name],
+                padding_id(tokenizer),
             )
             for name, examples in self._examples.items()
         }
@@ -126,7 +137,8 @@ class LabelledData:
 
     def notes(self) -> list[str]:
         """What is known of the answers before anything is learnt, and what may be a mistake in them."""
-        return [*target_notes(self.task, self._targets), *([self._head_note] if self._head_note else [])]
+        head = [self._head_note] if self._head_note is not None else []
+        return [*target_notes(self.task, self._targets), *head, *self._text_notes]
 
 
 def target_notes(task: LabelledTask, targets: Mapping[str, np.ndarray]) -> list[str]:

@@ -13,6 +13,7 @@ from .config import TrainConfig
 from .data import HUB_SPLITS
 from .documents import Documents, read_documents
 from .errors import ConfigError, DataError
+from .special_text import encode_texts
 from .task import CausalLM
 from .token_cache import cached
 from .token_rows import TokenRows, make_rows
@@ -20,7 +21,7 @@ from .token_rows import TokenRows, make_rows
 if TYPE_CHECKING:
     import tokenizers
 
-_VERSION = 1  # of what `tokenize` does
+_VERSION = 2  # of what `tokenize` does
 
 
 class LanguageData:
@@ -48,7 +49,13 @@ class LanguageData:
         self._special = lj.models.read_special_tokens(config.base)
         self._packing, self._seed = config.packing, config.seed
         self._documents = {
-            split: read_documents(source, config.columns, special=self._special, split=HUB_SPLITS[split])
+            split: read_documents(
+                source,
+                config.columns,
+                special=self._special,
+                split=HUB_SPLITS[split],
+                escape_special_tokens=config.escape_special_tokens,
+            )
             for split, source in sources.items()
         }
 
@@ -63,7 +70,7 @@ class LanguageData:
         return f"loss on {_LEARNT[self._documents['train'].format]}"
 
     def notes(self) -> list[str]:
-        return []
+        return [f"{split}: {note}" for split, documents in self._documents.items() for note in documents.notes]
 
 
 _LEARNT = {"text": "every token", "completion": "completions", "chat": "the assistant's answers"}
@@ -107,28 +114,29 @@ def tokenize(
 
     Each part is tokenized by itself, so that a prompt has the tokens that it will have when a completion is asked for.
     Before a text stand the special tokens that the tokenizer puts there, after it the end-of-text, to be predicted too;
-    a rendered conversation has its own. In one, what follows the last special token of an answer (a line end, say) is
-    not to be predicted: a model is stopped before.
+    each unless the text has it already. A rendered conversation has its own. In one, what follows the last special
+    token of an answer (a line end, say) is not to be predicted: a model is stopped before.
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    encodings = iter(
-        tokenizer.encode_batch([part.text for parts in documents.rows for part in parts], add_special_tokens=False)
-    )
+    encoded = iter(encode_texts(tokenizer, [part.text for parts in documents.rows for part in parts]))
     begin = leading_tokens(tokenizer) if documents.is_framed else []
-    end = [special.end] if documents.is_framed else []
     specials = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     specials.add(special.end)
     texts: list[tuple[np.ndarray, np.ndarray]] = []
     for parts in documents.rows:
-        ids, targets = list(begin), [False] * len(begin)
+        ids: list[int] = []
+        targets: list[bool] = []
         for part in parts:
-            new = next(encodings).ids
+            new = next(encoded)
             learnt = _learnt(new, specials) if part.is_target and not documents.is_framed else len(new)
             ids += new
             targets += [part.is_target] * learnt + [False] * (len(new) - learnt)
-        ids += end
-        targets += [True] * len(end)
+        if documents.is_framed:
+            added = missing_start(begin, ids)
+            ids, targets = added + ids, [False] * len(added) + targets
+            if not ids or ids[-1] not in special.stops:
+                ids, targets = [*ids, special.end], [*targets, True]
         texts.append((np.array(ids, np.int32), np.array(targets, bool)))
     return make_rows(texts, max_length, chunk=documents.format == "text")
 
@@ -138,6 +146,11 @@ def leading_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
     encoding = tokenizer.encode("a")
     count = next((place for place, special in enumerate(encoding.special_tokens_mask) if not special), 0)
     return encoding.ids[:count]
+
+
+def missing_start(begin: list[int], ids: list[int]) -> list[int]:
+    """What to put before a text, so that it begins as the tokenizer has it begin: nothing if it does."""
+    return [] if ids[: len(begin)] == begin else begin
 
 
 def _learnt(ids: list[int], specials: set[int]) -> int:

@@ -231,6 +231,7 @@ class _Progress:
                 max_length=run.max_length,
                 dtype=config.dtype,
                 columns=config.columns,
+                escape_special_tokens=config.escape_special_tokens,
                 new_head=run.new_head,
                 prior=() if run.prior is None else tuple(run.prior.tolist()),
             ),

@@ -21,6 +21,7 @@ from .data import Examples
 from .encoding import Encoded, encode, padding_id
 from .errors import TrainingError
 from .labelled import LabelledRows
+from .special_text import special_texts
 from .step import ModelApply
 from .task import LabelledTask, Regression, Task
 from .task_file import TASK_FILE, TaskFile, read_task
@@ -99,14 +100,24 @@ class Predictor:
         task: names the outputs.
         tokenizer: of the base.
         max_length: longer texts are cut.
+        escape_special_tokens: Whether special tokens that a text spells out are plain text.
     """
 
     def __init__(
-        self, apply: ModelApply, params: Any, *, task: LabelledTask, tokenizer: tokenizers.Tokenizer, max_length: int
+        self,
+        apply: ModelApply,
+        params: Any,
+        *,
+        task: LabelledTask,
+        tokenizer: tokenizers.Tokenizer,
+        max_length: int,
+        escape_special_tokens: bool = False,
     ) -> None:
         self.params = params
         self.task = task
         self.max_length = max_length
+        self.escape_special_tokens = escape_special_tokens
+        self.special_texts = special_texts(tokenizer)
         self._tokenizer = tokenizer
         self._forward = make_forward(apply, task)
         # The same few shapes whatever comes: a later call compiles nothing new.
@@ -114,6 +125,7 @@ class Predictor:
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
         examples = Examples("texts", list(texts), None if pairs is None else list(pairs))
+        self._tokenizer.encode_special_tokens = self.escape_special_tokens
         return encode(examples, self._tokenizer, self.max_length)
 
     def outputs(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
@@ -202,9 +214,17 @@ def _has_head(folder: Path) -> bool:
 
 
 def load_predictor(
-    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    escape_special_tokens: bool | None = None,
+    progress: lj.models.Progress | None = None,
 ) -> Predictor:
-    """What `lora-jax predict` uses: the adapter of a run, ready to classify. Args as `load_adapter`.
+    """What `lora-jax predict` uses: the adapter of a run, ready to classify.
+
+    Args:
+        folder, base, progress: As for `load_adapter`.
+        escape_special_tokens: See `Predictor`; as in training if `None`.
 
     Example:
         predictor = load_predictor("out")
@@ -220,6 +240,9 @@ def load_predictor(
         task=task,
         tokenizer=lj.models.load_tokenizer(base or loaded.task_file.base),
         max_length=loaded.task_file.max_length,
+        escape_special_tokens=(
+            loaded.task_file.escape_special_tokens if escape_special_tokens is None else escape_special_tokens
+        ),
     )
 
 

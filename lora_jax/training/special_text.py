@@ -1,0 +1,91 @@
+"""Special tokens that a text spells out: found, and on request taken as the text that they are.
+
+A tokenizer makes one control token of `<|im_end|>`, whoever wrote it: a user's message can end its own turn and begin
+the assistant's. A text that is escaped has two marks around each; `encode_texts` takes what is between them as plain
+text. The marks are noncharacters of Unicode, which no text is exchanged with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_jax.models.tokenizer import special_texts as special_texts
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
+
+
+def special_text_note(texts: Iterable[str], special: Sequence[str]) -> list[str]:
+    """That some texts spell out special tokens, and what to do; empty if none does.
+
+    Example:
+        >>> special_text_note(["Hi", "Bye</s>now"], ["<s>", "</s>"])[0].partition(":")[0]
+        '1 of 2 texts spell out special tokens'
+    """
+    texts = list(texts)
+    if not special or not (found := [set(_any_of(special).findall(text)) for text in texts]):
+        return []
+    if not (count := sum(map(bool, found))):
+        return []
+    names = sorted(set().union(*found))
+    return [
+        f"{count:,} of {len(texts):,} texts spell out special tokens: {', '.join(map(repr, names[:4]))}"
+        f"{', …' if len(names) > 4 else ''}. They act as control tokens there; `--escape-special-tokens` takes them as "
+        "plain text"
+    ]
+
+
+def escape(value: Any, special: Sequence[str]) -> Any:
+    """A text whose special tokens are marked as plain text; of lists and mappings all their texts."""
+    if isinstance(value, dict):
+        return {key: escape(item, special) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escape(item, special) for item in value]
+    if not isinstance(value, str) or not special:
+        return value
+    marked = re.compile(f"{_MARKED.pattern}|({_any_of(special).pattern})", re.DOTALL)
+    return marked.sub(lambda found: f"{_OPEN}{found[2]}{_CLOSE}" if found[2] is not None else found[0], value)
+
+
+def unescape(text: str) -> str:
+    """The text without marks.
+
+    Example:
+        >>> unescape(escape("a</s>b", ["</s>"]))
+        'a</s>b'
+    """
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+def find_lost_marks(texts: Iterable[str]) -> int | None:
+    """The first text, counted from 1, in which a mark is spelled out as `\\ufdd0`, or has lost its partner."""
+    for number, text in enumerate(texts, start=1):
+        rest = _MARKED.sub("", text)
+        if "\\ufdd" in text or _OPEN in rest or _CLOSE in rest:
+            return number
+    return None
+
+
+def encode_texts(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text, without those that a tokenizer adds; what `escape` has marked is plain text."""
+    pieces = [_MARKED.split(text) for text in texts]  # every second one was marked
+    encoded = {}
+    for plain in (False, True):
+        some = [piece for parts in pieces for piece in parts[plain::2] if piece]
+        tokenizer.encode_special_tokens = plain
+        encodings = tokenizer.encode_batch(some, add_special_tokens=False)
+        encoded[plain] = iter([encoding.ids for encoding in encodings])
+    tokenizer.encode_special_tokens = False
+    return [
+        [token for place, piece in enumerate(parts) if piece for token in next(encoded[bool(place % 2)])]
+        for parts in pieces
+    ]
+
+
+def _any_of(special: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
