@@ -47,7 +47,8 @@ def read_leaves(
         for path in single[name]:
             turned = array.T if family.names.is_transposed(path) else array
             # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
-            cast = turned.astype(leaves[path].dtype, copy=False)
+            with np.errstate(over="ignore"):  # told below
+                cast = turned.astype(leaves[path].dtype, copy=False)
             _check_finite(cast, array, name, tensors[name])
             values[path] = jnp.array(cast, copy=True)
         count.add(array.nbytes)
@@ -55,7 +56,8 @@ def read_leaves(
         stack = np.empty(leaves[path].shape, leaves[path].dtype)
         layers = {name: layer for layer, name in enumerate(names)}
         for name, array in read_tensors(tensors, names):
-            stack[layers[name]] = array.T if family.names.is_transposed(path) else array
+            with np.errstate(over="ignore"):
+                stack[layers[name]] = array.T if family.names.is_transposed(path) else array
             _check_finite(stack[layers[name]], array, name, tensors[name])
             count.add(array.nbytes)
         values[path] = jnp.array(stack, copy=True)

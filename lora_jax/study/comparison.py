@@ -29,6 +29,7 @@ from .recommend import Recommendation, recommend
 from .results_file import ResultsFile
 from .settings import Comparison, Prepared, prepare
 from .settings import start as write_start
+from .splits import data_warnings
 from .summary import Summary, summarize
 
 # They say nothing about the candidate, and the next run would meet them too.
@@ -91,6 +92,8 @@ def compare(
     start = clock()
     prepared = prepare(settings)
     write_start(prepared)
+    for note in data_warnings(prepared.splits):  # before anyone waits for it
+        listen(training_events.Note(message=note))
     results = ResultsFile(prepared.folder / "results.jsonl")
     if retry_failed and (count := results.forget_failures()):
         listen(training_events.Note(message=f"{count} failed runs are tried again"))

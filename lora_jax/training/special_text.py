@@ -73,18 +73,37 @@ def find_lost_marks(texts: Iterable[str]) -> int | None:
 
 def encode_texts(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The token ids of each text, without those that a tokenizer adds; what `escape` has marked is plain text."""
-    pieces = [_MARKED.split(text) for text in texts]  # every second one was marked
+    special = special_texts(tokenizer)
+    pieces = [_pieces(text, special) for text in texts]
     encoded = {}
     for plain in (False, True):
-        some = [piece for parts in pieces for piece in parts[plain::2] if piece]
+        some = [piece for parts in pieces for piece, is_plain in parts if is_plain is plain]
         tokenizer.encode_special_tokens = plain
-        encodings = tokenizer.encode_batch(some, add_special_tokens=False)
-        encoded[plain] = iter([encoding.ids for encoding in encodings])
+        encoded[plain] = iter([encoding.ids for encoding in tokenizer.encode_batch(some, add_special_tokens=False)])
     tokenizer.encode_special_tokens = False
-    return [
-        [token for place, piece in enumerate(parts) if piece for token in next(encoded[bool(place % 2)])]
-        for parts in pieces
-    ]
+    return [[token for _, is_plain in parts for token in next(encoded[is_plain])] for parts in pieces]
+
+
+def _pieces(text: str, special: Sequence[str]) -> list[tuple[str, bool]]:
+    """The text in pieces, each with whether all of it is plain text.
+
+    One ends at a control token, where a tokenizer divides the text anyhow, and not at a mark: there it may begin a
+    piece with a space.
+    """
+    if _OPEN not in text or not special:
+        return [(text, False)]
+    pieces, controls, start = [], "", 0
+    for found in re.finditer(rf"{_MARKED.pattern}|({_any_of(special).pattern})|\Z", text, re.DOTALL):
+        if found[1] is not None:
+            continue
+        section, start = text[start : found.start()], found.end()
+        if _OPEN in section:
+            pieces += [(controls, False)] * bool(controls) + [(unescape(section), True)]
+            controls = ""
+        else:
+            controls += section
+        controls += found[0]
+    return pieces + [(controls, False)] * bool(controls)
 
 
 def _any_of(special: Sequence[str]) -> re.Pattern[str]:
