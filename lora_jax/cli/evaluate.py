@@ -173,20 +173,14 @@ def _compare(
 ) -> dict[str, float]:
     from lora_jax import files
     from lora_jax.training.generation_metrics import text_metrics
-    from lora_jax.training.special_text import unescape
+    from lora_jax.training.special_text import unescape, without_control_tokens
 
     texts = [completion.text.strip() for completion in written]
     # A rendered answer has the mark of its end, which a written one ends with.
     ends = [text for text in special.texts.values() if text]
-    references = [[unescape(_without(ends, text)).strip() for text in prompt.references] for prompt in prompts]
+    references = [[without_control_tokens(text, ends).strip() for text in prompt.references] for prompt in prompts]
     if path is not None:
         rows = zip(prompts, texts, references, strict=True)
         lines = [{"prompt": unescape(p.prompt), "completion": text, "references": own} for p, text, own in rows]
         files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return text_metrics(texts, references)
-
-
-def _without(marks: Sequence[str], text: str) -> str:
-    for mark in marks:
-        text = text.replace(mark, "")
-    return text

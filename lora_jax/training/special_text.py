@@ -48,8 +48,7 @@ def escape(value: Any, special: Sequence[str]) -> Any:
         return [escape(item, special) for item in value]
     if not isinstance(value, str) or not special:
         return value
-    marked = re.compile(f"{_MARKED.pattern}|({_any_of(special).pattern})", re.DOTALL)
-    return marked.sub(lambda found: f"{_OPEN}{found[2]}{_CLOSE}" if found[2] is not None else found[0], value)
+    return _marked_or(special).sub(lambda found: found[0] if found[2] is None else f"{_OPEN}{found[2]}{_CLOSE}", value)
 
 
 def unescape(text: str) -> str:
@@ -60,6 +59,16 @@ def unescape(text: str) -> str:
         'a</s>b'
     """
     return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+
+def without_control_tokens(text: str, special: Sequence[str]) -> str:
+    """The text without its control tokens and marks; what is marked stays as plain text.
+
+    Example:
+        >>> without_control_tokens("<s>" + escape("a</s>b", ["</s>"]) + "</s>", ["<s>", "</s>"])
+        'a</s>b'
+    """
+    return unescape(_marked_or(special).sub(lambda found: found[0] if found[2] is None else "", text))
 
 
 def find_lost_marks(texts: Iterable[str]) -> int | None:
@@ -93,17 +102,20 @@ def _pieces(text: str, special: Sequence[str]) -> list[tuple[str, bool]]:
     if _OPEN not in text or not special:
         return [(text, False)]
     pieces, controls, start = [], "", 0
-    for found in re.finditer(rf"{_MARKED.pattern}|({_any_of(special).pattern})|\Z", text, re.DOTALL):
-        if found[1] is not None:
-            continue
-        section, start = text[start : found.start()], found.end()
+    bounds = [(found.start(), found.end()) for found in _marked_or(special).finditer(text) if found[2] is not None]
+    for begin, end in [*bounds, (len(text), len(text))]:
+        section, control, start = text[start:begin], text[begin:end], end
         if _OPEN in section:
             pieces += [(controls, False)] * bool(controls) + [(unescape(section), True)]
-            controls = ""
+            controls = control
         else:
-            controls += section
-        controls += found[0]
+            controls += section + control
     return pieces + [(controls, False)] * bool(controls)
+
+
+def _marked_or(special: Sequence[str]) -> re.Pattern[str]:
+    """Finds what is marked, as group 1, and special tokens that aren't, as group 2."""
+    return re.compile(f"{_MARKED.pattern}|({_any_of(special).pattern})", re.DOTALL)
 
 
 def _any_of(special: Sequence[str]) -> re.Pattern[str]:
