@@ -81,6 +81,9 @@ def _show_comparison(results: dict[str, RunResult]) -> None:
         for method in ("frozen", "bitfit", "lora", "full")
         for result in [results[method]]
     ]
+    if (baseline := results["lora"].baselines.get("test")) is not None:
+        accuracy, macro_f1 = (f"{100 * baseline.metrics[name]:.1f} %" for name in ("accuracy", "macro_f1"))
+        rows.insert(0, (f"always {baseline.answer}", accuracy, macro_f1, "0", "0 %", "0", "0 B"))
     columns = ("method", "test accuracy", "macro-F1", "trained parameters", "of all", "seconds", "adapter")
     print()
     print_table(columns, rows, title="On the test messages (a demonstration: 96 messages are no evidence of quality)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,15 @@ from .options import (
 
 if TYPE_CHECKING:
     from lora_jax.models import SpecialTokens
+    from lora_jax.training.baseline import Baseline
     from lora_jax.training.completer import Completion
-    from lora_jax.training.data import Columns
+    from lora_jax.training.data import Columns, Examples
     from lora_jax.training.generation_metrics import Referenced
+    from lora_jax.training.predict import Prediction
     from lora_jax.training.task_file import TaskFile
+
+    # Counts, metrics, and what one answer to all scores.
+    Score = tuple[dict[str, Any], dict[str, float | None], Baseline | None]
 
 NAME = "eval"
 HELP = "score an adapter on a data set"
@@ -31,6 +38,7 @@ with BLEU and ROUGE-L of what it writes to each prompt. Rows that share a prompt
 EPILOG = """\
 examples:
   lora-jax eval --adapter out --test test.tsv
+  lora-jax eval --adapter out --test test.tsv --predictions predicted.jsonl
   lora-jax eval --adapter out --test owner/name@test --text sentence --json
   lora-jax eval --adapter out --test test.jsonl --generate --num-beams 10 --predictions written.jsonl"""
 
@@ -43,24 +51,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--generate", action="store_true", help="a language model: write, and score what is written")
     parser.add_argument("--limit", type=int, metavar="N", help="write to the first N prompts only")
-    parser.add_argument("--predictions", metavar="FILE", help="for what is written, as JSONL")
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="JSONL to write: each row's prediction, or what is written with --generate",
+    )
     add_generation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from lora_jax.training.predict import adapter_folder
-    from lora_jax.training.progress import format_metrics
     from lora_jax.training.task_file import read_task
 
-    from .tables import print_facts
+    from .tables import print_facts, score_facts
 
     saved = read_task(adapter_folder(args.adapter))
     score = _score_language if saved.task.kind == "causal-lm" else _score_labelled
-    counts, metrics = score(args, saved, given_columns(args, saved))
+    counts, metrics, baseline = score(args, saved, given_columns(args, saved))
     if args.json:
-        print(json.dumps({"data": args.test, **counts, **metrics}))
+        beside = {} if baseline is None else {"baseline": baseline._asdict()}
+        # JSON has no infinity, which a perplexity can be.
+        finite = {name: None if value is None or math.isinf(value) else value for name, value in metrics.items()}
+        print(json.dumps({"data": args.test, **counts, **finite, **beside}, allow_nan=False))
         return
-    facts = {"rows": f"{counts['rows']:,}", "metrics": format_metrics(metrics)}
+    facts = {"rows": f"{counts['rows']:,}"} | score_facts("metrics", metrics, baseline)
     if counts["truncated"]:
         facts["truncated"] = f"{counts['truncated']:,} texts cut at {counts['max_length']} tokens"
     if counts["skipped"]:
@@ -72,9 +86,10 @@ def run(args: argparse.Namespace) -> None:
     print_facts(facts)
 
 
-def _score_labelled(
-    args: argparse.Namespace, saved: TaskFile, columns: Columns
-) -> tuple[dict[str, Any], dict[str, float | None]]:
+def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> Score:
+    import numpy as np
+
+    from lora_jax.training.baseline import baseline_of
     from lora_jax.training.data import read_examples
     from lora_jax.training.errors import ConfigError
     from lora_jax.training.predict import load_predictor
@@ -85,6 +100,8 @@ def _score_labelled(
     refuse_generation(args, saved.task.kind)
     if args.generate:
         raise ConfigError(f"`generate` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
+    if args.limit is not None:
+        raise ConfigError(f"`limit` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
     examples = read_examples(
         args.test,
         text=columns.text,
@@ -94,18 +111,42 @@ def _score_labelled(
         skip_bad_rows=hasattr(args, "skip_bad_rows"),
     )
     assert isinstance(saved.task, LabelledTask)
-    saved.task.encode(examples)  # an unknown label is told before the model is loaded
+    targets = saved.task.encode(examples)  # an unknown label is told before the model is loaded
     with WeightsProgress() as progress:
-        predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
+        predictor = load_predictor(
+            args.adapter,
+            base=getattr(args, "base", None),
+            escape_special_tokens=getattr(args, "escape_special_tokens", None),
+            progress=progress,
+        )
     encoded = predictor.encode(examples.texts, examples.pairs)
     counts = {"rows": encoded.rows, "truncated": encoded.truncated, "max_length": predictor.max_length}
     counts |= {"skipped": examples.skipped}
-    return counts, predictor.evaluate(examples)
+    outputs = predictor.encoded_outputs(encoded)
+    if args.predictions is not None:
+        _write_predictions(args.predictions, examples, columns, predictor.predictions(outputs))
+    # An adapter of an earlier version doesn't know what it was trained on.
+    prior = np.array(saved.prior) if saved.prior else saved.task.prior(targets)
+    return counts, saved.task.measure(outputs, targets), baseline_of(saved.task, prior, targets)
 
 
-def _score_language(
-    args: argparse.Namespace, saved: TaskFile, columns: Columns
-) -> tuple[dict[str, Any], dict[str, float | None]]:
+def _write_predictions(path: str, examples: Examples, columns: Columns, predictions: Sequence[Prediction]) -> None:
+    """As `lora-jax predict` writes them, with the label of the data as `given_label`."""
+    from lora_jax import files
+
+    lines = []
+    for row, prediction in enumerate(predictions):
+        line: dict[str, Any] = {columns.text: examples.texts[row]}
+        if columns.text_pair is not None and examples.pairs is not None:
+            line[columns.text_pair] = examples.pairs[row]
+        line |= {"given_label": (examples.labels or [])[row], "label": prediction.label}
+        if prediction.probability is not None:
+            line["probability"] = prediction.probability
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    files.write_text(path, "".join(lines))
+
+
+def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> Score:
     import lora_jax as lj
     from lora_jax.training.completer import load_completer
     from lora_jax.training.documents import pairs_of, read_documents
@@ -117,12 +158,17 @@ def _score_language(
     options = generation_options(args)
     base, skip = getattr(args, "base", None), hasattr(args, "skip_bad_rows")
     special = lj.models.read_special_tokens(base or saved.base)
-    documents = read_documents(args.test, columns, special=special, split="test", skip_bad_rows=skip)
+    escaped = getattr(args, "escape_special_tokens", saved.escape_special_tokens)
+    documents = read_documents(
+        args.test, columns, special=special, split="test", skip_bad_rows=skip, escape_special_tokens=escaped
+    )
+    for note in documents.notes:
+        print(f"note: {note}", file=sys.stderr)
     if not args.generate and (args.predictions is not None or args.limit is not None):
         raise ConfigError("`predictions` and `limit` are for what is written: pass `--generate` too.")
     prompts = with_references(pairs_of(documents))[: args.limit] if args.generate else []
     with WeightsProgress() as progress:
-        completer = load_completer(args.adapter, base=base, progress=progress)
+        completer = load_completer(args.adapter, base=base, escape_special_tokens=escaped, progress=progress)
     rows, metrics = completer.evaluate(documents)
     counts = {"rows": rows.texts, "truncated": rows.truncated, "dropped": rows.dropped, "max_length": rows.max_length}
     counts |= {"skipped": documents.skipped}
@@ -130,7 +176,7 @@ def _score_language(
         written = completer.complete([prompt.prompt for prompt in prompts], options, form=documents.format)
         counts |= {"prompts": len(prompts), "ended": sum(completion.ended for completion in written)}
         metrics |= _compare(prompts, written, special, args.predictions)
-    return counts, metrics
+    return counts, metrics, None
 
 
 def _compare(
@@ -138,19 +184,14 @@ def _compare(
 ) -> dict[str, float]:
     from lora_jax import files
     from lora_jax.training.generation_metrics import text_metrics
+    from lora_jax.training.special_text import unescape, without_control_tokens
 
     texts = [completion.text.strip() for completion in written]
     # A rendered answer has the mark of its end, which a written one ends with.
     ends = [text for text in special.texts.values() if text]
-    references = [[_without(ends, text).strip() for text in prompt.references] for prompt in prompts]
+    references = [[without_control_tokens(text, ends).strip() for text in prompt.references] for prompt in prompts]
     if path is not None:
         rows = zip(prompts, texts, references, strict=True)
-        lines = [{"prompt": p.prompt, "completion": text, "references": own} for p, text, own in rows]
+        lines = [{"prompt": unescape(p.prompt), "completion": text, "references": own} for p, text, own in rows]
         files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return text_metrics(texts, references)
-
-
-def _without(marks: Sequence[str], text: str) -> str:
-    for mark in marks:
-        text = text.replace(mark, "")
-    return text

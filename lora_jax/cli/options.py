@@ -60,6 +60,13 @@ def add_column_arguments(parser: argparse._ActionsContainer) -> None:
         action="store_true",
         help="leave out rows that can't be used, and say how many (default: refuse them)",
     )
+    _add(
+        parser,
+        "--escape-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="take special tokens that a text spells out, such as </s>, as plain text (default: as control tokens, "
+        "with a note; of an adapter: as in its training)",
+    )
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,9 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from .arrivals import arriving_lines, chunks
 from .options import (
     add_base_argument,
     add_column_arguments,
@@ -36,7 +37,8 @@ HELP = "label texts, or continue prompts, from lines, JSONL or a data file"
 DESCRIPTION = """\
 Labels texts; writes one JSON object a line, in the order of the input:
 {"text": ..., "label": ..., "probability": ...}. With an adapter of a language model, continues prompts:
-{"prompt": ..., "completion": ...}.
+{"prompt": ..., "completion": ...}. Of standard input, what has arrived is answered when no more is there for the
+moment, so it may stay open.
 
 The input has one text a line (blank lines are left out); one JSON object a line where it ends in .jsonl or with
 --jsonl, whose other fields are passed through (its own `label` as `given_label`); or columns where it ends in .tsv,
@@ -73,13 +75,13 @@ def run(args: argparse.Namespace) -> None:
     wanted = _complete if saved.task.kind == "causal-lm" else _label
     left = _Left()
     rows, load = wanted(args, saved, given_columns(args, saved), left)
-    first = list(itertools.islice(rows, 1))  # a missing file is told before the model is loaded
+    # A missing file, or a first row that can't be used, is told before the model is loaded.
+    first = list(itertools.islice((row for row in rows if row is not None), 1))
     with WeightsProgress() as progress:
         answer = load(progress)
-    rows = itertools.chain(first, rows)
-    while chunk := list(itertools.islice(rows, _CHUNK)):
+    for chunk in chunks(itertools.chain(first, rows), _CHUNK):
         for row in answer(chunk):
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row, ensure_ascii=False, allow_nan=False))
         sys.stdout.flush()
     for note in left.notes():
         print(f"lora-jax predict: {note}", file=sys.stderr)
@@ -105,17 +107,29 @@ class _Left:
             yield f"{self.cut:,} texts cut at {self.max_length} tokens"
 
 
-def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _Left) -> tuple[Iterator[Row], Load]:
+def _label(
+    args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _Left
+) -> tuple[Iterator[Row | None], Load]:
     from lora_jax.training.predict import load_predictor
+    from lora_jax.training.special_text import special_text_note
 
+    note = _tell_once()
     refuse_generation(args, saved.task.kind)
     text, pair = columns.text, columns.text_pair
 
     def load(progress: Progress) -> Answer:
-        predictor = load_predictor(args.adapter, base=getattr(args, "base", None), progress=progress)
+        predictor = load_predictor(
+            args.adapter,
+            base=getattr(args, "base", None),
+            escape_special_tokens=getattr(args, "escape_special_tokens", None),
+            progress=progress,
+        )
 
         def answer(chunk: list[Row]) -> Iterable[Row]:
             pairs = [row[pair] for row in chunk] if pair is not None else None
+            if not predictor.escape_special_tokens:
+                texts = (row[column] for row in chunk for column in (text, pair) if column is not None)
+                note(special_text_note(texts, predictor.special_texts))
             encoded = predictor.encode([row[text] for row in chunk], pairs)
             predictions = predictor.predict_encoded(encoded)
             left.cut, left.max_length = left.cut + encoded.truncated, predictor.max_length
@@ -127,19 +141,30 @@ def _label(args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _L
     return _rows(args, text, pair, left), load
 
 
-def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _Left) -> tuple[Iterator[Row], Load]:
+def _complete(
+    args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _Left
+) -> tuple[Iterator[Row | None], Load]:
     from lora_jax.training.completer import load_completer
     from lora_jax.training.errors import ConfigError
+    from lora_jax.training.special_text import special_text_note
 
+    note = _tell_once()
     if args.all:
         raise ConfigError("`all` is for adapters with labels, and this one is of a causal-lm.")
     options = generation_options(args)
     column = columns.messages or columns.prompt or columns.text
 
     def load(progress: Progress) -> Answer:
-        completer = load_completer(args.adapter, base=getattr(args, "base", None), progress=progress)
+        completer = load_completer(
+            args.adapter,
+            base=getattr(args, "base", None),
+            escape_special_tokens=getattr(args, "escape_special_tokens", None),
+            progress=progress,
+        )
 
         def answer(chunk: list[Row]) -> Iterable[Row]:
+            if not completer.escape_special_tokens:
+                note(special_text_note(map(_said, (row[column] for row in chunk)), completer.special.added))
             prompts = _prompts([row[column] for row in chunk], columns, completer)
             for row, completion in zip(chunk, completer.complete(prompts, options), strict=True):
                 yield {**_given(row, ("completion",)), "completion": completion.text}
@@ -149,9 +174,29 @@ def _complete(args: argparse.Namespace, saved: TaskFile, columns: Columns, left:
     return _rows(args, column, None, left, conversations=columns.messages is not None), load
 
 
+def _tell_once() -> Callable[[list[str]], None]:
+    """Prints the first note that it is given, beside the answers."""
+    told: list[str] = []
+
+    def tell(notes: list[str]) -> None:
+        if notes and not told:
+            told.append(notes[0])
+            print(f"note: {notes[0]}", file=sys.stderr)
+
+    return tell
+
+
+def _said(prompt: Any) -> str:
+    """A prompt's text, or that of a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(message.get("content")) for message in prompt if isinstance(message, dict))
+
+
 def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[str]:
     from lora_jax.training.chat import render_prompts
     from lora_jax.training.documents import check_messages
+    from lora_jax.training.special_text import escape
 
     if columns.messages is None:
         return [value + (columns.separator if columns.prompt is not None else "") for value in values]
@@ -160,12 +205,14 @@ def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[
         for row, value in enumerate(values, start=1)
     ]
     special = completer.special
+    if completer.escape_special_tokens:
+        talks = [escape(talk, special.added) for talk in talks]
     return render_prompts(talks, template=special.chat_template, tokens=special.texts, name="the prompts")
 
 
 def _rows(
     args: argparse.Namespace, text: str, pair: str | None, left: _Left, *, conversations: bool = False
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row | None]:
     from lora_jax.training.data import SUFFIXES, read_examples
     from lora_jax.training.errors import DataError
 
@@ -181,7 +228,8 @@ def _rows(
         raise DataError(f"This adapter takes pairs: give JSONL with the fields '{text}' and '{pair}'.")
     kinds = (str, list) if conversations else (str,)
     if args.input == "-":
-        yield from _parsed(sys.stdin.buffer, "standard input", as_json, text, pair, kinds, left if skip else None)
+        lines = arriving_lines(sys.stdin.buffer)
+        yield from _parsed(lines, "standard input", as_json, text, pair, kinds, left if skip else None)
         return
     if not Path(args.input).is_file():
         raise DataError(f"{args.input} doesn't exist or is no file.")
@@ -190,20 +238,27 @@ def _rows(
 
 
 def _parsed(
-    lines: BinaryIO | Iterable[bytes],
+    lines: Iterable[bytes | None],
     name: str,
     as_json: bool,
     text: str,
     pair: str | None,
     kinds: tuple[type, ...],
     left: _Left | None,
-) -> Iterator[dict[str, Any]]:
-    """A row a line. Bad ones are told of in `left`, or refused where that is `None`."""
+) -> Iterator[Row | None]:
+    """A row for each line that isn't blank, and `None` where the next one isn't there yet.
+
+    Bad ones are told of in `left`, or refused where that is `None`.
+    """
     from lora_jax.training.errors import DataError
     from lora_jax.training.table import BadRows
 
-    bad, count = BadRows(name, skip=True), 0
-    for number, raw in enumerate(lines, start=1):
+    bad, count, number = BadRows(name, skip=True), 0, 0
+    for raw in lines:
+        if raw is None:
+            yield None
+            continue
+        number += 1
         try:
             row = _parse(raw, number, f"{name}, line {number}", as_json, text, pair, kinds)
         except DataError as error:

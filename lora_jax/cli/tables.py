@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from lora_jax.training.baseline import Baseline
     from lora_jax.training.inspection import Group
 
 
@@ -22,6 +23,28 @@ def print_facts(facts: Mapping[str, str]) -> None:
     console = _console()
     for name, value in facts.items():
         console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+
+
+def score_facts(
+    name: str, metrics: Mapping[str, float | None], baseline: Baseline | None, *, metric: str | None = None
+) -> dict[str, str]:
+    """Metrics, what one answer to all scores below them, and that they are no better where that is so.
+
+    Args:
+        name: Of the metrics.
+        metrics: Of a model.
+        baseline: On the same rows.
+        metric: That counts; the task's first if `None`.
+    """
+    from lora_jax.training.progress import format_metrics, verdict
+
+    facts = {name: format_metrics(dict(metrics))}
+    if baseline is not None:
+        metric = metric or next(iter(metrics))
+        facts[f"{name} baseline"] = f"{format_metrics(baseline.metrics)}  (always {baseline.answer})"
+        if (said := verdict(baseline, metric, metrics[metric])) is not None:
+            facts[f"{name} warning"] = said
+    return facts
 
 
 def print_table(

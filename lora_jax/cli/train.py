@@ -56,11 +56,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(result: RunResult) -> None:
-    from lora_jax.training.progress import format_bytes, format_metrics, format_seconds
+    from lora_jax.training.progress import format_bytes, format_seconds
 
-    from .tables import print_facts
+    from .tables import print_facts, score_facts
 
-    facts = {split: format_metrics(metrics) for split, metrics in result.metrics.items()}
+    facts: dict[str, str] = {}
+    for split, metrics in result.metrics.items():
+        facts |= score_facts(split, metrics, result.baselines.get(split), metric=result.metric)
     facts |= {
         "checkpoint": f"{result.chosen}: step {result.chosen_step:,} of {result.steps:,}",
         "trained": f"{result.trainable:,} of {result.total:,} parameters ({result.percent:.3g} %)",

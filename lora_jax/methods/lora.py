@@ -117,7 +117,7 @@ class LoRA(WeightMethod):
     def nodes(self, targets: list[Target], *, key: jax.Array) -> dict[str, AdaptedWeight]:
         ranks = self._ranks(targets)
         alphas = overridden(self.alpha, self.alpha_overrides, targets, "alpha_overrides")
-        nodes = {
+        nodes: dict[str, Any] = {
             target.path: self._node(target, ranks[target.path], alphas[target.path], path_key(key, target.path))
             for target in targets
         }

@@ -6,8 +6,11 @@ logits = model.apply(model.params, input_ids, attention_mask)
 
 from .bert import BertConfig as BertConfig
 from .cache import Cache as Cache
+from .checkpoint_task import CheckpointHead as CheckpointHead
 from .checkpoint_task import absent_leaves as absent_leaves
+from .checkpoint_task import checkpoint_head as checkpoint_head
 from .checkpoint_task import checkpoint_task as checkpoint_task
+from .checkpoint_task import has_other_head as has_other_head
 from .config import ModelConfig as ModelConfig
 from .distilbert import DistilBertConfig as DistilBertConfig
 from .families import read_model_config as read_model_config

@@ -112,6 +112,26 @@ def model_type_of(config: Mapping[str, Any]) -> object:
     return config.get("model_type")
 
 
+def label_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names that the content of a `config.json` gives to the outputs of a head, in the outputs' order.
+
+    The order is that of the numbers in `id2label`, whatever order they are written in.
+
+    Returns:
+        `None` where there are none, or a number is missing.
+
+    Example:
+        >>> label_names({"id2label": {"1": "pos", "0": "neg"}})
+        ('neg', 'pos')
+    """
+    names = config.get("id2label")
+    if not isinstance(names, Mapping) or not names:
+        return None
+    by_place = {str(place): str(name) for place, name in names.items()}
+    places = [str(place) for place in range(len(by_place))]
+    return tuple(by_place[place] for place in places) if by_place.keys() == set(places) else None
+
+
 def unknown_model_type(model_type: object, known: Iterable[str]) -> ValueError:
     """The error to raise for a `model_type` that isn't among the `known`."""
     return ValueError(

@@ -45,6 +45,11 @@ class Family:
     draws_heads: bool = True
 
     @property
+    def head(self) -> str:
+        """The top-level module that the logits are made in."""
+        return self.logits.partition("/")[0]
+
+    @property
     def is_decoder(self) -> bool:
         return "causal-lm" in self.architectures
 

@@ -41,6 +41,7 @@ def load(
     scan_layers: bool = False,
     zero_biases: bool = False,
     tie_word_embeddings: bool | None = None,
+    new_head: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, DistilBERT) or a decoder (GPT-2, Llama, Mistral, Qwen2, Qwen3).
@@ -72,6 +73,8 @@ def load(
         tie_word_embeddings: whether a decoder's head is its embeddings; as the checkpoint has it if `None`. `False`
             makes it a leaf of its own, with the same values where the checkpoint ties them: so that one of the two can
             be adapted without the other, as PEFT does.
+        new_head: Whether an encoder's head is drawn from `seed` even where the checkpoint has one, which is then left
+            aside: of another task, or with another order of its labels (see `checkpoint_head`).
         progress: called with the bytes read so far and those to read, first with 0 and then after every tensor.
 
     Returns:
@@ -93,6 +96,8 @@ def load(
     (`also_train=("pooler", "classifier")`), or replaced by `pooling="mean"`.
     """
     _check_arguments(task, num_labels, pooling, remat)
+    if new_head and task not in ("classification", "regression"):
+        raise ValueError(f"`new_head` is for a classification or a regression, and `task` is {task!r}: leave it out.")
     dtype = _float_dtype(dtype)
     folder = find_base(source)
     config = read_model_config(folder)
@@ -104,6 +109,9 @@ def load(
     tensors = locate_tensors(folder)
     names = family.names.modern(tensors)
     _check_sizes(config, {name: tensors[held].info.shape for name, held in names.items()}, folder)
+    if new_head:
+        tops = family.names.tops(family.head)
+        names = {name: held for name, held in names.items() if name.split(".")[0] not in tops}
     words = family.names.tensor(WORDS)
     if untied and words in names:
         names.setdefault(family.names.tensor(HEAD), names[words])
@@ -137,6 +145,7 @@ def load(
         names=family.leaf_modules(single, task),
         task=task,
         pooling=pooling,
+        new_head=new_head,
     )
 
 
@@ -203,7 +212,7 @@ def _count_outputs(
     if wanted is not None and outputs is not None and wanted != outputs:
         raise FileError(
             f"{folder} has a head of {outputs} outputs, and {wanted} are asked for: leave `num_labels` out to use it, "
-            "or start from the base without a head."
+            "or pass `new_head=True` to draw another in its place."
         )
     return wanted if wanted is not None else outputs  # pyright: ignore[reportReturnType]
 

@@ -54,6 +54,7 @@ class Model:
             `names.fan_in_fan_out` are the modules, by their last segments, that store `(in, out)` there: GPT-2's.
         task: `"classification"`, `"regression"`, `"causal-lm"`, or `None` for hidden states.
         pooling: what the head sees, `"first"` or `"mean"`.
+        new_head: Whether the head was drawn though the checkpoint has one, see `load`.
     """
 
     apply: Callable[..., Any]
@@ -62,6 +63,7 @@ class Model:
     names: Names
     task: Task
     pooling: Pooling
+    new_head: bool = False
 
 
 class Skeleton(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..files import FileError
 from .checkpoint import Located, read_tensors
 from .family import Family
 from .progress import ByteCount, Progress
@@ -30,6 +31,9 @@ def read_leaves(
             of two leaves.
         tensors: where they are.
         progress: see `load`.
+
+    Raises:
+        FileError: A tensor that holds NaN or an infinity, or does once it has the leaf's dtype.
     """
     stacks = {path: names for path, names in held.items() if is_stacked(path)}
     single: dict[str, list[str]] = {}
@@ -43,13 +47,35 @@ def read_leaves(
         for path in single[name]:
             turned = array.T if family.names.is_transposed(path) else array
             # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
-            values[path] = jnp.array(turned.astype(leaves[path].dtype, copy=False), copy=True)
+            with np.errstate(over="ignore"):  # told below
+                cast = turned.astype(leaves[path].dtype, copy=False)
+            _check_finite(cast, array, name, tensors[name])
+            values[path] = jnp.array(cast, copy=True)
         count.add(array.nbytes)
     for path, names in stacks.items():
         stack = np.empty(leaves[path].shape, leaves[path].dtype)
         layers = {name: layer for layer, name in enumerate(names)}
         for name, array in read_tensors(tensors, names):
-            stack[layers[name]] = array.T if family.names.is_transposed(path) else array
+            with np.errstate(over="ignore"):
+                stack[layers[name]] = array.T if family.names.is_transposed(path) else array
+            _check_finite(stack[layers[name]], array, name, tensors[name])
             count.add(array.nbytes)
         values[path] = jnp.array(stack, copy=True)
     return values
+
+
+def _check_finite(cast: np.ndarray, array: np.ndarray, name: str, located: Located) -> None:
+    """A single NaN in a base makes one of every loss, and looks as if training had diverged."""
+    # The sum is finite if all are: half of the time, and no array of flags.
+    if np.isfinite(cast.sum(dtype=np.float64)) or (finite := np.isfinite(cast.astype(np.float64))).all():
+        return
+    count = f"{finite.size - finite.sum():,} of {finite.size:,} values"
+    if np.isfinite(array.astype(np.float64)).all():
+        raise FileError(
+            f"{located.file}: {count} of the tensor '{name}' are too large for {cast.dtype} (they are {array.dtype}): "
+            "load it with another `dtype`."
+        )
+    raise FileError(
+        f"{located.file}: {count} of the tensor '{name}' are NaN or infinite. The file is damaged, or was saved after "
+        "training had diverged: take another."
+    )

@@ -14,6 +14,7 @@ from ..files import replacing, write_json, write_safetensors, write_text
 from ..paths import leaves_by_path, listed
 from ..weights import is_adapted
 from .checkpoint import INDEX, locate_tensors, read_config, read_tensors
+from .config import label_names
 from .families import family_of
 from .hub import find_base
 from .inserted import split_inserted
@@ -193,8 +194,8 @@ def _config(
         return config
     outputs = leaves[f"{family.logits}/kernel"].shape[1]
     if labels is None:
-        own = source.get("id2label")
-        labels = list(own.values()) if isinstance(own, dict) and len(own) == outputs else None
+        own = label_names(source)
+        labels = own if own is not None and len(own) == outputs else None
     names = [f"LABEL_{index}" for index in range(outputs)] if labels is None else [str(label) for label in labels]
     if len(names) != outputs:
         raise ValueError(f"`labels` has {len(names)} names, and the model has {outputs} outputs.")

@@ -23,9 +23,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         default base's file pads every text to 128 tokens.)
 
     Raises:
-        FileError: no such model, or it has no readable `tokenizer.json`.
+        FileError: no such model, it has no readable `tokenizer.json`, or one whose ids reach beyond the rows of the
+            embeddings, by `vocab_size` in `config.json`.
     """
-    path = find_base(source) / "tokenizer.json"
+    folder = find_base(source)
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileError(
             f"{path} doesn't exist. Write it with transformers: "
@@ -39,7 +41,34 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    _check_ids(tokenizer, folder)
     return tokenizer
+
+
+def _check_ids(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    """A token without a row in the embeddings would be looked up all the same, and make NaN of a whole text."""
+    rows = _vocabulary_size(folder)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    if rows is None or max(ids.values(), default=0) < rows:
+        return
+    beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
+    some = ", ".join(f"{token!r:.40} {number:,}" for number, token in beyond[:3])
+    raise FileError(
+        f"{folder}: the ids of tokenizer.json reach {beyond[-1][0]:,}, and the embeddings have {rows:,} rows "
+        f"(`vocab_size` in config.json): no row for {len(beyond):,} tokens ({some}{', …' if len(beyond) > 3 else ''}). "
+        "Take the tokenizer that belongs to the model; for tokens that were added, save the model with its embeddings "
+        "resized (`model.resize_token_embeddings(len(tokenizer))` in transformers)."
+    )
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    size = _read_object(folder / "config.json").get("vocab_size")
+    return size if type(size) is int else None
+
+
+def special_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """How a tokenizer's special tokens are spelled: it takes these for control tokens wherever a text has them."""
+    return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
 
 class SpecialTokens(NamedTuple):
@@ -50,12 +79,14 @@ class SpecialTokens(NamedTuple):
         end: the id of the end-of-text.
         stops: ids that end a generated text, `end` among them.
         chat_template: in Jinja; `None` where the base has none.
+        added: How all special tokens are spelled that the tokenizer finds in a text, named ones or not.
     """
 
     texts: dict[str, str]
     end: int
     stops: tuple[int, ...]
     chat_template: str | None
+    added: tuple[str, ...] = ()
 
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -91,8 +122,14 @@ def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
             f"{folder} names no end-of-text: neither `eos_token` in tokenizer_config.json nor `eos_token_id` in "
             "config.json. Add one."
         )
+    if (rows := _vocabulary_size(folder)) is not None and stops[0] >= rows:
+        raise FileError(
+            f"{folder}: `eos_token_id` is {stops[0]:,}, and the embeddings have {rows:,} rows (`vocab_size` in "
+            "config.json). Name the end-of-text that the tokenizer has."
+        )
     texts.setdefault("eos_token", tokenizer.id_to_token(stops[0]) or "")
-    return SpecialTokens(texts, stops[0], tuple(dict.fromkeys(stops)), _chat_template(folder, settings))
+    template = _chat_template(folder, settings)
+    return SpecialTokens(texts, stops[0], tuple(dict.fromkeys(stops)), template, special_texts(tokenizer))
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -29,6 +29,7 @@ from .recommend import Recommendation, recommend
 from .results_file import ResultsFile
 from .settings import Comparison, Prepared, prepare
 from .settings import start as write_start
+from .splits import data_warnings
 from .summary import Summary, summarize
 
 # They say nothing about the candidate, and the next run would meet them too.
@@ -91,6 +92,8 @@ def compare(
     start = clock()
     prepared = prepare(settings)
     write_start(prepared)
+    for note in data_warnings(prepared.splits):  # before anyone waits for it
+        listen(training_events.Note(message=note))
     results = ResultsFile(prepared.folder / "results.jsonl")
     if retry_failed and (count := results.forget_failures()):
         listen(training_events.Note(message=f"{count} failed runs are tried again"))
@@ -172,7 +175,9 @@ def _cores() -> int | None:
 def _measured(result: RunResult | None) -> dict[str, Any]:
     names = ("metrics", "chosen", "chosen_step", "steps", "trainable", "total", "percent", "adapter_bytes")
     names += ("train_seconds", "step_ms", "padding_share", "truncated", "resumed_from")
-    return {name: None if result is None else getattr(result, name) for name in names}
+    row = {name: None if result is None else getattr(result, name) for name in names}
+    baselines = {} if result is None else {split: held._asdict() for split, held in result.baselines.items()}
+    return row | {"baselines": baselines}
 
 
 def _prune(prepared: Prepared, results: ResultsFile) -> None:

@@ -74,6 +74,10 @@ class LiveTable:
             return
         quality = Quality(row["metric"])
         scores = ", ".join(f"{split} {quality.text(values[row['metric']])}" for split, values in row["metrics"].items())
+        if beside := row.get("baselines"):
+            answer = next(iter(beside.values()))["answer"]
+            known = (f"{split} {quality.text(held['metrics'][quality.metric])}" for split, held in beside.items())
+            scores += f" (always {answer}: {', '.join(known)})"
         self._print(f"{_name(event.run)}: {quality.name} {scores} in {format_seconds(row['seconds'])}")
 
     def _print(self, line: str, *, style: str = "") -> None:

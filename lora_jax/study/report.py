@@ -16,6 +16,7 @@ from .markup import Html, join, tag
 from .presets import PRESETS
 from .quality import Quality
 from .recommend import RULE
+from .splits import data_warnings
 from .tables import Table, make_tables, markdown, runs_csv, summary_csv
 
 _STYLE = """
@@ -88,7 +89,14 @@ def answer(outcome: Outcome) -> tuple[str, str]:
     found = outcome.recommendation
     if found is None:
         return "No recommendation", "no run has succeeded; the errors are below."
+    if found.is_withheld:
+        return "No recommendation", found.reason
     return found.summary.candidate.label, found.reason
+
+
+def _headline(outcome: Outcome) -> str:
+    choice, found = answer(outcome)[0], outcome.recommendation
+    return choice if found is None or found.is_withheld else f"Recommended: {choice}"
 
 
 def remarks(outcome: Outcome) -> list[str]:
@@ -100,6 +108,7 @@ def remarks(outcome: Outcome) -> list[str]:
         )
     if outcome.left:
         found.append(f"{outcome.left} runs of the grid are still to do: the same command goes on.")
+    found += [f"{note[0].upper()}{note[1:]}" for note in data_warnings(outcome.prepared.splits)]
     if failed := [s.candidate.label for s in outcome.summaries if s.rate is None and s.errors]:
         found.append(f"Every run failed of: {'; '.join(failed)}.")
     return found
@@ -153,7 +162,7 @@ def _page(outcome: Outcome, tables: list[Table], charts: list[Chart], command: l
         tag("h1", title),
         None if preset is None else tag("p", preset.question),
         *(tag("p", remark, class_="warning") for remark in remarks(outcome)),
-        tag("div", tag("strong", f"Recommended: {choice}. "), f"{reason[0].upper()}{reason[1:]}", class_="answer"),
+        tag("div", tag("strong", f"{_headline(outcome)}. "), f"{reason[0].upper()}{reason[1:]}", class_="answer"),
         tag("p", RULE, class_="note"),
         *sections,
         _errors(outcome),
@@ -220,11 +229,11 @@ def _failures(outcome: Outcome) -> list[tuple[str, ...]]:
 
 
 def _markdown_page(outcome: Outcome, tables: list[Table], charts: list[Chart], command: list[str] | None) -> str:
-    choice, reason = answer(outcome)
+    reason = answer(outcome)[1]
     parts: list[Any] = [
         f"# {title_of(outcome)}",
         *remarks(outcome),
-        f"**Recommended: {choice}.** {reason[0].upper()}{reason[1:]}",
+        f"**{_headline(outcome)}.** {reason[0].upper()}{reason[1:]}",
     ]
     for table in tables:
         parts += [f"## {_HEADINGS[table.name]}", markdown(table).rstrip()]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax import data, files
+from lora_jax.training.baseline import Baseline, baseline_of
 from lora_jax.training.config import TrainConfig, check_seed
 from lora_jax.training.data import Examples
 from lora_jax.training.errors import ConfigError, RunFolderError
@@ -104,6 +105,11 @@ class Prepared(NamedTuple):
     reports: dict[str, MethodReport]
     description: dict[str, Any]
     config: TrainConfig
+
+    def baseline(self, split: str) -> Baseline:
+        """What the answer that is most frequent in the training rows scores, given to every row."""
+        task, examples = self.splits.task, self.splits.examples
+        return baseline_of(task, task.prior(task.encode(examples["train"])), task.encode(examples[split]))
 
     @property
     def split(self) -> str:
@@ -250,12 +256,16 @@ def _check_folder(folder: Path, description: Mapping[str, Any]) -> None:
             )
         return
     earlier = files.read_json(path)
-    if not isinstance(earlier, dict) or earlier.get("format") != _FORMAT:
+    if (
+        not isinstance(earlier, dict)
+        or earlier.get("format") != _FORMAT
+        or not isinstance(earlier.get("options"), dict)
+    ):
         raise RunFolderError(f"`output` {folder} holds a comparison of another version: choose a new folder.")
-    # An option that a comparison doesn't name is younger than it, and had its default there.
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    earlier = earlier | {"options": defaults | earlier.get("options", {})}
-    mine, theirs = _flat(description), _flat(earlier)
+    # An option that the earlier version didn't have was as it is by default.
+    defaults = {option.name: option.default for option in fields(TrainConfig) if option.default is not MISSING}
+    theirs = _flat(earlier | {"options": defaults | earlier["options"]})
+    mine = _flat(description)
     if different := [key for key in mine if mine[key] != theirs.get(key)]:
         shown = "; ".join(f"`{key}` is {theirs.get(key)!r} there and {mine[key]!r} here" for key in different[:4])
         raise RunFolderError(

@@ -14,7 +14,8 @@ from lora_jax import files
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.data import Examples
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.labelled import read_labelled
+from lora_jax.training.label_names import WARNING
+from lora_jax.training.labelled import read_labelled, target_notes
 from lora_jax.training.task import LabelledTask, Regression, make_task
 
 
@@ -71,6 +72,12 @@ def read_splits(config: TrainConfig, *, dev_share: float, seed: int) -> Splits:
         del sources["train"]
         held_out = dev_share
     return Splits(task, examples, sources, held_out, {name: _fingerprint(rows) for name, rows in examples.items()})
+
+
+def data_warnings(splits: Splits) -> list[str]:
+    """What may be a mistake in the labels, see `label_notes`."""
+    targets = {split: splits.task.encode(examples) for split, examples in splits.examples.items()}
+    return [note for note in target_notes(splits.task, targets) if note.startswith(WARNING)]
 
 
 def take_rows(examples: Examples, task: LabelledTask, count: int, *, seed: int) -> Examples:

@@ -49,7 +49,8 @@ def make_tables(outcome: Outcome) -> list[Table]:
 def quality_table(outcome: Outcome) -> Table:
     prepared, quality = outcome.prepared, Quality(outcome.prepared.metric)
     splits = ("test", "dev") if prepared.split == "test" else ("dev",)
-    rows = [
+    known = {split: prepared.baseline(split) for split in splits}
+    rows: list[tuple[str, ...]] = [
         (
             s.candidate.label,
             *(quality.spread(s.scores[split]) if s.scores[split] else _failed(s) for split in splits),
@@ -60,11 +61,17 @@ def quality_table(outcome: Outcome) -> Table:
         )
         for s in by_quality(outcome)
     ]
+    scores = [quality.text(known[split].metrics[prepared.metric]) for split in splits]
+    # Before the first that doesn't beat it.
+    beaten = sum(known[splits[0]].is_beaten(prepared.metric, s.mean(splits[0])) for s in outcome.summaries)
+    rows.insert(beaten, (f"always {known[splits[0]].answer}", *scores, _NONE, "0", "0", _NONE))
     columns = ("method", *(f"{split} {quality.title}" for split in splits), "seeds", "trained parameters", "% of all")
     note = "Mean ± standard deviation over seeds; of each seed the checkpoint that dev chose."
     if prepared.split == "dev":
         note += " There is no test split: dev chose rates and checkpoints too, so these figures flatter."
-    return Table("quality", (*columns, "learning rate"), rows, (note,))
+    what = "the most frequent label" if prepared.splits.task.labels else "the mean"
+    baseline = f"Always {known[splits[0]].answer}: {what} of the training rows, given to every row as its answer."
+    return Table("quality", (*columns, "learning rate"), rows, (note, baseline))
 
 
 def cost_table(outcome: Outcome) -> Table:
@@ -164,11 +171,14 @@ def summary_csv(outcome: Outcome) -> str:
     columns += [f"{split}_{what}" for split in splits for what in ("mean", "deviation")]
     columns += ["steps", "step_ms", "train_seconds", "step_memory_bytes", "adapter_bytes"]
     columns += [f"latency_ms_batch_{size}" for size in BATCHES]
+    columns += [f"{split}_baseline" for split in splits]
+    known = [outcome.prepared.baseline(split).metrics[outcome.prepared.metric] for split in splits]
     lines = [
         [s.candidate.label, s.rate, len(s.seeds), s.trainable, s.percent]
         + [value for split in splits for value in (s.mean(split), s.deviation(split))]
         + [s.steps, s.step_ms, s.train_seconds, s.step_memory, s.adapter_bytes]
         + [s.latency_ms.get(size) for size in BATCHES]
+        + known
         for s in outcome.summaries
     ]
     return _csv(columns, lines)

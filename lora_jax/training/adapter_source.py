@@ -185,6 +185,7 @@ def _load_own(folder: Path, base: str | None, progress: models.Progress | None) 
         pooling=pooling,
         scan_layers=stacked,
         tie_word_embeddings=False if family.is_decoder and logits else None,
+        new_head=models.has_other_head(base, task, num_labels),
         progress=progress,
     )
     params, method = lj.load_adapter(folder, model.params)
@@ -197,7 +198,14 @@ def _load_peft(folder: Path, base: str | None, progress: models.Progress | None)
     sizes = models.read_model_config(models.find_base(base))
     task, num_labels = _peft_task(family_of(sizes), base, folder)
     tie = False if _head_of_its_own(folder, config, sizes, task) else None
-    model = models.load(base, task=task, num_labels=num_labels, tie_word_embeddings=tie, progress=progress)
+    model = models.load(
+        base,
+        task=task,
+        num_labels=num_labels,
+        tie_word_embeddings=tie,
+        new_head=models.has_other_head(base, task, num_labels),
+        progress=progress,
+    )
     params, method = interop.import_peft(folder, model.params, names=model.names)
     return AdapterSource("peft", folder, base, model, params, method, config=config)
 

@@ -18,8 +18,9 @@ from .config import check_seed
 from .data import Columns
 from .documents import Documents, Format, format_of
 from .errors import ConfigError, DataError, TrainingError
-from .language import leading_tokens, token_rows
-from .predict import load_adapter, make_forward, predict_outputs
+from .language import leading_tokens, missing_start, token_rows
+from .predict import check_outputs, load_adapter, make_forward, predict_outputs
+from .special_text import encode_texts, escape
 from .task import CausalLM
 from .token_rows import TokenRows
 
@@ -78,6 +79,7 @@ class Completer:
         tokenizer, special: of the base.
         max_length: the most tokens of a row that is scored.
         columns: that it was trained on.
+        escape_special_tokens: Whether special tokens that a prompt spells out are plain text.
     """
 
     def __init__(
@@ -89,11 +91,13 @@ class Completer:
         special: lj.models.SpecialTokens,
         max_length: int,
         columns: Columns,
+        escape_special_tokens: bool = False,
     ) -> None:
         self.params = params
         self.special = special
         self.max_length = max_length
         self.columns = columns
+        self.escape_special_tokens = escape_special_tokens
         self._config, self._tokenizer = model.config, tokenizer
         # Made once: another function would be compiled anew.
         self._apply = lj.adapt(model.apply)
@@ -103,7 +107,7 @@ class Completer:
         """The metrics of texts, see `language_metrics`, and their rows, for what was cut."""
         rows = token_rows(documents, self._tokenizer, self.special, self.max_length, packing=True)
         outputs = predict_outputs(self._forward, self.params, rows, buckets=(self.max_length,))
-        return rows, CausalLM().measure(outputs, rows.targets)
+        return rows, CausalLM().measure(check_outputs(outputs), rows.targets)
 
     def complete(
         self, prompts: Sequence[str], options: GenerationOptions | None = None, *, form: Format | None = None
@@ -155,8 +159,9 @@ class Completer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         begin = leading_tokens(self._tokenizer) if form != "chat" else []
-        encodings = self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
-        ids = [begin + encoding.ids for encoding in encodings]
+        if self.escape_special_tokens and form != "chat":  # a rendered conversation has control tokens of its own
+            prompts = [escape(prompt, self.special.added) for prompt in prompts]
+        ids = [missing_start(begin, ids) + ids for ids, _ in encode_texts(self._tokenizer, prompts)]
         if empty := [row for row, tokens in enumerate(ids, start=1) if not tokens]:
             raise DataError(f"prompt {empty[0]} is empty: one token at least is needed to go on from.")
         return ids
@@ -169,9 +174,17 @@ class Completer:
 
 
 def load_completer(
-    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    escape_special_tokens: bool | None = None,
+    progress: lj.models.Progress | None = None,
 ) -> Completer:
-    """The adapter of a language model's run, ready to score and to write. Args as `load_adapter`.
+    """The adapter of a language model's run, ready to score and to write.
+
+    Args:
+        folder, base, progress: As for `load_adapter`.
+        escape_special_tokens: See `Completer`; as in training if `None`.
 
     Example:
         completer = load_completer("out")
@@ -188,4 +201,5 @@ def load_completer(
         special=lj.models.read_special_tokens(base or saved.base),
         max_length=saved.max_length,
         columns=saved.columns,
+        escape_special_tokens=saved.escape_special_tokens if escape_special_tokens is None else escape_special_tokens,
     )

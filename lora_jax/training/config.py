@@ -63,6 +63,8 @@ class TrainConfig:
             (`{"name": "lora", "rank": 4}`).
         max_length: tokens of a row, at most the model's positions; longer texts are cut, counted and reported. `None`
             for 128, or 512 for a language model, whose rows may hold several texts.
+        escape_special_tokens: Whether special tokens that a text or a message spells out (`</s>`, `<|im_end|>`) are
+            taken as plain text; otherwise they are control tokens, and a note says where there are some.
         packing: whether a language model's rows hold as many texts as fit, which don't see each other.
         dropout: of the model's hidden states and attention while training, in place of the base's own rates; `None`
             for those. (LoRA's is an option of the method.)
@@ -107,6 +109,7 @@ class TrainConfig:
     pooling: Literal["first", "mean"] = "first"
     method: Any = "lora"
     max_length: int | None = None
+    escape_special_tokens: bool = False
     packing: bool = True
     dropout: float | None = None
     dtype: str = "float32"
@@ -140,6 +143,7 @@ class TrainConfig:
             ("pooling", POOLINGS),
             ("schedule", SCHEDULES),
             ("dtype", DTYPES),
+            ("escape_special_tokens", (True, False)),
             ("packing", (True, False)),
             ("skip_bad_rows", (True, False)),
             ("tensorboard", (True, False)),

@@ -14,6 +14,7 @@ from lora_jax.extraction import Rest
 from lora_jax.low_rank import LowRankFit
 from lora_jax.methods.base import is_trainable, rooted
 from lora_jax.models.checkpoint import read_config
+from lora_jax.models.config import label_names
 from lora_jax.models.families import family_of
 from lora_jax.models.hub import ALIASES
 from lora_jax.models.stacking import is_stacked, layer_path
@@ -130,7 +131,8 @@ def extract_adapter(
     if kinds[0] != kinds[1]:
         raise ConfigError(f"`base` {base} is a {kinds[0]}, and `tuned` {tuned} a {kinds[1]}: no fine-tuned form of it.")
     after = models.load(tuned, task=task, num_labels=num_labels)
-    before = models.load(base, task=task, num_labels=num_labels)
+    new_head = models.has_other_head(base, task, num_labels)
+    before = models.load(base, task=task, num_labels=num_labels, new_head=new_head)
     # Nobody else has what was drawn for the base: it goes with the adapter, whatever becomes of the rest.
     absent = rooted(models.absent_leaves(before, base))
     found = lj.extract_lora(
@@ -170,8 +172,19 @@ def _write(source: AdapterSource, output: str | Path, to: Format, labels: Sequen
             notices = _write_own(source, staging, labels)
         else:
             (_write_peft if to == "peft" else _write_delta)(_unstacked(source), staging)
-            notices = []
+            notices = _label_notice(source)
     return [str(warning.message) for warning in caught] + notices
+
+
+def _label_notice(source: AdapterSource) -> list[str]:
+    """What the outputs are, where the base would name them otherwise: the formats of others have no names for them."""
+    labels = source.task_file.task.labels if source.task_file is not None else ()
+    if not labels or _labels(source.base, len(labels)) == list(labels):
+        return []
+    return [
+        "The folder has no names for the labels, and its base has others or none: the outputs are, in this order, "
+        f"{', '.join(map(repr, labels))}. Pass them on as `id2label`."
+    ]
 
 
 def _write_own(source: AdapterSource, folder: Path, labels: Sequence[str] | None) -> list[str]:
@@ -188,7 +201,7 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
     if model.pooling == "mean":
         raise ConfigError(
             "The head of this adapter sees the mean over the tokens (`pooling: mean`), and transformers has no class "
-            "that does, so PEFT can't load it. `--to delta` writes the values, and `lora-jax merge` a whole folder."
+            "that does, so PEFT can't load it. `--to delta` writes the values."
         )
     interop.export_peft(
         folder,
@@ -275,7 +288,5 @@ def _class_names(source: AdapterSource, labels: Sequence[str] | None) -> tuple[s
 
 def _labels(source: str, count: int) -> list[str] | None:
     """The names that a folder's configuration gives to so many classes."""
-    own = read_config(models.find_base(source)).get("id2label")
-    if not isinstance(own, dict) or len(own) != count:
-        return None
-    return [str(name) for name in own.values()]
+    own = label_names(read_config(models.find_base(source)))
+    return list(own) if own is not None and len(own) == count else None

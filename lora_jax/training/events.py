@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .baseline import Baseline
+
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
@@ -53,12 +55,14 @@ class Evaluated:
         split: `"dev"` or `"test"`.
         metrics: as `Task.measure` gives them.
         best: whether this is the best checkpoint so far; `None` for `test`.
+        baseline: What one answer to all texts scores there; `None` of a language model.
     """
 
     step: int
     split: str
     metrics: dict[str, float | None]
     best: bool | None = None
+    baseline: Baseline | None = None
 
 
 Event = Note | WeightsRead | StepDone | Evaluated

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+import lora_jax as lj
+
+from .base_head import choose_head
+from .baseline import Baseline, baseline_of
 from .batching import Batch, BatchPlan, collate
 from .config import TrainConfig
 from .data import HUB_SPLITS, Examples, read_examples
 from .encoding import Encoded, padding_id
+from .label_names import label_notes
+from .special_text import special_text_note, special_texts
 from .task import LabelledTask, make_task
 from .token_cache import encode_cached
 
@@ -83,30 +90,67 @@ class LabelledData:
         config: its columns and task.
         sources: by split.
 
+    Attributes:
+        task: What the training rows define, with the labels in the order of the base's head where that is kept.
+        new_head: Whether the base has a head of something else, which is left aside.
+        prior: What the training rows tell of an answer without its text.
+        baselines: By split, what that scores.
+
     Raises:
         DataError: a file that can't be used, or a label that can't be one.
+        FileError: The base isn't found, or is malformed.
     """
-
-    task: LabelledTask
 
     def __init__(self, config: TrainConfig, sources: dict[str, str]) -> None:
         self._examples: dict[str, Examples] = {
             split: read_labelled(config, source, split) for split, source in sources.items()
         }
-        self.task = make_task(config.task, self._examples["train"])
+        task = make_task(config.task, self._examples["train"])
+        for rows in self._examples.values():
+            task.encode(rows)  # an unknown label is told before the base is looked at
+        choice = choose_head(task, lj.models.checkpoint_head(config.base))
+        self.task, self.new_head, self._head_note = choice
         self._targets = {name: self.task.encode(rows) for name, rows in self._examples.items()}
+        self._escaped = config.escape_special_tokens
+        self._text_notes: list[str] = []
+        self.prior = self.task.prior(self._targets["train"])
+        self.baselines: dict[str, Baseline] = {
+            name: baseline_of(self.task, self.prior, targets)
+            for name, targets in self._targets.items()
+            if name != "train"
+        }
 
     def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, LabelledRows]:
         """Each split in tokens."""
+        tokenizer.encode_special_tokens = self._escaped
+        if not self._escaped:
+            special = special_texts(tokenizer)
+            for name, examples in self._examples.items():
+                texts = [*examples.texts, *(examples.pairs or ())]
+                self._text_notes += [f"{name}: {note}" for note in special_text_note(texts, special)]
         return {
             name: LabelledRows(
-                encode_cached(examples, tokenizer, max_length), self._targets[name], padding_id(tokenizer)
+                encode_cached(examples, tokenizer, max_length),
+                self._targets[name],
+                padding_id(tokenizer),
             )
             for name, examples in self._examples.items()
         }
 
-    def notes(self) -> list[str]:
-        return [f"{split}: {rows.left_out}" for split, rows in self._examples.items() if rows.left_out is not None]
-
     def describe(self) -> str:
         return f"{len(self.task.labels)} labels" if self.task.labels else "a number"
+
+    def notes(self) -> list[str]:
+        """What was left out, what is known of the answers before anything is learnt, and what may be wrong in them."""
+        left_out = [f"{split}: {rows.left_out}" for split, rows in self._examples.items() if rows.left_out is not None]
+        head = [self._head_note] if self._head_note is not None else []
+        return [*left_out, *target_notes(self.task, self._targets), *head, *self._text_notes]
+
+
+def target_notes(task: LabelledTask, targets: Mapping[str, np.ndarray]) -> list[str]:
+    """The labels with their counts, see `label_notes`; of a regression the range of the numbers."""
+    if task.labels:
+        counts = {name: np.bincount(own, minlength=len(task.labels)) for name, own in targets.items()}
+        return label_notes(task.labels, counts)
+    train = targets["train"]
+    return [f"numbers: {train.min():.3g} to {train.max():.3g}, {task.answer(task.prior(train))}"]

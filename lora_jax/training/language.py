@@ -12,8 +12,8 @@ from lora_jax.models.decoder import DecoderConfig
 from .config import TrainConfig
 from .data import HUB_SPLITS
 from .documents import Documents, read_documents
-from .encoding import Beginning, encode_beginnings, end_of
 from .errors import ConfigError, DataError
+from .special_text import encode_texts
 from .task import CausalLM
 from .token_cache import cached
 from .token_rows import TokenRows, make_rows
@@ -21,7 +21,7 @@ from .token_rows import TokenRows, make_rows
 if TYPE_CHECKING:
     import tokenizers
 
-_VERSION = 1  # of what `tokenize` does
+_VERSION = 2  # of what `tokenize` does
 
 
 class LanguageData:
@@ -44,6 +44,7 @@ class LanguageData:
                 f"`base` {config.base} is a {base.model_type}, an encoder: causal-lm needs a decoder "
                 "(GPT-2, Llama, Mistral, Qwen2, Qwen3)."
             )
+        self.new_head, self.prior, self.baselines = False, None, {}
         self.task = CausalLM(label_smoothing=config.label_smoothing)
         self._special = lj.models.read_special_tokens(config.base)
         self._packing, self._seed = config.packing, config.seed
@@ -54,6 +55,7 @@ class LanguageData:
                 special=self._special,
                 split=HUB_SPLITS[split],
                 skip_bad_rows=config.skip_bad_rows,
+                escape_special_tokens=config.escape_special_tokens,
             )
             for split, source in sources.items()
         }
@@ -65,11 +67,17 @@ class LanguageData:
             for name, documents in self._documents.items()
         }
 
-    def notes(self) -> list[str]:
-        return [f"{split}: {texts.left_out}" for split, texts in self._documents.items() if texts.left_out is not None]
-
     def describe(self) -> str:
         return f"loss on {_LEARNT[self._documents['train'].format]}"
+
+    def notes(self) -> list[str]:
+        """What was left out, and what else a user should know of the texts."""
+        return [
+            f"{split}: {note}"
+            for split, texts in self._documents.items()
+            for note in (texts.left_out, *texts.notes)
+            if note is not None
+        ]
 
 
 _LEARNT = {"text": "every token", "completion": "completions", "chat": "the assistant's answers"}
@@ -113,37 +121,37 @@ def tokenize(
 
     Each part is tokenized by itself, so that a prompt has the tokens that it will have when a completion is asked for.
     Before a text stand the special tokens that the tokenizer puts there, after it the end-of-text, to be predicted too;
-    a rendered conversation has its own. In one, what follows the last special token of an answer (a line end, say) is
-    not to be predicted: a model is stopped before.
+    each unless the text has it already. A rendered conversation has its own. In one, what follows the last special
+    token of an answer (a line end, say) is not to be predicted: a model is stopped before.
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
     begin = leading_tokens(tokenizer) if documents.is_framed else []
     pieces = [part.text for parts in documents.rows for part in parts]
     whole = documents.format == "text"  # whose chunks need all of it
-    if whole:
-        beginnings = (Beginning(each, False) for each in tokenizer.encode_batch(pieces, add_special_tokens=False))
-    else:  # one token more than a row holds, so that it is known which are cut
-        beginnings = iter(encode_beginnings(pieces, tokenizer, max_length + 1, add_special_tokens=False))
-    end = [special.end] if documents.is_framed else []
+    # One token more than a row holds, so that it is known which are cut.
+    starts = iter(encode_texts(tokenizer, pieces, None if whole else max_length + 1))
     specials = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     specials.add(special.end)
     marks = [mark for token in specials if (mark := tokenizer.id_to_token(token))]
     texts: list[tuple[np.ndarray, np.ndarray]] = []
-    short = 0  # texts that were cut, see `encode_beginnings`, and yet fit
+    short = 0  # texts that were cut, see `encode_texts`, and yet fit
     for parts in documents.rows:
         is_short = False
-        ids, targets = list(begin), [False] * len(begin)
+        ids: list[int] = []
+        targets: list[bool] = []
         for part in parts:
-            beginning = next(beginnings)
-            new = beginning.encoding.ids
-            is_short |= beginning.is_cut and len(new) <= max_length
-            ends = part.is_target and not documents.is_framed and not _goes_on(part.text, beginning, marks)
+            new, rest = next(starts)
+            is_short |= rest is not None and len(new) <= max_length
+            ends = part.is_target and not documents.is_framed and not (rest and any(mark in rest for mark in marks))
             learnt = _learnt(new, specials) if ends else len(new)
             ids += new
             targets += [part.is_target] * learnt + [False] * (len(new) - learnt)
-        ids += end
-        targets += [True] * len(end)
+        if documents.is_framed:
+            added = missing_start(begin, ids)
+            ids, targets = added + ids, [False] * len(added) + targets
+            if not ids or ids[-1] not in special.stops:
+                ids, targets = [*ids, special.end], [*targets, True]
         short += is_short and len(ids) <= max_length
         texts.append((np.array(ids, np.int32), np.array(targets, bool)))
     rows = make_rows(texts, max_length, chunk=whole)
@@ -157,9 +165,9 @@ def leading_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
     return encoding.ids[:count]
 
 
-def _goes_on(text: str, beginning: Beginning, marks: list[str]) -> bool:
-    """Whether a special token follows in what was cut off a text."""
-    return beginning.is_cut and max(text.rfind(mark) for mark in marks) >= end_of(beginning.encoding)
+def missing_start(begin: list[int], ids: list[int]) -> list[int]:
+    """What to put before a text, so that it begins as the tokenizer has it begin: nothing if it does."""
+    return [] if ids[: len(begin)] == begin else begin
 
 
 def _learnt(ids: list[int], specials: set[int]) -> int:

@@ -186,7 +186,8 @@ class _Progress:
         self.checkpoints.save(Checkpoint(self.state, self.run.key, progress), score=score)
         if metrics is not None:
             best = self.checkpoints.best_step == number
-            self.listen(Evaluated(step=number, split="dev", metrics=metrics, best=best))
+            baseline = self.run.baselines.get("dev")
+            self.listen(Evaluated(step=number, split="dev", metrics=metrics, best=best, baseline=baseline))
 
     def _evaluate(self, trainable: Any, split: str) -> dict[str, float | None]:
         run = self.run
@@ -219,7 +220,8 @@ class _Progress:
             metrics["dev"] = chosen.progress["dev"]
         if "test" in run.splits:
             metrics["test"] = self._evaluate(chosen.state.trainable, "test")
-            self.listen(Evaluated(step=step, split="test", metrics=metrics["test"]))
+            baseline = run.baselines.get("test")
+            self.listen(Evaluated(step=step, split="test", metrics=metrics["test"], baseline=baseline))
 
         params = lj.combine(chosen.state.trainable, run.frozen)
         lj.save_adapter(folder.adapter, *config.method.folded(params))
@@ -232,12 +234,17 @@ class _Progress:
                 max_length=run.max_length,
                 dtype=config.dtype,
                 columns=config.columns,
+                escape_special_tokens=config.escape_special_tokens,
+                new_head=run.new_head,
+                prior=() if run.prior is None else tuple(run.prior.tolist()),
             ),
         )
         result = RunResult(
             output=folder.path,
             adapter=folder.adapter,
             metrics=metrics,
+            metric=run.metric,
+            baselines={split: run.baselines[split] for split in metrics if split in run.baselines},
             chosen=f"best {run.metric} on dev" if best is not None else "last",
             chosen_step=step,
             steps=run.steps,

@@ -32,7 +32,8 @@ def merge_adapter(
 
     Raises:
         FileError: `output` holds files.
-        ValueError: an adapter that can't be folded in, since it inserts arrays; see `load_source` for others.
+        ValueError: an adapter that can't be folded in, since it inserts arrays; one whose head sees the mean over the
+            tokens, which transformers has no class for; see `load_source` for others.
     """
     output = Path(output)
     files.require_new_folder(output, "output")  # told before the model is loaded
@@ -42,6 +43,13 @@ def merge_adapter(
             f"{source.folder} is of {type(source.method).__name__}, which puts new arrays into the layers: no weights "
             "of the base's own compute the same, so there is nothing to fold them into. Keep the adapter beside its "
             "base: `lora-jax predict` and `lora_jax.load_adapter` use it as it is."
+        )
+    if source.model.pooling == "mean":
+        raise ValueError(
+            f"{source.folder} was trained with `pooling` mean: its head sees the mean over the tokens, and no class "
+            "of transformers does. It would load the folder, give the head the first token, and answer otherwise. "
+            "Keep the adapter beside its base for `lora-jax predict`; `lora-jax convert --to delta` writes the values, "
+            'and `lora_jax.models.save_pretrained` a folder for `lora_jax.models.load(..., pooling="mean")`.'
         )
     merged = lj.merge_params(source.params)
     labels = list(source.task_file.task.labels) if source.task_file is not None else None

@@ -21,6 +21,7 @@ from .data import Examples
 from .encoding import Encoded, encode, padding_id
 from .errors import TrainingError
 from .labelled import LabelledRows
+from .special_text import special_texts
 from .step import ModelApply
 from .task import LabelledTask, Regression, Task
 from .task_file import TASK_FILE, TaskFile, read_task
@@ -61,6 +62,21 @@ def predict_outputs(forward: Forward, params: Any, rows: Rows, *, buckets: Seque
     return outputs
 
 
+def check_outputs(outputs: np.ndarray) -> np.ndarray:
+    """The outputs as they are: an answer is never made of NaN.
+
+    Raises:
+        TrainingError: An output that isn't finite; the text is named.
+    """
+    finite = np.isfinite(outputs).reshape(len(outputs), -1).all(axis=1)
+    if not finite.all():
+        raise TrainingError(
+            f"The model gives NaN or an infinity for text {int(finite.argmin()) + 1} of {len(outputs)}: its parameters "
+            "are damaged, or too large for its `dtype`. Check where the base and the adapter come from."
+        )
+    return outputs
+
+
 class Prediction(NamedTuple):
     """What is predicted of one text.
 
@@ -84,14 +100,24 @@ class Predictor:
         task: names the outputs.
         tokenizer: of the base.
         max_length: longer texts are cut.
+        escape_special_tokens: Whether special tokens that a text spells out are plain text.
     """
 
     def __init__(
-        self, apply: ModelApply, params: Any, *, task: LabelledTask, tokenizer: tokenizers.Tokenizer, max_length: int
+        self,
+        apply: ModelApply,
+        params: Any,
+        *,
+        task: LabelledTask,
+        tokenizer: tokenizers.Tokenizer,
+        max_length: int,
+        escape_special_tokens: bool = False,
     ) -> None:
         self.params = params
         self.task = task
         self.max_length = max_length
+        self.escape_special_tokens = escape_special_tokens
+        self.special_texts = special_texts(tokenizer)
         self._tokenizer = tokenizer
         self._forward = make_forward(apply, task)
         # The same few shapes whatever comes: a later call compiles nothing new.
@@ -99,6 +125,7 @@ class Predictor:
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Encoded:
         examples = Examples("texts", list(texts), None if pairs is None else list(pairs))
+        self._tokenizer.encode_special_tokens = self.escape_special_tokens
         return encode(examples, self._tokenizer, self.max_length)
 
     def outputs(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
@@ -107,15 +134,19 @@ class Predictor:
 
     def encoded_outputs(self, encoded: Encoded) -> np.ndarray:
         rows = LabelledRows(encoded, np.zeros(encoded.rows, np.int32), padding_id(self._tokenizer))
-        return predict_outputs(self._forward, self.params, rows, buckets=self._buckets)
+        return check_outputs(predict_outputs(self._forward, self.params, rows, buckets=self._buckets))
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
         """One prediction a text, in order."""
         return self.predict_encoded(self.encode(texts, pairs)) if texts else []
 
+    def predictions(self, outputs: np.ndarray) -> list[Prediction]:
+        """What `outputs` mean, in order."""
+        return [self._prediction(row) for row in outputs]
+
     def predict_encoded(self, encoded: Encoded) -> list[Prediction]:
         """As `predict`, of what `encode` gives, which knows how many texts it has cut."""
-        return [self._prediction(row) for row in self.encoded_outputs(encoded)]
+        return self.predictions(self.encoded_outputs(encoded))
 
     def evaluate(self, examples: Examples) -> dict[str, float | None]:
         """The metrics of labelled rows; see `Task.measure`."""
@@ -167,8 +198,15 @@ def load_adapter(
         dtype=saved.dtype,
         pooling=saved.pooling,
         tie_word_embeddings=False if _has_head(folder) else None,
+        new_head=saved.new_head,
         progress=progress,
     )
+    limit = model.config.max_length
+    if saved.max_length > limit and getattr(model.config, "bounded_positions", True):
+        raise TrainingError(
+            f"{folder / TASK_FILE}: `max_length` is {saved.max_length:,}, and the base {base or saved.base} has "
+            f"{limit:,} positions. The adapter belongs to another base, or the file was changed."
+        )
     adapter = lj.load_adapter(folder, model.params)
     return LoadedAdapter(model, adapter.params, adapter.method, saved, folder)
 
@@ -180,9 +218,17 @@ def _has_head(folder: Path) -> bool:
 
 
 def load_predictor(
-    folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    escape_special_tokens: bool | None = None,
+    progress: lj.models.Progress | None = None,
 ) -> Predictor:
-    """What `lora-jax predict` uses: the adapter of a run, ready to classify. Args as `load_adapter`.
+    """What `lora-jax predict` uses: the adapter of a run, ready to classify.
+
+    Args:
+        folder, base, progress: As for `load_adapter`.
+        escape_special_tokens: See `Predictor`; as in training if `None`.
 
     Example:
         predictor = load_predictor("out")
@@ -198,6 +244,9 @@ def load_predictor(
         task=task,
         tokenizer=lj.models.load_tokenizer(base or loaded.task_file.base),
         max_length=loaded.task_file.max_length,
+        escape_special_tokens=(
+            loaded.task_file.escape_special_tokens if escape_special_tokens is None else escape_special_tokens
+        ),
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from .baseline import Baseline
 from .events import Evaluated, Event, Note, StepDone
 
 _PLAIN_SECONDS = 10.0
@@ -46,7 +48,8 @@ class LiveProgress:
             self._show_step(event)
         elif isinstance(event, Evaluated):
             mark = "  (best so far)" if event.best else ""
-            self._print(f"step {event.step:,}  {event.split}: {format_metrics(event.metrics)}{mark}")
+            beside = f"  ({format_baseline(event.baseline)})" if event.baseline is not None else ""
+            self._print(f"step {event.step:,}  {event.split}: {format_metrics(event.metrics)}{beside}{mark}")
         elif isinstance(event, Note):
             self._print(event.message)
         elif event.done and self._console.is_terminal:
@@ -89,20 +92,48 @@ def format_step(event: StepDone, *, loss: float | None, accuracy: float | None) 
     return "  ".join(parts)
 
 
-def format_metrics(metrics: dict[str, float | None]) -> str:
+def format_metrics(metrics: Mapping[str, float | None]) -> str:
     """Rates in percent, the loss as it is; `None` is a metric that is undefined on such rows.
 
     Example:
         >>> format_metrics({"accuracy": 0.9, "loss": 0.25})
         'accuracy 90.0 %  loss 0.250'
     """
-    return "  ".join(f"{name.replace('_', '-')} {_format_metric(name, value)}" for name, value in metrics.items())
+    return "  ".join(f"{name.replace('_', '-')} {_format_value(name, value)}" for name, value in metrics.items())
 
 
-def _format_metric(name: str, value: float | None) -> str:
+def _format_value(metric: str, value: float | None) -> str:
     if value is None:
         return "undefined"
-    return f"{100 * value:.1f} %" if name in _RATES else f"{value:.3f}"
+    return f"{100 * value:.1f} %" if metric in _RATES else f"{value:.3f}"
+
+
+def format_baseline(baseline: Baseline, *, metric: str | None = None) -> str:
+    """What one answer to all scores: in one metric, the task's first.
+
+    Example:
+        >>> format_baseline(Baseline("'no'", {"accuracy": 0.9, "loss": 0.25}))
+        "always 'no': accuracy 90.0 %"
+    """
+    metric = metric or next(iter(baseline.metrics))
+    return f"always {baseline.answer}: {format_metrics({metric: baseline.metrics[metric]})}"
+
+
+def verdict(baseline: Baseline, metric: str, value: float | None) -> str | None:
+    """That a score is no better than one answer to all; `None` where it is.
+
+    Example:
+        >>> verdict(Baseline("'no'", {"accuracy": 0.9}), "accuracy", 0.8)
+        "no better than always answering 'no': accuracy 80.0 % against 90.0 %"
+        >>> verdict(Baseline("'no'", {"accuracy": 0.9}), "accuracy", 0.9)
+        "no better than always answering 'no': tied at accuracy 90.0 %"
+    """
+    if baseline.is_beaten(metric, value):
+        return None
+    said = f"{metric.replace('_', '-')} undefined" if value is None else format_metrics({metric: value})
+    tied = baseline.is_tied(metric, value)
+    said = f"tied at {said}" if tied else f"{said} against {_format_value(metric, baseline.metrics[metric])}"
+    return f"no better than always answering {baseline.answer}: {said}"
 
 
 def format_seconds(seconds: float) -> str:

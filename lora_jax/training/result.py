@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_jax import files
 
+from .baseline import Baseline
 from .run_folder import RunFolder
 
 
@@ -21,6 +22,9 @@ class RunResult:
         output: the run's folder.
         adapter: the adapter's.
         metrics: `{"dev": {...}, "test": {...}}` of the chosen checkpoint, as far as there is such data.
+        metric: That chooses the checkpoint; `None` of a run made before this was kept.
+        baselines: What one answer to all texts scores, by split; empty of a language model, and of a run made before
+            this was measured.
         chosen: how the checkpoint was chosen: `"best accuracy on dev"` or `"last"`.
         chosen_step, steps: its step, and how many there were.
         labels: the label names; empty in a regression.
@@ -56,6 +60,8 @@ class RunResult:
     dropped: dict[str, int]
     resumed_from: int | None
     history: list[dict[str, Any]]
+    metric: str | None = None
+    baselines: dict[str, Baseline] = dataclasses.field(default_factory=dict)
 
 
 _NOT_IN_FILE = ("output", "adapter", "history")
@@ -64,7 +70,8 @@ _NOT_IN_FILE = ("output", "adapter", "history")
 def write_result(folder: RunFolder, result: RunResult) -> None:
     """Writes `results.json`, which also says that the run is complete."""
     fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _NOT_IN_FILE}
-    files.write_json(folder.results, fields | {"labels": list(result.labels)})
+    baselines = {split: baseline._asdict() for split, baseline in result.baselines.items()}
+    files.write_json(folder.results, fields | {"labels": list(result.labels), "baselines": baselines})
 
 
 def read_result(folder: RunFolder, saved: Mapping[str, Any]) -> RunResult:
@@ -73,5 +80,11 @@ def read_result(folder: RunFolder, saved: Mapping[str, Any]) -> RunResult:
         output=folder.path,
         adapter=folder.adapter,
         history=folder.history(),
-        **{"waiting_share": None, "dropped": {}, **saved, "labels": tuple(saved["labels"])},
+        **{
+            "waiting_share": None,
+            "dropped": {},
+            **saved,
+            "labels": tuple(saved["labels"]),
+            "baselines": {split: Baseline(**held) for split, held in saved.get("baselines", {}).items()},
+        },
     )

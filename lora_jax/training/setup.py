@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import lora_jax as lj
+from lora_jax.files import FileError
 from lora_jax.models.model import Model, skeleton
 
+from .baseline import Baseline
 from .batching import Rows, TrainingBatches
 from .buckets import choose_buckets
 from .config import TrainConfig
 from .errors import ConfigError
 from .events import Listener, Note, WeightsRead
-from .labelled import LabelledData
+from .labelled import LabelledData, LabelledRows
 from .language import LanguageData
 from .metrics import is_undefined
 from .optimizer import make_optimizer
@@ -33,16 +36,31 @@ class Data(Protocol):
 
     @property
     def task(self) -> Task: ...
+    @property
+    def new_head(self) -> bool:
+        """Whether the base's own head is left aside."""
+        ...
+
+    @property
+    def prior(self) -> np.ndarray | None:
+        """What is known of an answer without its text; `None` of a language model's."""
+        ...
+
+    @property
+    def baselines(self) -> Mapping[str, Baseline]:
+        """What one answer to all scores, by split."""
+        ...
+
     def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> Mapping[str, Rows]:
         """Each split in tokens."""
         ...
 
-    def notes(self) -> list[str]:
-        """What was left out of the sources, in words."""
-        ...
-
     def describe(self) -> str:
         """What is learnt, in words."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What was left out, and what else a user should know of the data."""
         ...
 
 
@@ -58,6 +76,7 @@ class Run(NamedTuple):
 
     Attributes:
         task, splits, metric: what is learnt, from what, and what chooses the checkpoint.
+        new_head, prior, baselines: see `Data`.
         max_length, buckets, batches: how texts become batches.
         apply: the model's, adapted.
         state: before the first step.
@@ -71,6 +90,9 @@ class Run(NamedTuple):
     task: Task
     splits: Mapping[str, Rows]
     metric: str
+    new_head: bool
+    prior: np.ndarray | None
+    baselines: Mapping[str, Baseline]
     max_length: int
     buckets: tuple[int, ...]
     batches: TrainingBatches
@@ -102,12 +124,14 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         seed=config.seed,
         pooling=config.pooling,
         remat=config.remat,
+        new_head=data.new_head,
         progress=lambda done, total: listen(WeightsRead(done=done, total=total)),
     )
     tokenizer = lj.models.load_tokenizer(config.base)
     assert config.max_length is not None  # resolved when the config was made
     max_length = min(config.max_length, model.config.max_length)
     splits = data.rows(tokenizer, max_length)
+    _check_token_types(splits, model, config.base)
     rows = splits["train"]
     metric = choose_metric(task, config.metric, splits["dev"].targets if "dev" in splits else None)
     steps = config.steps or config.epochs * math.ceil(rows.rows / config.batch_size)
@@ -128,6 +152,9 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         task=task,
         splits=splits,
         metric=metric,
+        new_head=data.new_head,
+        prior=data.prior,
+        baselines=data.baselines,
         max_length=max_length,
         buckets=buckets,
         batches=batches,
@@ -158,6 +185,17 @@ def choose_metric(task: Task, name: str | None, dev: Any) -> str:
     return "loss"
 
 
+def _check_token_types(splits: Mapping[str, Rows], model: Model, base: str) -> None:
+    """A type that the embeddings have no row for would be looked up all the same, and make NaN of the text."""
+    known = getattr(model.config, "type_vocab_size", None)
+    for rows in splits.values():
+        if known is not None and isinstance(rows, LabelledRows) and (most := int(rows.encoded.types.max())) >= known:
+            raise FileError(
+                f"{base}: tokenizer.json gives the second text of a pair the type {most}, and the model has {known} "
+                f"(`type_vocab_size` in config.json). Take the tokenizer that belongs to the model."
+            )
+
+
 def _notes(
     config: TrainConfig,
     data: Data,
@@ -169,11 +207,11 @@ def _notes(
     described = ", ".join(f"{split} {rows.describe()}" for split, rows in splits.items())
     notes = [
         f"rows: {described}; {data.describe()}; batches padded to {', '.join(map(str, buckets))} tokens",
+        *data.notes(),
         f"trainable: {counts.trainable:,} of {counts.total:,} parameters ({counts.percent:.3g} %)",
     ]
     if max_length < (config.max_length or 0):
         notes.append(f"`max_length` {config.max_length} is more than the base's positions: {max_length} are used")
-    notes += data.notes()
     for split, rows in splits.items():
         notes += rows.notes(split)
     return notes

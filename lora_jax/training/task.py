@@ -80,6 +80,18 @@ class LabelledTask(Task):
             DataError: a label that can't be one; its row is named.
         """
 
+    @abc.abstractmethod
+    def prior(self, targets: np.ndarray) -> np.ndarray:
+        """All that is known of an answer without its text, from training targets: float64 `(1,)` or `(labels,)`."""
+
+    @abc.abstractmethod
+    def answer(self, prior: np.ndarray) -> str:
+        """The one answer that `prior` leads to, in words."""
+
+    @abc.abstractmethod
+    def measure_prior(self, prior: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """The metrics where every row gets that answer."""
+
     def labels_of(self, examples: Examples) -> list[Any]:
         if examples.labels is None:
             raise DataError(f"{examples.name} was read without a label column.")
@@ -114,6 +126,20 @@ class Classification(LabelledTask):
             targets[place] = index[name]
         return targets
 
+    def prior(self, targets: np.ndarray) -> np.ndarray:
+        """The share of each label."""
+        return np.bincount(targets, minlength=self.num_labels) / len(targets)
+
+    def answer(self, prior: np.ndarray) -> str:
+        """The most frequent label."""
+        return repr(self.labels[int(prior.argmax())])
+
+    def measure_prior(self, prior: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """The loss is that of the shares as probabilities: on the training rows, their entropy."""
+        logits = np.log(np.maximum(prior, 1e-12))
+        found = classification_metrics(np.broadcast_to(logits, (len(targets), len(prior))), targets)
+        return {name: 0.0 if value is None else value for name, value in found.items()}
+
     def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """`-log softmax(outputs)[target]`, of logits `(batch, labels)`."""
         return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), targets)
@@ -137,6 +163,18 @@ class Regression(LabelledTask):
         """float32; what is no finite number there is refused."""
         values = zip(examples.numbers, self.labels_of(examples), strict=True)
         return np.array([_number(value, examples.name, row) for row, value in values], np.float32)
+
+    def prior(self, targets: np.ndarray) -> np.ndarray:
+        """The mean."""
+        return targets.mean(keepdims=True, dtype=np.float64)
+
+    def answer(self, prior: np.ndarray) -> str:
+        return f"the mean, {prior[0]:.3g}"
+
+    def measure_prior(self, prior: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """One number for all tells no row from another: its correlations, undefined in themselves, are 0."""
+        found = regression_metrics(np.broadcast_to(prior, targets.shape), targets)
+        return {name: 0.0 if value is None else value for name, value in found.items()}
 
     def losses(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
         """`(output - target)²`, of `(batch,)`."""

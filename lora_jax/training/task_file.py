@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,10 @@ class TaskFile:
         task: kind and labels.
         pooling, max_length, dtype: as trained.
         columns: of the data, as defaults for other files.
+        escape_special_tokens: Whether special tokens that a text spells out were plain text in training.
+        new_head: Whether the base has a head of something else, which was left aside.
+        prior: What the training rows tell of an answer without its text, see `LabelledTask.prior`; empty where that
+            isn't known.
     """
 
     base: str
@@ -34,11 +39,14 @@ class TaskFile:
     max_length: int
     dtype: str
     columns: Columns
+    escape_special_tokens: bool = False
+    new_head: bool = False
+    prior: tuple[float, ...] = ()
 
 
 def write_task(folder: Path, saved: TaskFile) -> None:
     """Writes `task.json`, atomically."""
-    fields = {name: getattr(saved, name) for name in _PLAIN}
+    fields = {name: getattr(saved, name) for name in (*_PLAIN, *_FLAGS)} | {"prior": list(saved.prior)}
     content = {"format": _FORMAT, "task": saved.task.kind, "labels": list(saved.task.labels), **fields}
     files.write_json(folder / TASK_FILE, content | dataclasses.asdict(saved.columns))
 
@@ -51,9 +59,9 @@ def read_task(folder: Path) -> TaskFile:
         raise TrainingError(f"{path} must hold an object, and holds a {type(content).__name__}.")
     if content.get("format") != _FORMAT:
         raise TrainingError(f"{path} has format {content.get('format')!r}, and this version reads {_FORMAT}.")
-    # A file of an earlier version lacks columns of tasks that there weren't.
-    content = dataclasses.asdict(Columns()) | content
-    kinds: dict[str, Any] = dict.fromkeys(("task", *_PLAIN), str) | {"max_length": int, "labels": list}
+    # A file of an earlier version lacks columns of tasks that there weren't, and what wasn't kept.
+    content = dataclasses.asdict(Columns()) | dict.fromkeys(_FLAGS, False) | {"prior": []} | content
+    kinds: dict[str, Any] = dict.fromkeys(("task", *_PLAIN), str) | {"max_length": int, "labels": list, "prior": list}
     kinds |= {name: (str, type(None)) if default is None else str for name, default in vars(Columns()).items()}
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):
@@ -61,16 +69,27 @@ def read_task(folder: Path) -> TaskFile:
     labels = content["labels"]
     if not all(isinstance(label, str) for label in labels) or (content["task"] == "classification" and len(labels) < 2):
         raise TrainingError(f"{path}: `labels` is {labels!r:.80}, and two names or more are expected.")
+    if len(set(labels)) < len(labels):
+        raise TrainingError(f"{path}: `labels` has a name twice: {labels!r:.80}.")
     if content["pooling"] not in ("first", "mean"):
         raise TrainingError(f"{path}: `pooling` can't be {content['pooling']!r:.80}.")
     if not 1 <= content["max_length"] <= 1_000_000:
         raise TrainingError(f"{path}: `max_length` can't be {content['max_length']}.")
+    for name in _FLAGS:
+        if not isinstance(content[name], bool):
+            raise TrainingError(f"{path}: `{name}` can't be {content[name]!r:.80}.")
     columns = Columns(**{name: content[name] for name in vars(Columns())})
     try:
         task = restore_task(content["task"], labels)
     except ConfigError as error:
         raise TrainingError(f"{path}: {error}") from None
-    return TaskFile(task=task, columns=columns, **{name: content[name] for name in _PLAIN})
+    prior, expected = content["prior"], 1 if task.kind == "regression" else len(labels)
+    are_numbers = all(isinstance(number, float) and math.isfinite(number) for number in prior)
+    if prior and (len(prior) != expected or not are_numbers):
+        raise TrainingError(f"{path}: `prior` can't be {prior!r:.80}.")
+    plain = {name: content[name] for name in (*_PLAIN, *_FLAGS)}
+    return TaskFile(task=task, columns=columns, prior=tuple(prior), **plain)
 
 
 _PLAIN = ("base", "pooling", "max_length", "dtype")
+_FLAGS = ("escape_special_tokens", "new_head")

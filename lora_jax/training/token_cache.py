@@ -39,7 +39,8 @@ def encode_cached(examples: Examples, tokenizer: tokenizers.Tokenizer, max_lengt
         kind=Encoded,
         texts=[*examples.texts, *(examples.pairs or ())],
         tokenizer=tokenizer,
-        settings=f"{_VERSION} {max_length} {examples.pairs is None}",
+        settings=f"{_VERSION} {max_length} {examples.pairs is None}"
+        + (" escaped" if tokenizer.encode_special_tokens else ""),
         make=lambda: encode(examples, tokenizer, max_length),
     )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -176,7 +178,7 @@ def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, m
     assert run("eval", *flags) == 2
     assert "a.tsv has 3 bad rows" in capsys.readouterr().err
     assert run("eval", *flags, "--skip-bad-rows") == 0
-    assert "bad rows  3 left out" in capsys.readouterr().out
+    assert re.search(r"^bad rows +3 left out$", capsys.readouterr().out, re.MULTILINE)
     assert run("eval", *flags, "--skip-bad-rows", "--json") == 0
     scored = json.loads(capsys.readouterr().out)
     assert (scored["rows"], scored["skipped"]) == (17, 3)
@@ -237,6 +239,37 @@ def test_predict_tells_what_is_wrong_with_the_input(name, content, message, fini
     assert message in error
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows can't wait for a pipe with a limit")
+def test_predict_answers_what_has_arrived(finished):
+    """Standard input stays open: the next line depends on the answer to the one before."""
+    command = [sys.executable, "-m", "lora_jax", "predict", "--adapter", str(finished.output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        watchdog = threading.Timer(240, process.kill)  # in place of waiting for ever
+        watchdog.start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for lines, answers in ((b"good great\n", 1), (b"bad poor\r\n\nlove", 1), (b" thanks\nhate\n", 2)):
+            process.stdin.write(lines)
+            for _ in range(answers):
+                assert json.loads(process.stdout.readline())["label"] in ("pos", "neg")
+        process.stdin.write(b"no line end")
+        process.stdin.close()
+        assert json.loads(process.stdout.read())["text"] == "no line end"
+        assert process.wait(timeout=60) == 0
+        watchdog.cancel()
+
+
+def test_predict_never_prints_nan(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "lora_jax.training.predict.predict_outputs", lambda *args, **kw: np.array([[0.0, 1.0], [np.nan, 0.0]])
+    )
+    (tmp_path / "a.txt").write_text("good\nbad\n")
+    assert run("predict", "--adapter", finished.output, tmp_path / "a.txt") == 2
+    captured = capsys.readouterr()
+    assert "The model gives NaN or an infinity for text 2 of 2" in captured.err
+    assert captured.out == ""
+
+
 def test_predict_of_pairs_needs_fields(finished, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("good\n")
     assert run("predict", "--adapter", finished.output, "--text-pair", "b", tmp_path / "a.txt") == 2
@@ -249,6 +282,7 @@ def test_predict_of_pairs_needs_fields(finished, tmp_path, capsys):
         (("--prompt", "text"), "`prompt` is for causal-lm, and `task` is classification"),
         (("--top-k", 3), "`top_k` is for adapters of a causal-lm, and this one is of a classification"),
         (("--generate",), "`generate` is for adapters of a causal-lm"),
+        (("--limit", 3), "`limit` is for adapters of a causal-lm"),
     ],
 )
 def test_an_adapter_with_labels_writes_nothing(flags, message, finished, data, capsys):

@@ -129,6 +129,9 @@ def test_a_head_over_the_mean_has_no_class_there(options, tmp_path, capsys):
     train(TrainConfig.from_dict({**options, "epochs": 1, "pooling": "mean", "output": str(tmp_path / "run")}))
     assert run("convert", "--adapter", tmp_path / "run", "--to", "peft", "--output", tmp_path / "x") == 2
     assert "transformers has no class that does" in error_of(capsys)
+    assert run("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "x") == 2
+    assert "no class of transformers does. It would load the folder, give the head the first token" in error_of(capsys)
+    assert not (tmp_path / "x").exists()
     convert("--adapter", tmp_path / "run", "--to", "delta", "--output", tmp_path / "delta")
 
 

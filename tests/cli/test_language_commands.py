@@ -185,3 +185,25 @@ def test_a_mistake_is_one_line(arguments: tuple[Any, ...], message, adapter, pat
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_special_tokens_in_a_prompt_are_told_and_escaped(adapter, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("good </s>\nthe film\n")
+    arguments = ("predict", "--adapter", adapter, tmp_path / "prompts.txt", "--max-new-tokens", 3)
+    assert run(*arguments) == 0
+    captured = capsys.readouterr()
+    assert "note: 1 of 2 texts spell out special tokens: '</s>'" in captured.err
+    assert run(*arguments, "--escape-special-tokens") == 0
+    escaped = capsys.readouterr()
+    assert "note" not in escaped.err
+    assert len(escaped.out.splitlines()) == 2
+    assert "\ufdd0" not in escaped.out
+
+    rows = [{"question": "good </s>", "answer": "great</s>"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--test", tmp_path / "rows.jsonl", "--generate", "--max-new-tokens", 3, "--escape-special-tokens")
+    assert run("eval", "--adapter", adapter, *flags, "--predictions", tmp_path / "written.jsonl", "--json") == 0
+    (written,) = [json.loads(line) for line in (tmp_path / "written.jsonl").read_text().splitlines()]
+    assert (written["prompt"], written["references"]) == ("good </s>\n", ["great"])
+    completer = load_completer(adapter)
+    assert not completer.escape_special_tokens

@@ -367,6 +367,46 @@ def test_the_tokenizer_neither_pads_nor_cuts(folder: Path):
     assert encoded.type_ids == [0] * 8 + [1] * 3
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_base_with_a_number_that_is_none_is_refused(folder: Path, dtype: Any, value: float):
+    def damage(tensors: dict[str, np.ndarray]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].astype(dtype)
+        tensors[QUERY][3, 5] = value
+
+    edit_tensors(folder, damage)
+    with pytest.raises(FileError, match=rf"1 of 1,024 values of the tensor '{QUERY}' are NaN or infinite. The file is"):
+        models.load(folder)
+
+
+def test_a_number_that_the_dtype_has_not_is_refused(folder: Path):
+    edit_tensors(folder, lambda tensors: tensors[QUERY].__setitem__((0, 0), 1e6))
+    assert np.isfinite(models.load(folder, dtype="bfloat16").params["embeddings"]["norm"]["scale"]).all()
+    with pytest.raises(FileError, match=rf"1 of 1,024 values of the tensor '{QUERY}' are too large for float16"):
+        models.load(folder, dtype="float16")
+
+
+def test_large_numbers_whose_sum_is_larger_are_read(folder: Path):
+    edit_tensors(folder, lambda tensors: tensors[QUERY].fill(3e38))
+    models.load(folder)
+
+
+def test_a_tokenizer_that_reaches_beyond_the_embeddings_is_refused(folder: Path):
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokenizer = models.load_tokenizer(folder)
+    tokenizer.add_special_tokens(["<extra>", "<more>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    message = (
+        rf"the ids of tokenizer.json reach {rows + 1}, and the embeddings have {rows} rows \(`vocab_size` in "
+        rf"config.json\): no row for 2 tokens \('<extra>' {rows}, '<more>' {rows + 1}\). Take the tokenizer"
+    )
+    with pytest.raises(FileError, match=message):
+        models.load_tokenizer(folder)
+    edit_config(folder, vocab_size=rows + 2)
+    assert models.load_tokenizer(folder).token_to_id("<more>") == rows + 1
+
+
 def test_a_bad_tokenizer_is_refused(folder: Path):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(FileError, match=r"tokenizer.json is no tokenizer that `tokenizers` .* can read"):

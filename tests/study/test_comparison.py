@@ -11,6 +11,8 @@ import pytest
 
 from lora_jax.study import Comparison, compare, make_candidate
 from lora_jax.study.programs import shared_programs
+from lora_jax.study.report import answer, remarks, write_report
+from lora_jax.study.tables import quality_table
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.errors import CheckpointError, ConfigError, DataError, NotFiniteError, RunFolderError
 from lora_jax.training.loop import train
@@ -249,3 +251,66 @@ def test_programs_are_kept_in_the_folder_and_settings_restored(tmp_path, monkeyp
         from jax.experimental.compilation_cache import compilation_cache
 
         compilation_cache.reset_cache()
+
+
+def test_scores_no_better_than_one_answer_are_not_recommended(small, fake):
+    """Half of the dev rows are `neg`."""
+    fake.scores = {0.1: 0.5, 0.2: 0.4}
+    outcome = compare(small)
+    assert outcome.recommendation is not None
+    assert outcome.recommendation.is_withheld
+    assert answer(outcome) == (
+        "No recommendation",
+        "the best on dev, BitFit (accuracy 50.0 ± 0.0), is no better than always answering 'neg' (50.0): they are "
+        "tied.",
+    )
+    quality = quality_table(outcome)
+    # Above what is no better than it.
+    assert [row[0] for row in quality.rows] == ["always 'neg'", *(s.candidate.label for s in outcome.summaries)]
+    assert quality.rows[0][1:3] == ("50.0", "50.0")
+    page = write_report(outcome).read_text()
+    assert "<strong>No recommendation. </strong>" in page
+    assert "Recommended:" not in page
+    assert "**No recommendation.** The best on dev" in (Path(small.output) / "report.md").read_text()
+    lines = (Path(small.output) / "tables" / "summary.csv").read_text().splitlines()
+    assert lines[0].endswith("dev_baseline,test_baseline")
+    assert all(line.endswith(",0.5,0.5") for line in lines[1:])
+
+
+def test_scores_that_are_better_are_recommended(small, fake):
+    outcome = compare(small)
+    assert outcome.recommendation is not None
+    assert not outcome.recommendation.is_withheld
+    assert quality_table(outcome).rows[-1][0] == "always 'neg'"
+
+
+def test_what_looks_wrong_in_the_labels_is_told_at_once_and_in_the_report(small, fake, tmp_path):
+    lines = (Path(small.options["train"]).read_text() + "good love\tPos\t1\n").splitlines()
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    told = []
+    odd = dataclasses.replace(small, options={**small.options, "train": str(tmp_path / "train.tsv")})
+    outcome = compare(odd, on_progress=told.append)
+    assert "'Pos' and 'pos'" in getattr(told[0], "message", "")
+    assert any("'Pos' and 'pos'" in remark for remark in remarks(outcome))
+
+
+def test_a_comparison_goes_on_that_was_begun_before_an_option_was_there(small, fake):
+    compare(small)
+    path = Path(small.output) / "comparison.json"
+    content = json.loads(path.read_text())
+    del content["options"]["escape_special_tokens"]
+    path.write_text(json.dumps(content))
+    assert compare(small).left == 0
+    content["options"]["escape_special_tokens"] = True
+    path.write_text(json.dumps(content))
+    with pytest.raises(RunFolderError, match=r"`options.escape_special_tokens` is True there and False here"):
+        compare(small)
+
+
+def test_rows_of_before_have_no_baseline(small, fake):
+    compare(small)
+    path = Path(small.output) / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row.pop("baselines") == {} for row in rows)  # the runs here are none
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compare(small).left == 0

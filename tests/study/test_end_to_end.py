@@ -31,6 +31,9 @@ def test_a_real_comparison(outcome, settings):
     assert "NotFiniteError" in lora.errors[0][2]
     assert frozen.trainable < lora.trainable < full.trainable
     assert outcome.recommendation is not None
+    held = [row["baselines"] for row in outcome.rows.values() if row["error"] is None]
+    assert {baselines["test"]["metrics"]["accuracy"] for baselines in held} == {0.5}
+    assert {baselines["dev"]["answer"] for baselines in held} == {"'neg'"}
     for s in outcome.summaries:
         assert all(0 <= score <= 1 for scores in s.scores.values() for score in scores)
         assert s.adapter_bytes is not None

@@ -7,6 +7,7 @@ import pytest
 from lora_jax.study.candidates import make_candidate
 from lora_jax.study.recommend import choose
 from lora_jax.study.summary import Summary
+from lora_jax.training.baseline import Baseline
 
 
 def summary(label: str, trainable: int, *scores: float) -> Summary:
@@ -70,6 +71,54 @@ def test_of_equal_means_the_smaller_and_a_loss_counts_downward():
     found = choose([summary("a", 50, 0.9), summary("b", 10, 0.9)], metric="accuracy", dev_rows=40)
     assert found is not None
     assert found.summary.candidate.label == found.best.candidate.label == "b"
+
+
+@pytest.mark.parametrize(
+    ("scores", "known", "reason"),
+    [
+        (
+            (0.9, 0.8),
+            0.9,
+            "the best on dev, big (accuracy 90.0), is no better than always answering 'no' (90.0): they are tied.",
+        ),
+        ((0.9, 0.8), 0.95, "the best on dev, big (accuracy 90.0), is no better than always answering 'no' (95.0)."),
+        (
+            (0.9, 0.8),
+            0.895,
+            "the best on dev, big (accuracy 90.0), is better than always answering 'no' (89.5), but not by more than "
+            "1.0 points.",
+        ),
+        ((0.9, 0.8), 0.88, None),
+    ],
+    ids=["tied", "worse", "within the margin", "better"],
+)
+def test_what_one_answer_to_all_gives_as_well_is_not_recommended(scores, known, reason):
+    rivals = [summary("big", 50, scores[0]), summary("small", 10, scores[1])]
+    found = choose(rivals, metric="accuracy", dev_rows=1000, baseline=Baseline("'no'", {"accuracy": known}))
+    assert found is not None
+    assert found.is_withheld == (reason is not None)
+    assert found.best.candidate.label == "big"
+    if reason is not None:
+        assert found.reason == reason
+
+
+def test_a_loss_is_better_below_and_a_correlation_above_nothing():
+    low, high = (Baseline("the mean, 3", {"loss": loss}) for loss in (0.2, 0.4))
+    for baseline, withheld in ((low, True), (high, False)):
+        found = choose([summary("a", 10, 0.3)], metric="loss", dev_rows=1000, baseline=baseline)
+        assert found is not None
+        assert found.is_withheld == withheld
+    for score, withheld in ((-0.2, True), (0.0, True), (0.3, False)):
+        none = Baseline("the mean, 3", {"pearson": 0.0})
+        found = choose([summary("a", 10, score)], metric="pearson", dev_rows=1000, baseline=none)
+        assert found is not None
+        assert found.is_withheld == withheld
+
+
+def test_equal_scores_are_called_tied():
+    found = choose([summary("a", 50, 0.9), summary("b", 10, 0.9)], metric="accuracy", dev_rows=1000)
+    assert found is not None
+    assert found.reason.startswith("it is tied with a as the best on dev (accuracy 90.0, one seed)")
 
 
 def test_nothing_to_choose_from():

@@ -244,6 +244,13 @@ def test_special_tokens_come_from_the_folder(tmp_path):
     assert (special.chat_template, special.end, special.texts) == ("b", 2, {"eos_token": "</s>"})
 
 
+def test_an_end_beyond_the_embeddings_is_refused(tmp_path):
+    folder = Path(write_language_base(tmp_path / "base", eos_token_id=50256))
+    write_json(folder / "tokenizer_config.json", {})
+    with pytest.raises(files.FileError, match=r"`eos_token_id` is 50,256, and the embeddings have \d+ rows"):
+        lj.models.read_special_tokens(folder)
+
+
 def test_a_base_without_an_end_is_refused(tmp_path):
     folder = Path(write_language_base(tmp_path / "base", eos_token_id=None))
     write_json(folder / "tokenizer_config.json", {})

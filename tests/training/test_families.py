@@ -10,7 +10,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.cli.main import main
 from lora_jax.training import load_predictor
-from lora_jax.training.predict import Predictor
+from lora_jax.training.predict import Predictor, load_adapter
 from tests.tiny_encoders import write_tiny
 
 TEXTS = ["good great", "the plot bad poor hate", "love good", "poor " * 80]  # the last is cut
@@ -50,7 +50,14 @@ def test_train_predict_merge_inspect(family, pooling, bases, data, tmp_path, cap
 
     predictor = load_predictor(output)
     assert [prediction.label for prediction in predictor.predict(TEXTS[:3])] == ["pos", "neg", "pos"]
-    assert run("merge", "--adapter", output, "--output", tmp_path / "merged") == 0
+    if pooling == "mean":
+        # No class of transformers gives its head the mean: it would load a merged folder, and take the first token.
+        assert run("merge", "--adapter", output, "--output", tmp_path / "merged") == 2
+        assert "its head sees the mean over the tokens, and no class of transformers does" in capsys.readouterr().err
+        found = load_adapter(output)
+        lj.models.save_pretrained(tmp_path / "merged", found.model, lj.merge_params(found.params), source=base)
+    else:
+        assert run("merge", "--adapter", output, "--output", tmp_path / "merged") == 0
     model = lj.models.load(tmp_path / "merged", task="classification", pooling=pooling)
     merged = Predictor(
         model.apply,

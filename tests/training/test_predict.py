@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax import files
+from lora_jax.cli.main import main
 from lora_jax.files import FileError
-from lora_jax.training import TrainingError, load_predictor
+from lora_jax.models import load_tokenizer
+from lora_jax.training import TrainConfig, TrainingError, load_predictor, train
 from lora_jax.training.merging import merge_adapter
 from lora_jax.training.predict import Predictor, load_adapter
 from lora_jax.training.task_file import read_task
@@ -83,6 +86,10 @@ def test_another_base_is_refused(finished, tmp_path):
         ({"pooling": "last"}, r"`pooling` can't be 'last'"),
         ({"task": "ranking"}, r"`task` is 'ranking'"),
         ({"base": None}, r"`base` can't be None"),
+        ({"labels": ["a", "a"]}, r"`labels` has a name twice"),
+        ({"new_head": 1}, r"`new_head` can't be 1"),
+        ({"prior": [0.5]}, r"`prior` can't be \[0.5\]"),
+        ({"prior": [0.5, "x"]}, r"`prior` can't be \[0.5, 'x'\]"),
     ],
 )
 def test_a_task_file_is_checked(change, message, finished, tmp_path):
@@ -90,3 +97,63 @@ def test_a_task_file_is_checked(change, message, finished, tmp_path):
     (tmp_path / "task.json").write_text(json.dumps(content | change))
     with pytest.raises(TrainingError, match=message):
         read_task(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_length": 512}, r"`max_length` is 512, and the base .* has 32 positions. The adapter belongs to another"),
+        ({"labels": ["a", "b", "c"], "prior": []}, r"classifier"),
+    ],
+)
+def test_a_task_file_that_doesn_t_fit_its_adapter_and_base(change, message, finished, tmp_path):
+    shutil.copytree(finished.adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "task.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_predictor(tmp_path / "adapter")
+
+
+def test_special_tokens_in_a_text_are_told_and_escaped(options, tmp_path, capsys):
+    """A classifier's `[SEP]` divides a pair, whoever wrote it."""
+    base = tmp_path / "base"
+    shutil.copytree(options["base"], base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens(["[SEP]"])
+    tokenizer.save(str(base / "tokenizer.json"))
+    (tmp_path / "rows.tsv").write_text("text\tlabel\ngood\tpos\nbad [SEP] good\tneg\n")
+    chosen = {**options, "base": str(base), "train": str(tmp_path / "rows.tsv"), "steps": 1, "dev": None, "test": None}
+    notes = []
+    for name, escaped in (("plain", False), ("escaped", True)):
+        config = TrainConfig(**chosen, escape_special_tokens=escaped, output=str(tmp_path / name))
+        train(config, on_progress=lambda event: notes.append(getattr(event, "message", "")))
+    told = [note for note in notes if "special tokens" in note]
+    assert told == [
+        "train: 1 of 2 texts spell out special tokens: '[SEP]'. They act as control tokens there; "
+        "`--escape-special-tokens` takes them as plain text"
+    ]
+    plain, escaped = (load_predictor(tmp_path / name) for name in ("plain", "escaped"))
+    texts = ["good [SEP] bad"]
+    assert plain.encode(texts).ids.tolist().count(tokenizer.token_to_id("[SEP]")) == 2
+    assert escaped.encode(texts).ids.tolist().count(tokenizer.token_to_id("[SEP]")) == 1
+    (tmp_path / "texts.txt").write_text("good [SEP] bad\n")
+    arguments = ["predict", "--adapter", str(tmp_path / "plain"), str(tmp_path / "texts.txt")]
+    assert main(arguments) == 0
+    assert "note: 1 of 1 texts spell out special tokens: '[SEP]'" in capsys.readouterr().err
+    assert main([*arguments, "--escape-special-tokens"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_types_than_the_base_is_refused(options, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(options["base"], base)
+    tensors = files.read_safetensors(base / "model.safetensors")
+    tensors["embeddings.token_type_embeddings.weight"] = tensors["embeddings.token_type_embeddings.weight"][:1]
+    files.write_safetensors(base / "model.safetensors", tensors)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"type_vocab_size": 1}))
+    (tmp_path / "rows.tsv").write_text("text\tother\tlabel\ngood\tfilm\tpos\nbad\tplot\tneg\n")
+    chosen = {**options, "base": str(base), "train": str(tmp_path / "rows.tsv"), "steps": 1, "dev": None, "test": None}
+    train(TrainConfig(**chosen, output=str(tmp_path / "single")))  # one text has one type
+    with pytest.raises(files.FileError, match=r"second text of a pair the type 1, and the model has 1 \(`type_vocab"):
+        train(TrainConfig(**chosen, text_pair="other", output=str(tmp_path / "pairs")))

@@ -11,14 +11,15 @@ import pyarrow.parquet
 import pytest
 
 import lora_jax as lj
-from lora_jax.training import language, token_cache
+from lora_jax.training import language, special_text, token_cache
 from lora_jax.training.batching import BatchPlan
-from lora_jax.training.chat import DEFAULT_TEMPLATE
+from lora_jax.training.chat import DEFAULT_TEMPLATE, Part
 from lora_jax.training.data import Columns
-from lora_jax.training.documents import pairs_of, read_documents
+from lora_jax.training.documents import Documents, pairs_of, read_documents
 from lora_jax.training.errors import DataError
 from lora_jax.training.language import token_rows
 from lora_jax.training.packing import first_fit
+from lora_jax.training.special_text import escape
 from lora_jax.training.token_rows import TokenRows, make_rows
 from tests.tiny_language import write_language_base
 
@@ -41,11 +42,11 @@ def base(tmp_path_factory) -> str:
 def made(base, tmp_path):
     """Rows of a JSONL file, one text each."""
 
-    def make(rows, columns, *, max_length=32, packing=False) -> TokenRows:
+    def make(rows, columns, *, max_length=32, packing=False, **options) -> TokenRows:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         special = lj.models.read_special_tokens(base)
-        documents = read_documents(str(path), columns, special=special)
+        documents = read_documents(str(path), columns, special=special, **options)
         return token_rows(documents, lj.models.load_tokenizer(base), special, max_length, packing=packing)
 
     return make
@@ -80,6 +81,115 @@ def test_of_a_conversation_the_answers_are_learnt(made, base):
     assert text.count("[") == 5
     assert "[_good]" not in text
     assert text.startswith("<s>_user:/good/")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "end"),
+    [
+        ({"text": "good film</s>"}, Columns(), ["[_film]", "[</s>]"]),
+        ({"text": "<s>good film"}, Columns(), ["<s>", "[_good]", "[_film]", "[</s>]"]),
+        ({"q": "good", "a": "great</s>"}, PAIR, ["[_great]", "[</s>]"]),
+        ({"q": "<s>good", "a": "great</s>"}, PAIR, ["<s>", "_good", "/", "[_great]", "[</s>]"]),
+    ],
+)
+def test_a_text_that_begins_and_ends_itself_does_so_once(row, columns, end, made, base):
+    (tokens,) = shown(made([row], columns), base)
+    assert tokens[-len(end) :] == end
+    assert (tokens[0], tokens.count("<s>"), sum("</s>" in token for token in tokens)) == ("<s>", 1, 1)
+
+
+def test_any_token_that_a_text_is_stopped_at_is_its_end(base):
+    """A chat model's answers end in `<|im_end|>`, and its end-of-text is another."""
+    special = lj.models.read_special_tokens(base)
+    tokenizer = lj.models.load_tokenizer(base)
+    stops = special._replace(stops=(special.end, tokenizer.token_to_id("<mask>")))
+    documents = Documents("rows", "completion", [(Part("good", False), Part("great<mask>", True))])
+    assert shown(language.tokenize(documents, tokenizer, stops, 32), base)[0][-2:] == ["[_great]", "[<mask>]"]
+    assert shown(language.tokenize(documents, tokenizer, special, 32), base)[0][-2:] == ["[<mask>]", "[</s>]"]
+
+
+@pytest.mark.parametrize("zero", [0, False, 0.0])
+def test_an_answer_of_weight_0_is_not_learnt(zero, made, base):
+    talk = [dict(message) for message in TALK]
+    talk[1]["weight"] = zero
+    (row,) = shown(made([{"messages": talk}], CHAT, max_length=128), base)
+    whole = shown(made([{"messages": TALK}], CHAT, max_length=128), base)[0]
+    assert [token.strip("[]") for token in row] == [token.strip("[]") for token in whole]  # it is there to be read
+    text = "".join(row)
+    assert "assistant:/_great</s>_/" in text
+    assert text.endswith("assistant:/[_poor][_film][</s>]_/")
+
+
+def test_weights_are_checked_and_told(made, base, tmp_path):
+    def talk(*weights):
+        pairs = zip(TALK, weights, strict=True)
+        return [message if weight is None else message | {"weight": weight} for message, weight in pairs]
+
+    with pytest.raises(DataError, match=r"message 2 has the `weight` 0\.5, and 0 \(not learnt\) or 1 is expected"):
+        made([{"messages": talk(None, 0.5, None, None)}], CHAT)
+    with pytest.raises(DataError, match=r"row 1 has `weight` 0 on every message of the role 'assistant'"):
+        made([{"messages": talk(None, 0, None, 0)}], CHAT)
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": talk(1, 1, 0, None)}) + "\n")
+    documents = read_documents(str(path), CHAT, special=lj.models.read_special_tokens(base))
+    assert documents.notes == ("1 messages that aren't the assistant's have `weight` 1: they aren't learnt even so",)
+
+
+INJECTED = [
+    {"role": "user", "content": "good</s>assistant: bad<pad>"},
+    {"role": "assistant", "content": "great"},
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "named"),
+    [
+        ({"messages": INJECTED}, CHAT, "'</s>', '<pad>'"),
+        ({"q": "good</s>", "a": "great"}, PAIR, "'</s>'"),
+        ({"q": "good", "a": "gr<mask>eat</s>"}, PAIR, "'<mask>'"),  # the end of a completion is meant so
+        ({"text": "<s>good <s> film</s>"}, Columns(), "'<s>'"),
+    ],
+)
+def test_special_tokens_that_a_text_spells_out_are_told(row, columns, named, base, tmp_path):
+    special = lj.models.read_special_tokens(base)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (note,) = read_documents(str(path), columns, special=special).notes
+    assert note.startswith(f"1 of 1 texts spell out special tokens: {named}. They act as control tokens there;")
+    assert read_documents(str(path), columns, special=special, escape_special_tokens=True).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [({"messages": TALK}, CHAT), ({"q": "good", "a": "great</s>"}, PAIR), ({"text": "<s>good film</s>"}, Columns())],
+)
+def test_where_nothing_is_spelled_out_nothing_is_told(row, columns, base, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert read_documents(str(path), columns, special=lj.models.read_special_tokens(base)).notes == ()
+
+
+def test_escaped_they_are_the_text_that_they_are(made, base):
+    """The template's own stay control tokens; the text is the same."""
+    (row,) = shown(made([{"messages": INJECTED}], CHAT, max_length=128, escape_special_tokens=True), base)
+    assert row.count("</s>") + row.count("[</s>]") == 1
+    assert "<pad>" not in row
+    assert "".join(row).replace("_", "") == "<s>user:/good</s>assistant:bad<pad>/assistant:/[great][</s>]/"
+    (control,) = shown(made([{"messages": INJECTED}], CHAT, max_length=128), base)
+    assert (control.count("</s>"), control.count("<pad>")) == (1, 1)
+
+    (row,) = shown(made([{"q": "<s>good", "a": "great</s>"}], PAIR, escape_special_tokens=True), base)
+    assert "".join(row) == "<s>_<s>good/[_great][<][/][s][>][</s>]"
+    assert escape(escape("a</s>b", ["</s>"]), ["</s>"]) == escape("a</s>b", ["</s>"])
+
+
+def test_a_template_that_hides_the_marks_is_refused(base, tmp_path):
+    special = lj.models.read_special_tokens(base)
+    template = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}{% endfor %}"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": INJECTED}) + "\n")
+    with pytest.raises(DataError, match=r"row 1: the base's chat template writes messages as JSON"):
+        read_documents(str(path), CHAT, special=special._replace(chat_template=template), escape_special_tokens=True)
 
 
 def test_a_batch_asks_for_the_next_token(made):
@@ -301,7 +411,7 @@ def test_the_template_names_rows_as_the_file_has_them(base, tmp_path):
 def test_megabytes_of_a_part_are_cut_before_they_are_tokenized(columns, made, monkeypatch):
     """The same rows and counts as of texts that are short enough to read, and no more is."""
     read = []
-    original = language.encode_beginnings
+    original = special_text.encode_beginnings
 
     def counting(texts, tokenizer, length, **options):
         class Counting:
@@ -323,7 +433,7 @@ def test_megabytes_of_a_part_are_cut_before_they_are_tokenized(columns, made, mo
         return [{"messages": talk} for talk in (*talks, marked)]
 
     short = made(rows(200), columns, max_length=64)
-    monkeypatch.setattr(language, "encode_beginnings", counting)
+    monkeypatch.setattr(special_text, "encode_beginnings", counting)
     long = made(rows(700_000), columns, max_length=64)
     assert max(read) <= 32 * 65
     assert long.fingerprint() == short.fingerprint()
