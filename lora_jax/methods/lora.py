@@ -117,14 +117,14 @@ class LoRA(WeightMethod):
     def nodes(self, targets: list[Target], *, key: jax.Array) -> dict[str, AdaptedWeight]:
         ranks = self._ranks(targets)
         alphas = overridden(self.alpha, self.alpha_overrides, targets, "alpha_overrides")
-        nodes: dict[str, Any] = {
+        nodes: dict[str, AdaptedWeight] = {
             target.path: self._node(target, ranks[target.path], alphas[target.path], path_key(key, target.path))
             for target in targets
         }
         self._require_finite_start(nodes)
         return nodes
 
-    def _require_finite_start(self, nodes: Mapping[str, LowRankWeight]) -> None:
+    def _require_finite_start(self, nodes: Mapping[str, AdaptedWeight]) -> None:
         """What starts from the weight is NaN in all its numbers where the weight has one, or squares that overflow."""
         names = (*(("a", "b") if self.init in FROM_WEIGHT else ()), *self.node.starts_from_weight)
         started = {(path, name): getattr(node, name) for path, node in nodes.items() for name in names}

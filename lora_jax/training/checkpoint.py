@@ -18,6 +18,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lora_jax.masters import Masters
+
 from .errors import CheckpointError, NotFiniteError
 from .step import TrainState
 
@@ -126,6 +128,12 @@ class Checkpoints:
                 args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
             )
         except Exception as error:
+            if isinstance(template.optimizer, Masters) and not self._has_masters(step):
+                raise CheckpointError(
+                    f"The checkpoint of step {step} in {self.folder} is of an earlier lora_jax, which trained leaves "
+                    "of fewer bits than float32 without float32 copies, and so lost small updates. Choose another "
+                    "`--output`."
+                ) from error
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.folder} can't be read: {_short(error)}. Delete its folder to "
                 "go on from the other one, or choose another `--output`."
@@ -139,6 +147,12 @@ class Checkpoints:
         arrays = jax.tree.map(jax.numpy.asarray, loaded["arrays"])
         key = jax.random.wrap_key_data(arrays["key"])
         return Checkpoint(_state(arrays, template), key, loaded["progress"])
+
+    def _has_masters(self, step: int) -> bool:
+        try:
+            return "copies" in (self.folder / f"step_{step}" / "arrays" / "_METADATA").read_text(errors="replace")
+        except OSError:
+            return True  # damaged in another way
 
     def _score(self, step: int) -> float | None:
         metrics = self._manager.metrics(step)

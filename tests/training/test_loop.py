@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax import files
+from lora_jax import files, optimizer
 from lora_jax.training import (
+    CheckpointError,
     NotFiniteError,
     RunFolderError,
     TrainConfig,
@@ -178,6 +179,16 @@ def test_in_bfloat16_what_is_trained_moves_and_goes_on_after_an_interruption(met
         train(broken, on_progress=interrupt_at(19))
     assert train(broken).resumed_from == 16
     assert_same_run(tmp_path / "broken", result.output)
+
+
+def test_a_bfloat16_run_of_before_there_were_copies_is_refused(options, tmp_path, monkeypatch):
+    config = TrainConfig(**{**options, "dtype": "bfloat16", "method": "norms"}, output=str(tmp_path / "run"))
+    with monkeypatch.context() as before:
+        before.setattr(optimizer, "with_masters", lambda tx, moves: tx)
+        with pytest.raises(Interrupted):
+            train(config, on_progress=interrupt_at(12))
+    with pytest.raises(CheckpointError, match=r"step 8 in .* is of an earlier lora_jax, which .* lost small updates"):
+        train(config)
 
 
 def test_best_checkpoint_is_the_adapter(options, tmp_path, monkeypatch):
