@@ -1,4 +1,4 @@
-"""What a task saves: its trained leaves, its method resolved to paths and axes, and the fingerprint of its base."""
+"""What a task saves: its trained leaves, its state, its method resolved to paths and axes, its base's fingerprint."""
 
 from __future__ import annotations
 
