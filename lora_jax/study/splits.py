@@ -137,12 +137,11 @@ def _draw(classes: Sequence[int], counts: Mapping[int, int], seed: int) -> np.nd
 
 
 def _rows(examples: Examples, places: np.ndarray) -> Examples:
-    def pick(column: list[Any] | None) -> list[Any] | None:
+    def pick(column: Sequence[Any] | None) -> list[Any] | None:
         return None if column is None else [column[place] for place in places]
 
     texts = [examples.texts[place] for place in places]
-    numbers = [examples.numbers[place] for place in places]
-    return Examples(examples.name, texts, pick(examples.pairs), pick(examples.labels), numbers)
+    return Examples(examples.name, texts, pick(examples.pairs), pick(examples.labels), pick(examples.rows))
 
 
 def _fingerprint(examples: Examples) -> str:

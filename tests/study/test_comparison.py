@@ -167,6 +167,37 @@ def test_wrong_options_are_refused_before_anything_is_run(small, fake, options, 
     assert not Path(small.output).exists()
 
 
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_metric_that_is_undefined_compares_nothing(split, small, fake, tmp_path):
+    (tmp_path / "one.tsv").write_text("text\tlabel\ngood\tpos\ngreat\tpos\n")
+    options = {**small.options, split: str(tmp_path / "one.tsv"), "metric": "matthews"}
+    with pytest.raises(ConfigError, match=rf"`{split}`: matthews is undefined, as all rows have one target"):
+        compare(dataclasses.replace(small, options=options))
+    assert not fake.ran
+
+
+def test_rows_that_are_left_out_are_no_part_of_it(small, fake, tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_bytes(Path(small.options["train"]).read_bytes() + b"\n\xff\tpos\t1\none field\n")
+    mine = dataclasses.replace(small, options={**small.options, "train": str(path)})
+    with pytest.raises(DataError, match=r"train.tsv has 2 bad rows"):
+        compare(mine)
+    outcome = compare(dataclasses.replace(mine, options={**mine.options, "skip_bad_rows": True}))
+    assert len(outcome.prepared.splits.examples["train"]) == 60
+
+
+def test_a_comparison_from_before_an_option_was_there_goes_on(small, fake):
+    compare(small)
+    path = Path(small.output) / "comparison.json"
+    description = json.loads(path.read_text())
+    del description["options"]["skip_bad_rows"]
+    path.write_text(json.dumps(description))
+    compare(small)
+    assert fake.ran == EVERYTHING
+    with pytest.raises(RunFolderError, match=r"`options.skip_bad_rows` is False there and True here"):
+        compare(dataclasses.replace(small, options={**small.options, "skip_bad_rows": True}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -24,6 +24,7 @@ from lora_jax.training import (
 )
 from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.data import read_examples
+from lora_jax.training.errors import ConfigError
 from lora_jax.training.events import Evaluated, Note, StepDone
 from lora_jax.training.setup import prepare
 from lora_jax.training.task import Classification
@@ -221,6 +222,25 @@ def test_regression(options, data, tmp_path):
     (prediction,) = load_predictor(result.output).predict(["the film was very good"])
     assert isinstance(prediction.label, float)
     assert prediction.probability is None
+
+
+def test_a_dev_set_of_one_row_has_no_correlation(options, tmp_path):
+    """Which is said, and no reason to lower the rate: the loss chooses, unless a correlation is asked for."""
+    (tmp_path / "one.tsv").write_text("text\tscore\ngood\t1.5\n")
+    chosen = {**options, "task": "regression", "label": "score", "pooling": "mean", "steps": 2, "eval_every": 1}
+    chosen |= {"dev": str(tmp_path / "one.tsv"), "test": str(tmp_path / "one.tsv")}
+    told = []
+    result = train(TrainConfig(**chosen, output=str(tmp_path / "run")), on_progress=told.append)
+    assert result.chosen == "best loss on dev"
+    note = "dev: pearson is undefined, as all rows have one target: loss chooses"
+    assert note in [event.message for event in told if isinstance(event, Note)]
+    for split in ("dev", "test"):
+        assert (result.metrics[split]["pearson"], result.metrics[split]["spearman"]) == (None, None)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["test"]["pearson"] is None
+    assert [row["spearman"] for row in result.history if row["split"] == "dev"] == [None, None]
+    with pytest.raises(ConfigError, match=r"`metric` is 'spearman', which is undefined on `dev`"):
+        train(TrainConfig(**chosen, metric="spearman", output=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
 
 
 def test_dropout_rate_replaces_the_base_s(options, tmp_path):

@@ -422,7 +422,7 @@ def test_megabytes_of_a_part_are_cut_before_they_are_tokenized(columns, made, mo
                 read.append(max(map(len, inputs)))
                 return tokenizer.encode_batch(inputs, **more)
 
-        return original(texts, Counting(), length, **options)
+        return original(texts, Counting(), length, **options)  # pyright: ignore[reportArgumentType]
 
     def rows(words: int) -> list[dict]:
         long = "good " * words
