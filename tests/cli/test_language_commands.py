@@ -204,6 +204,6 @@ def test_special_tokens_in_a_prompt_are_told_and_escaped(adapter, tmp_path, caps
     flags = ("--test", tmp_path / "rows.jsonl", "--generate", "--max-new-tokens", 3, "--escape-special-tokens")
     assert run("eval", "--adapter", adapter, *flags, "--predictions", tmp_path / "written.jsonl", "--json") == 0
     (written,) = [json.loads(line) for line in (tmp_path / "written.jsonl").read_text().splitlines()]
-    assert (written["prompt"], written["references"]) == ("good </s>\n", ["great"])
+    assert (written["prompt"], written["references"]) == ("good </s>\n", ["great</s>"])
     completer = load_completer(adapter)
     assert not completer.escape_special_tokens
