@@ -117,4 +117,4 @@ def _show(result: Conversion) -> None:
         facts["left out"] = f"{format_some(result.dropped)}: changed in the tuned model, and as the base has them here"
     print_facts(facts)
     for notice in result.notices:
-        print(f"note: {notice}")
+        print_line(f"note: {notice}")

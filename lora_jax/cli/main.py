@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 
 from ..host_memory import keep_freed_memory
+from ..text import printable
 from . import analyze, compare, convert, demo, evaluate, inspect, merge, predict, train
 
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback or not _is_message(error):
             raise
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from lora_jax.text import json_line
 
 from .options import (
     add_base_argument,
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     rows = itertools.chain(first, rows)
     while chunk := list(itertools.islice(rows, _CHUNK)):
         for row in answer(chunk):
-            print(json.dumps(row, ensure_ascii=False))
+            print(json_line(row))
         sys.stdout.flush()
 
 

@@ -274,7 +274,7 @@ def read_run(folder: Path) -> Any:
         raise RunFolderError(f"{folder} holds no results")
     result = read_result(run, finished)
     _show(result)
-    return result._replace(history=None) if hasattr(result, "_replace") else {**vars(result), "history": None}
+    return {**vars(result), "history": None, "output": None, "adapter": None}
 
 
 def _train_state() -> TrainState:
