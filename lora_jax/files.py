@@ -238,7 +238,7 @@ def read_json(path: str | os.PathLike[str], *, max_bytes: int = 64 * 2**20) -> A
     Raises:
         FileError: the file is missing, no regular file, too large, not UTF-8 or not JSON (with the line and column).
     """
-    return parse_json(read_bytes(path, max_bytes=max_bytes), f"{path}: the file")
+    return parse_json(read_bytes(path, max_bytes=max_bytes, kind="a JSON file"), f"{path}: the file")
 
 
 def read_text(path: str | os.PathLike[str], *, max_bytes: int) -> str:
@@ -253,8 +253,8 @@ def read_text(path: str | os.PathLike[str], *, max_bytes: int) -> str:
         raise FileError(f"{path} is not UTF-8 (byte {error.start:,}): it is corrupt or another format.") from None
 
 
-def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
-    """Reads a file of at most `max_bytes`.
+def read_bytes(path: str | os.PathLike[str], *, max_bytes: int, kind: str = "a file") -> bytes:
+    """Reads a file of at most `max_bytes`; `kind` is what a message calls it.
 
     Raises:
         FileError: the file is missing, too large, or no regular file: a folder, a pipe, a device.
@@ -263,7 +263,7 @@ def read_bytes(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
     with open_regular(path) as file:
         length = os.fstat(file.fileno()).st_size
         if length > max_bytes:
-            raise FileError(f"{path} has {length:,} bytes, and a file of at most {max_bytes:,} is expected here.")
+            raise FileError(f"{path} has {length:,} bytes, and {kind} of at most {max_bytes:,} is expected here.")
         return file.read(max_bytes)
 
 

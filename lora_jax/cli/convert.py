@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 def _show(result: Conversion) -> None:
     from lora_jax.training.progress import format_bytes
 
-    from .tables import format_some, print_facts, print_groups, print_table
+    from .tables import format_some, print_facts, print_groups, print_line, print_table
 
     print_facts(
         {

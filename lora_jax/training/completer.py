@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import lora_jax as lj
+from lora_jax.models.tokenizer import refused_if_it_breaks_off
 
 from .batching import plan_in_order
 from .buckets import choose_buckets
@@ -146,14 +147,16 @@ class Completer:
         return [completion for completion in completions if completion is not None]
 
     def _completion(self, tokens: list[int]) -> Completion:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        with refused_if_it_breaks_off("the base"):
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Completion(text, len(tokens), tokens[-1] in self.special.stops)
 
     def _prompt_ids(self, prompts: Sequence[str], form: Format) -> list[list[int]]:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         begin = leading_tokens(self._tokenizer) if form != "chat" else []
-        encodings = self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+        with refused_if_it_breaks_off("the base"):
+            encodings = self._tokenizer.encode_batch(list(prompts), add_special_tokens=False)
         ids = [begin + encoding.ids for encoding in encodings]
         if empty := [row for row, tokens in enumerate(ids, start=1) if not tokens]:
             raise DataError(f"prompt {empty[0]} is empty: one token at least is needed to go on from.")

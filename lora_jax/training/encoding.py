@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lora_jax.models.tokenizer import refused_if_it_breaks_off
+
 from .data import Examples
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ def encode(examples: Examples, tokenizer: tokenizers.Tokenizer, max_length: int)
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     inputs = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
-    encodings = tokenizer.encode_batch(inputs)
+    with refused_if_it_breaks_off("the base"):
+        encodings = tokenizer.encode_batch(inputs)
     lengths = [len(encoding.ids) for encoding in encodings]
     return Encoded(
         ids=_joined([encoding.ids for encoding in encodings]),

@@ -8,6 +8,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax.models.decoder import DecoderConfig
+from lora_jax.models.tokenizer import refused_if_it_breaks_off
 
 from .config import TrainConfig
 from .data import HUB_SPLITS
@@ -108,9 +109,9 @@ def tokenize(
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    encodings = iter(
-        tokenizer.encode_batch([part.text for parts in documents.rows for part in parts], add_special_tokens=False)
-    )
+    texts_of_parts = [part.text for parts in documents.rows for part in parts]
+    with refused_if_it_breaks_off("the base"):
+        encodings = iter(tokenizer.encode_batch(texts_of_parts, add_special_tokens=False))
     begin = leading_tokens(tokenizer) if documents.is_framed else []
     end = [special.end] if documents.is_framed else []
     specials = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
@@ -131,7 +132,8 @@ def tokenize(
 
 def leading_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
     """The special tokens that a tokenizer puts before a text."""
-    encoding = tokenizer.encode("a")
+    with refused_if_it_breaks_off("the base"):
+        encoding = tokenizer.encode("a")
     count = next((place for place, special in enumerate(encoding.special_tokens_mask) if not special), 0)
     return encoding.ids[:count]
 
