@@ -21,8 +21,10 @@ from .hub import find_base
 _PROGRAM = Path(__file__).with_name("tokenizer_trial.py")
 _LARGEST = 2**28  # bytes of a file; the largest vocabularies known take some 35 MB
 _LARGEST_TEMPLATE = 2**20
-_SECONDS = 30.0  # of a trial; the largest take some 3
-_MEMORY = 2**31  # bytes of a trial
+# Of a trial: what it may take of the time and the memory, and what more for each byte of the file. The largest
+# vocabularies known, of some 35 MB, take 3 s and 0.8 GB.
+_SECONDS, _SECONDS_PER_BYTE = 10.0, 1e-6
+_MEMORY, _MEMORY_PER_BYTE = 2**30, 40
 _LONGEST = 200  # characters of a text that is put in
 _LONGEST_WORD = 1_000  # characters of a word that is looked up: the time grows with their square
 
@@ -112,7 +114,8 @@ def _try(path: Path, data: bytes, unknown: list[str], expressions: list[str]) ->
     """Raises `FileError` unless the tokenizer passes a trial in a process of its own."""
     if (digest := hashlib.sha256(data).hexdigest()) in _PASSED:
         return
-    settings = {"memory": _MEMORY, "expressions": expressions}
+    settings = {"memory": _MEMORY + _MEMORY_PER_BYTE * len(data), "expressions": expressions}
+    seconds = _SECONDS + _SECONDS_PER_BYTE * len(data)
     # -P: what lies beside the program can't stand in for a library.
     command = [sys.executable, "-P", str(_PROGRAM)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
@@ -120,12 +123,12 @@ def _try(path: Path, data: bytes, unknown: list[str], expressions: list[str]) ->
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
     )
     try:
-        output, _ = process.communicate(json.dumps(settings).encode() + b"\n" + data, timeout=_SECONDS)
+        output, _ = process.communicate(json.dumps(settings).encode() + b"\n" + data, timeout=seconds)
         problem = json.loads(output or b'{"error": "it took too much memory, or ended the process"}').get("error")
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        problem = f"it didn't end within {_SECONDS:g} s"
+        problem = f"it didn't end within {seconds:.0f} s"
     if problem is not None:
         raise FileError(
             f"{path} doesn't pass its trial, in which it has to split some texts within limits of time and memory: "

@@ -37,6 +37,4 @@ def _shown(text: str) -> str:
 
 def join(*children: Content) -> Html:
     """Texts and elements, one after the other; `None` is nothing."""
-    return Html(
-        "".join(child if isinstance(child, Html) else _shown(child) for child in children if child is not None)
-    )
+    return Html("".join(child if isinstance(child, Html) else _shown(child) for child in children if child is not None))

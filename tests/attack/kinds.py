@@ -489,9 +489,7 @@ KINDS: dict[str, Kind] = {
     "run": Kind(write_run, read_run, ("results.json", "config.yaml", "metrics.jsonl")),
     "checkpoint": Kind(write_checkpoint, read_checkpoint, ("**/*",), share=0.3),
     "token cache": Kind(write_token_cache, _through_the_cache, ("tokens/*",), check=check_token_cache),
-    "comparison": Kind(
-        write_comparison, lambda folder: ResultsFile(folder / "results.jsonl").rows, ("results.jsonl",)
-    ),
+    "comparison": Kind(write_comparison, lambda folder: ResultsFile(folder / "results.jsonl").rows, ("results.jsonl",)),
     "config": Kind(write_settings, read_settings, ("config.yaml",), is_named=False),
     "grid": Kind(write_grid, lambda folder: read_grid(folder / "grid.yaml"), ("grid.yaml",)),
     "peft": peft(PLAIN),

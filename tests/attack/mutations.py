@@ -72,7 +72,9 @@ def _bytes(data: bytes, rng: Rng) -> bytes:
             case 3 if place < len(mutated):
                 mutated[place] ^= 1 << int(rng.integers(8))
             case 4:
-                mutated[place:place] = choice(rng, (b"\0", b"\xff", b"\r", b"\x1b[2J", b"\xef\xbb\xbf", b"\xe2\x80\xa8"))
+                mutated[place:place] = choice(
+                    rng, (b"\0", b"\xff", b"\r", b"\x1b[2J", b"\xef\xbb\xbf", b"\xe2\x80\xa8")
+                )
             case _:
                 mutated[place : place + 1] = b"9" * int(rng.integers(1, 40))
     return bytes(mutated)
@@ -112,7 +114,9 @@ def _raw(text: str, rng: Rng) -> str:
         place = text.find("{")
         first = text.find(":", place)
         if 0 <= place < first:
-            text = f"{text[: place + 1]}{text[place + 1 : first]}: {json.dumps(strange_value(rng))}, {text[place + 1 :]}"
+            text = (
+                f"{text[: place + 1]}{text[place + 1 : first]}: {json.dumps(strange_value(rng))}, {text[place + 1 :]}"
+            )
     return text
 
 
@@ -122,7 +126,19 @@ def strange_value(rng: Rng) -> Any:
         (
             *(None, True, False, -1, 0, 1, 2, 3, 2**31, 2**63, 10**40, 0.5, -0.0, 1e300, math.nan, math.inf),
             *("", "all", "none", "lora_only", "query", "lm_head", "F32", "BF16", "I8", "../x", "\0", "é", "x" * 300),
-            *("(a+)+$", ".*", "^model", "all-linear", "gaussian", "pissa", "LORA", "float32", "[/x]", "[red]", CONTROLS),
+            *(
+                "(a+)+$",
+                ".*",
+                "^model",
+                "all-linear",
+                "gaussian",
+                "pissa",
+                "LORA",
+                "float32",
+                "[/x]",
+                "[red]",
+                CONTROLS,
+            ),
             *("=1+1", "-inf", "1e5", "<script>alert(1)</script>", "/etc/passwd", "/dev/zero"),
             *([], ["query"], [[]], [None], [0, 10**12], {}, {"a": {}}, {"query": 3}, {"(x+x+)+y": 4}, *_RAW),
         ),
@@ -261,7 +277,8 @@ def _table(data: bytes, rng: Rng) -> bytes:
                 row.extend(["x"] * int(rng.integers(1, 2_000)))
             case _:
                 row[place] = choice(
-                    rng, ("", "NA", "null", "nan", "=1+1", "@x", CONTROLS, '"a""b"', "1e39", "x" * 200_000, "01", " pos ")
+                    rng,
+                    ("", "NA", "null", "nan", "=1+1", "@x", CONTROLS, '"a""b"', "1e39", "x" * 200_000, "01", " pos "),
                 )
         rows = [row for row in rows if row] or [["text"]]
     return ("\n".join(separator.join(row) for row in rows) + "\n").encode()

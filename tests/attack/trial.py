@@ -140,7 +140,9 @@ def _good(kind: str, number: int) -> dict[str, bytes]:
         folder = Path(name) / "good"
         folder.mkdir()
         kinds.KINDS[kind].write(folder, np.random.default_rng([number, 1]))
-        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        }
 
 
 @functools.cache
