@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from .text import clipped
+from .text import ClippedMessage, clipped
 
 # By the names that the format gives them; those that NumPy (with `ml_dtypes`) and JAX both have.
 _DTYPES: dict[str, np.dtype] = {
@@ -51,9 +51,10 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 # Of a JSON file: what is a byte or two there takes up to seventy of memory.
 _MOST_VALUES = 4_000_000
+_DEEPEST = 100  # levels of JSON
 
 
-class FileError(ValueError):
+class FileError(ClippedMessage, ValueError):
     """A file that cannot be read or written; the message names the file, what is wrong with it, and the way out."""
 
 
@@ -150,7 +151,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 def _refuse_repeated_names(path: Path, header: bytes) -> None:
     """`safetensors` takes the last of two entries of one name, other readers the first: neither is to be trusted."""
-    _refuse_many_values(header, f"{path}: the header")
+    _count_values(header, f"{path}: the header")
     try:
         json.loads(header.decode(), object_pairs_hook=_once_each)
     except _RepeatedName as error:
@@ -298,9 +299,12 @@ def parse_json(data: bytes | str, what: str) -> Any:
         ...
         lora_jax.files.FileError: method.json has two entries named 'rank', and one of each name is expected.
     """
-    _refuse_many_values(data, what)
+    count = _count_values(data, what)
     try:
-        return json.loads(data.decode() if isinstance(data, bytes) else data, object_pairs_hook=_once_each)
+        value = json.loads(data.decode() if isinstance(data, bytes) else data, object_pairs_hook=_once_each)
+        if count > _DEEPEST and _is_deep(value):
+            raise RecursionError
+        return value
     except _RepeatedName as error:
         raise FileError(f"{what} has two entries named '{error}', and one of each name is expected.") from None
     except UnicodeDecodeError as error:
@@ -316,11 +320,23 @@ def parse_json(data: bytes | str, what: str) -> Any:
         raise FileError(f"{what} is not JSON that can be read: {error}.") from None
 
 
-def _refuse_many_values(data: bytes | str, what: str) -> None:
+def _count_values(data: bytes | str, what: str) -> int:
     """Before they are made: each value but the first comes after one of these, which are counted in no time."""
     marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")
     if (count := sum(data.count(mark) for mark in marks)) > _MOST_VALUES:  # pyright: ignore[reportArgumentType]
         raise FileError(f"{what} is JSON of some {count:,} values, and at most {_MOST_VALUES:,} are expected.")
+    return count
+
+
+def _is_deep(value: Any) -> bool:
+    """Deeper than what takes a call a level, `repr` for one, can follow."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        containers = [entry for entry in level if isinstance(entry, dict | list)]
+        level = [child for entry in containers for child in (entry.values() if isinstance(entry, dict) else entry)]
+        if not level:
+            return False
+    return True
 
 
 class _RepeatedName(Exception):

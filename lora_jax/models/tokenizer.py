@@ -30,9 +30,13 @@ _LONGEST_WORD = 1_000  # characters of a word that is looked up: the time grows 
 
 # What takes time and memory in proportion to the text, whatever the file says.
 _PLAIN = frozenset(
-    "BertNormalizer BertPreTokenizer BertProcessing BPE BPEDecoder ByteFallback ByteLevel Digits Fuse Lowercase "
-    "Metaspace NFC NFD NFKC NFKD Prepend Punctuation Replace RobertaProcessing Sequence Split Strip StripAccents "
-    "TemplateProcessing UnicodeScripts Unigram Whitespace WhitespaceSplit WordLevel WordPiece".split()
+    (
+        *("BPE", "Unigram", "WordLevel", "WordPiece", "Sequence"),
+        *("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Strip", "StripAccents"),
+        *("BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts"),
+        *("Whitespace", "WhitespaceSplit", "BertProcessing", "RobertaProcessing", "TemplateProcessing"),
+        *("BPEDecoder", "ByteFallback", "Fuse"),
+    )
 )
 # How GPT-2, Llama 3 and Qwen split; each of these expressions ends where it began or goes forward.
 _EXPRESSIONS = frozenset(
@@ -231,7 +235,11 @@ def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
         stops.append(end)
     for file in ("generation_config.json", "config.json"):
         ids = _read_object(folder / file).get("eos_token_id")
-        stops += [number for number in (ids if isinstance(ids, list) else [ids]) if type(number) is int]
+        for number in ids if isinstance(ids, list) else [ids]:
+            if type(number) is int:
+                if abs(number) >= 2**31:
+                    raise FileError(f"{folder / file}: `eos_token_id` can't be {clipped(number, 40)}.")
+                stops.append(number)
     if not stops:
         raise FileError(
             f"{folder} names no end-of-text: neither `eos_token` in tokenizer_config.json nor `eos_token_id` in "

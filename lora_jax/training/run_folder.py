@@ -76,7 +76,7 @@ class RunFolder:
                 "with that run."
             )
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> Any | None:
         """The results of a run that is complete."""
         return files.read_json(self.results) if self.results.exists() else None
 

@@ -107,8 +107,8 @@ class Classification(LabelledTask):
                 near = nearest_name(name, self.labels)
                 hint = f" (nearest: {near!r:.200})" if near else ""
                 raise DataError(
-                    f"{examples.name}, row {row} has the label {name!r:.200}{hint}, which the training data doesn't have: "
-                    f"{_some(self.labels)}."
+                    f"{examples.name}, row {row} has the label {name!r:.200}{hint}, which the training data "
+                    f"doesn't have: {_some(self.labels)}."
                 )
             targets[row - 1] = index[name]
         return targets

@@ -60,6 +60,7 @@ class Kind(NamedTuple):
         files: those that are damaged, as patterns below the folder.
         summed: those of them that a checksum covers: changed, they are refused, or give what the good ones gave.
         check: raises `AssertionError` if what was read isn't what the folder says.
+        is_finite: whether what is read is held to be finite.
         is_named: whether a refusal names the folder; options of a config may come from flags as well.
         share: how often it is drawn, beside the others; less of what takes long.
     """
@@ -69,6 +70,7 @@ class Kind(NamedTuple):
     files: tuple[str, ...]
     summed: tuple[str, ...] = ()
     check: Callable[[Path, Any], Any] = lambda folder, value: None
+    is_finite: bool = True
     is_named: bool = True
     share: float = 1.0
 
@@ -502,10 +504,19 @@ KINDS: dict[str, Kind] = {
         summed=("delta.safetensors",),
         check=check_delta,
     ),
-    "encoder": Kind(write_encoder, read_base, ("config.json", "model.safetensors"), check=check_base, share=0.3),
-    "decoder": Kind(write_decoder, read_base, ("config.json", "model.safetensors"), check=check_base, share=0.3),
+    "encoder": Kind(
+        write_encoder, read_base, ("config.json", "model.safetensors"), check=check_base, is_finite=False, share=0.3
+    ),
+    "decoder": Kind(
+        write_decoder, read_base, ("config.json", "model.safetensors"), check=check_base, is_finite=False, share=0.3
+    ),
     "base of several files": Kind(
-        write_sharded, read_base, ("config.json", "*.safetensors", "*.index.json"), check=check_base, share=0.3
+        write_sharded,
+        read_base,
+        ("config.json", "*.safetensors", "*.index.json"),
+        check=check_base,
+        is_finite=False,
+        share=0.3,
     ),
     "tokenizer": Kind(
         write_tokenizer,

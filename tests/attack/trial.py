@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -84,19 +85,27 @@ def read_case(kind: str, seed: int, folder: Path, damage: list[str]) -> Outcome:
         except kinds.REFUSALS as error:
             message = str(error)
         except (Exception, _panic()) as error:
-            return Outcome(False, f"{type(error).__name__}: {error}", damage, is_finding=True)
+            return Outcome(False, _told(error), damage, is_finding=True)
         if message:
             problem = _problem_of_refusal(spec, message, folder, damage)
             return Outcome(False, problem or message, damage, is_finding=problem is not None)
         try:
-            _require_finite(value)
+            if spec.is_finite:
+                _require_finite(value)
             spec.check(folder, value)
         except Exception as error:
-            return Outcome(True, f"{type(error).__name__}: {error}", damage, is_finding=True)
+            return Outcome(True, _told(error), damage, is_finding=True)
     if covered and digest(value) != _good_digest(kind, int(_number(kind, seed))):
         what = f"{', '.join(sorted(covered))} was changed, a checksum covers it, and other values were read"
         return Outcome(True, what, damage, is_finding=True)
     return Outcome(True, "", damage)
+
+
+def _told(error: BaseException) -> str:
+    """An error, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+    return f"{type(error).__name__}: {error} ({places})"
 
 
 def run(kind: str, seed: int, folder: Path) -> Outcome:
@@ -180,16 +189,16 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------- a process with limits
+# ------------------------------------------------------------------------------------------------- process with limits
 
 
 class Worker:
     """A process that does one trial after another, each within limits of time and memory; a new one after a kill.
 
-    JAX alone takes more than a gigabyte of addresses, so the limit is what a trial may take beyond what the process has
-    when it begins (`RLIMIT_AS`, set anew for each). The process is not forked for a trial: JAX's threads wouldn't be
-    there in the copy. The damage is done before the clock starts; the clock is the parent's, so a reader that holds the
-    interpreter in C code is ended too.
+    JAX alone reserves more than a gigabyte of addresses, so the limit is of memory that can be written to, and of what
+    a trial takes beyond what the process has when it begins (`RLIMIT_DATA`, set anew for each). The process is not
+    forked for a trial: JAX's threads wouldn't be there in the copy. The damage is done before the clock starts; the
+    clock is the parent's, so a reader that holds the interpreter in C code is ended too.
 
     Args:
         seconds: that a trial may take.
@@ -279,7 +288,7 @@ def serve() -> None:
     """Does the trials that standard input asks for: a line of what was damaged, then a line of what came of it."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
 
     def answer(content: Mapping[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
@@ -302,9 +311,9 @@ def serve() -> None:
 
 @contextlib.contextmanager
 def _limited(memory: int, hard: int) -> Iterator[None]:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, hard))
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + memory, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
