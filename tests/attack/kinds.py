@@ -483,6 +483,7 @@ def read_plain_text(folder: Path) -> Any:
 
 _ADAPTER = ("lora_jax_adapter.json", "adapter.safetensors")
 
+# `summed` is the present state: of our own formats, only the tensors of an adapter and of a delta have a checksum.
 KINDS: dict[str, Kind] = {
     "adapter": Kind(
         write_adapter, read_adapter, (*_ADAPTER, "task.json"), summed=("adapter.safetensors",), check=check_adapter

@@ -19,7 +19,7 @@ from lora_jax.files import read_json, write_json
 
 from . import kinds, mutations, trial
 
-TRIALS, SECONDS = 40, 2.0
+TRIALS, SECONDS = 25, 0.6
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz.py"
 
 
@@ -74,6 +74,7 @@ def test_a_change_that_a_checksum_covers_and_that_is_read_is_a_finding(
     assert found
     assert all("numbers.json was changed, a checksum covers it" in outcome.message for outcome in found)
     assert all(outcome.damage for outcome in found)
+    trial._good_digest.cache_clear()
     with_kind(monkeypatch, lambda folder: None, summed=("*.json",))  # the change changes nothing
     assert not any(outcome.is_finding for outcome in outcomes(tmp_path))
 
@@ -107,7 +108,7 @@ def test_what_was_read_is_held_against_the_folder(tmp_path: Path, monkeypatch: p
 
 
 def test_a_trial_is_the_same_again(tmp_path: Path) -> None:
-    for kind in ("adapter", "config", "CSV", "tokenizer"):
+    for kind in ("config", "CSV", "task"):
         for seed in range(4):
             both = []
             for name in ("one", "other"):
@@ -153,7 +154,7 @@ def hangs(folder): time.sleep(60)
 def grows(folder): return len(bytearray(1 << 31))
 def reads(folder): return 1
 for read in (ends, hangs, grows, reads):
-    kinds.KINDS[read.__name__] = kinds.Kind(write, read, ())
+    kinds.KINDS[read.__name__] = kinds.Kind(write, read, ('a.txt',))
 trial.serve()
 """
 
