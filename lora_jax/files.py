@@ -265,7 +265,7 @@ def read_bytes(path: str | os.PathLike[str], *, max_bytes: int, kind: str = "a f
         length = os.fstat(file.fileno()).st_size
         if length > max_bytes:
             raise FileError(f"{path} has {length:,} bytes, and {kind} of at most {max_bytes:,} is expected here.")
-        return file.read(max_bytes)
+        return file.read(length)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
