@@ -278,8 +278,11 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` as UTF-8, atomically."""
-    data = text.encode()
+    """Writes `text` as UTF-8, atomically; half a character, which that has no place for, is refused."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{path}: this can't be written as UTF-8: {error}") from error
     _write_atomically(Path(path), lambda file: file.write(data), needed=len(data))
 
 

@@ -148,9 +148,9 @@ def _unknown_parts(content: Any) -> list[str]:
     unknown: dict[str, None] = {}
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         for part in _objects(content.get(name)):
-            if "type" in part and not (isinstance(part["type"], str) and part["type"] in _PLAIN):
+            if "type" in part and not _is_plain(part["type"]):
                 unknown[f"`{clipped(part['type'], 40)}`"] = None
-            if "Regex" in part and part["Regex"] not in _EXPRESSIONS:
+            if "Regex" in part and not (isinstance(part["Regex"], str) and part["Regex"] in _EXPRESSIONS):
                 unknown["a regular expression of its own"] = None
             if any(isinstance(value, str) and len(value) > _LONGEST for key, value in part.items() if key != "Regex"):
                 unknown["a long text"] = None
@@ -158,11 +158,15 @@ def _unknown_parts(content: Any) -> list[str]:
                 unknown["an incomplete template"] = None
     model = content.get("model")
     if isinstance(model, dict):
-        if model.get("type", "BPE") not in _PLAIN:
+        if not _is_plain(model.get("type", "BPE")):
             unknown[f"`{clipped(model['type'], 40)}`"] = None
         if not _is_small(model.get("max_input_chars_per_word", 100)):
             unknown["`max_input_chars_per_word`"] = None
     return list(unknown)
+
+
+def _is_plain(kind: Any) -> bool:
+    return isinstance(kind, str) and kind in _PLAIN
 
 
 def _is_small(value: Any) -> bool:
@@ -173,7 +177,7 @@ def _is_whole(template: dict[str, Any]) -> bool:
     """Whether each special token that a template puts in is one that it describes."""
     described = template.get("special_tokens")
     used = [part["SpecialToken"] for part in _objects(template) if isinstance(part.get("SpecialToken"), dict)]
-    return isinstance(described, dict) and all(token.get("id") in described for token in used)
+    return isinstance(described, dict) and all(str(token.get("id")) in described for token in used)
 
 
 def _expressions(content: Any) -> list[str]:

@@ -41,7 +41,7 @@ def hard_texts(expressions: list[str]) -> list[str]:
     letters = list(dict.fromkeys(named[:40] + _ALPHABET))
     ends = ("", "\0!")
     texts = [letter * _LENGTH + end for letter in letters for end in ends]
-    texts += [(one + other) * (_LENGTH // 2) + "\0" for one in letters[:12] for other in letters[:12] if one != other]
+    texts += [(one + other) * (_LENGTH // 2) + "\0" for one in letters[:8] for other in letters[:8] if one != other]
     return [*_TEXTS, *texts]
 
 

@@ -104,7 +104,8 @@ def _is_scored(row: Row) -> bool:
     """Whether each split that a successful run was scored on has the metric, a number."""
     metrics = row["metrics"]
     return (
-        isinstance(metrics, dict)
+        isinstance(row.get("metric"), str)
+        and isinstance(metrics, dict)
         and "dev" in metrics
         and all(isinstance(split, dict) and _is_number(split.get(row.get("metric"))) for split in metrics.values())
     )

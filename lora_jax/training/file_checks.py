@@ -68,6 +68,8 @@ def parse_object(line: str, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where} is not JSON ({error.msg}, column {error.colno}): one object a line is expected."
         ) from None
+    except (RecursionError, ValueError) as error:  # thousands of levels, or of digits
+        raise DataError(f"{where} is not JSON that can be read: {error}.") from None
     if not isinstance(value, dict):
         raise DataError(
             f'{where} is a JSON {type(value).__name__}, and an object is expected: {{"text": ..., "label": ...}}.'

@@ -61,7 +61,7 @@ class Kind(NamedTuple):
         summed: those of them that a checksum covers: changed, they are refused, or give what the good ones gave.
         check: raises `AssertionError` if what was read isn't what the folder says.
         is_finite: whether what is read is held to be finite.
-        is_named: whether a refusal names the folder; options of a config may come from flags as well.
+        is_named: whether every refusal names the folder; options of a config may come from flags as well.
         share: how often it is drawn, beside the others; less of what takes long.
     """
 
@@ -523,6 +523,7 @@ KINDS: dict[str, Kind] = {
         write_tokenizer,
         read_tokenizer,
         ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "*.jinja"),
+        is_named=False,  # what only a text shows is told without the file
     ),
     "chat template": Kind(write_template, read_template, ("*.jinja",), share=0.1),
     "TSV": Kind(write_separated("data.tsv", "\t"), read_data("data.tsv"), ("data.tsv",), check=check_data, share=0.5),
