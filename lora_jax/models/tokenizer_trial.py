@@ -35,13 +35,14 @@ def limit(memory: int) -> None:
 def hard_texts(expressions: list[str]) -> list[str]:
     """Repetitions, and pairs repeated, that end in what nothing matches: where an expression backtracks, it does here.
 
-    Of the characters that the expressions name, beside some of each class.
+    Of the characters that the expressions name, beside some of each class. They follow once more at the end, since a
+    text without what an expression ends in isn't searched.
     """
     named = "".join(character for expression in expressions for character in expression if character.isalnum())
     letters = list(dict.fromkeys(named[:40] + _ALPHABET))
-    ends = ("", "\0!")
-    texts = [letter * _LENGTH + end for letter in letters for end in ends]
-    texts += [(one + other) * (_LENGTH // 2) + "\0" for one in letters[:8] for other in letters[:8] if one != other]
+    end = "\0!" + "".join(letters)
+    texts = [letter * _LENGTH + rest for letter in letters for rest in ("", end)]
+    texts += [(one + other) * (_LENGTH // 2) + end for one in letters[:8] for other in letters[:8] if one != other]
     return [*_TEXTS, *texts]
 
 

@@ -29,6 +29,7 @@ QWEN = (
 @pytest.fixture(autouse=True)
 def _nothing_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PASSED", set())
+    monkeypatch.setattr(module, "_SECONDS", 5.0)
 
 
 @pytest.fixture
