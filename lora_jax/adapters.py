@@ -30,7 +30,7 @@ from .masks import label_params
 from .methods import Method
 from .methods.base import FROZEN
 from .paths import flatten_with_paths, leaves_by_path, nearest, shape_text, with_leaves
-from .text import ClippedMessage
+from .text import ClippedError
 from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
@@ -40,7 +40,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 FORMAT, VERSION = "lora_jax adapter", 1
 
 
-class AdapterError(ClippedMessage, ValueError):
+class AdapterError(ClippedError):
     """An adapter that does not fit: another base, missing or misshapen tensors, values that are not finite."""
 
 

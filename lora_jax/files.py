@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from .text import ClippedMessage, clipped
+from .text import ClippedError, clipped
 
 # By the names that the format gives them; those that NumPy (with `ml_dtypes`) and JAX both have.
 _DTYPES: dict[str, np.dtype] = {
@@ -54,7 +54,7 @@ _MOST_VALUES = 4_000_000
 _DEEPEST = 100  # levels of JSON
 
 
-class FileError(ClippedMessage, ValueError):
+class FileError(ClippedError):
     """A file that cannot be read or written; the message names the file, what is wrong with it, and the way out."""
 
 

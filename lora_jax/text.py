@@ -107,8 +107,8 @@ def clipped(text: object, length: int = 200) -> str:
     return text[: kept - kept // 2] + _MIDDLE + text[len(text) - kept // 2 :]
 
 
-class ClippedMessage:
-    """For an error class: whatever its message quotes from elsewhere, it stays one that can be read."""
+class ClippedError(ValueError):
+    """An error whose message stays one that can be read, whatever it quotes from elsewhere."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(clipped(message, _LONGEST_MESSAGE))
