@@ -40,6 +40,7 @@ from .paths import (
     with_leaves,
 )
 from .state import lasting_state, marked_leaves, state_paths
+from .text import ClippedError
 from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
@@ -53,7 +54,7 @@ FORMAT, VERSION = "lora_jax adapter", 1
 CheckBase = Literal["error", "warn", "ignore"]
 
 
-class AdapterError(ValueError):
+class AdapterError(ClippedError):
     """An adapter that does not fit: another base, missing or misshapen tensors, values that are not finite."""
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader, BufferedWriter
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from .text import ClippedError, clipped
 
 # By the names that the format gives them; those that NumPy (with `ml_dtypes`) and JAX both have.
 _DTYPES: dict[str, np.dtype] = {
@@ -46,9 +49,12 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # More than this `safetensors` does not read either.
 _LARGEST_HEADER = 100_000_000
+# Of a JSON file: what is a byte or two there takes up to seventy of memory.
+_MOST_VALUES = 4_000_000
+_DEEPEST = 100  # levels of JSON
 
 
-class FileError(ValueError):
+class FileError(ClippedError):
     """A file that cannot be read or written; the message names the file, what is wrong with it, and the way out."""
 
 
@@ -104,8 +110,8 @@ def iter_safetensors(
     """`read_safetensors`, one tensor at a time: the caller decides how many are in memory at once."""
     path = Path(path)
     with _open_safetensors(path) as file:
-        held = list(file.keys())
-        wanted = held if names is None else list(names)
+        held = dict.fromkeys(file.keys())
+        wanted = list(held if names is None else names)
         if absent := [name for name in wanted if name not in held]:
             raise FileError(f"{path} holds no tensor named {_some(absent)}; it holds {_some(held)}.")
         for name in wanted:
@@ -119,7 +125,7 @@ def iter_safetensors(
 @contextlib.contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
     """`safetensors` checks the header against the file before it gives anything out; this adds which file, and why."""
-    with _open(path) as file:
+    with open_regular(path) as file:
         length = os.fstat(file.fileno()).st_size
         start = file.read(8)
         claimed = int.from_bytes(start, "little")
@@ -145,6 +151,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
 
 def _refuse_repeated_names(path: Path, header: bytes) -> None:
     """`safetensors` takes the last of two entries of one name, other readers the first: neither is to be trusted."""
+    _count_values(header, f"{path}: the header")
     try:
         json.loads(header.decode(), object_pairs_hook=_once_each)
     except _RepeatedName as error:
@@ -230,14 +237,35 @@ def read_json(path: str | os.PathLike[str], *, max_bytes: int = 64 * 2**20) -> A
     """Reads a JSON file of at most `max_bytes`.
 
     Raises:
-        FileError: the file is missing, too large, not UTF-8 or not JSON (with the line and column).
+        FileError: the file is missing, no regular file, too large, not UTF-8 or not JSON (with the line and column).
+    """
+    return parse_json(read_bytes(path, max_bytes=max_bytes, kind="a JSON file"), f"{path}: the file")
+
+
+def read_text(path: str | os.PathLike[str], *, max_bytes: int) -> str:
+    """Reads a text file in UTF-8, of at most `max_bytes`.
+
+    Raises:
+        FileError: as `read_bytes`; or not UTF-8.
+    """
+    try:
+        return read_bytes(path, max_bytes=max_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8 (byte {error.start:,}): it is corrupt or another format.") from None
+
+
+def read_bytes(path: str | os.PathLike[str], *, max_bytes: int, kind: str = "a file") -> bytes:
+    """Reads a file of at most `max_bytes`; `kind` is what a message calls it.
+
+    Raises:
+        FileError: the file is missing, too large, or no regular file: a folder, a pipe, a device.
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_regular(path) as file:
         length = os.fstat(file.fileno()).st_size
         if length > max_bytes:
-            raise FileError(f"{path} has {length:,} bytes, and a JSON file of at most {max_bytes:,} is expected here.")
-        return _parse_json(file.read(), path, what="the file")
+            raise FileError(f"{path} has {length:,} bytes, and {kind} of at most {max_bytes:,} is expected here.")
+        return file.read(length)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -250,29 +278,68 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` as UTF-8, atomically."""
-    data = text.encode()
+    """Writes `text` as UTF-8, atomically; half a character, which that has no place for, is refused."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{path}: this can't be written as UTF-8: {error}") from error
     _write_atomically(Path(path), lambda file: file.write(data), needed=len(data))
 
 
-def _parse_json(data: bytes, path: Path, *, what: str) -> Any:
+def parse_json(data: bytes | str, what: str) -> Any:
+    """JSON from elsewhere: an entry twice, too many values or levels, and endless numbers are refused.
+
+    Args:
+        data: the JSON.
+        what: what it is, for messages: `"table.jsonl, line 3"`.
+
+    Raises:
+        FileError: it can't be read; the message begins with `what`.
+
+    Example:
+        >>> parse_json('{"rank": 4, "rank": 8}', "method.json")
+        Traceback (most recent call last):
+        ...
+        lora_jax.files.FileError: method.json has two entries named 'rank', and one of each name is expected.
+    """
+    count = _count_values(data, what)
     try:
-        return json.loads(data.decode(), object_pairs_hook=_once_each)
+        value = json.loads(data.decode() if isinstance(data, bytes) else data, object_pairs_hook=_once_each)
+        if count > _DEEPEST and _is_deep(value):
+            raise RecursionError
+        return value
     except _RepeatedName as error:
-        raise FileError(f"{path}: {what} has two entries named '{error}', and one of each name is expected.") from None
+        raise FileError(f"{what} has two entries named '{error}', and one of each name is expected.") from None
     except UnicodeDecodeError as error:
-        raise FileError(
-            f"{path}: {what} is not UTF-8 (byte {error.start:,}): it is corrupt or another format."
-        ) from None
+        raise FileError(f"{what} is not UTF-8 (byte {error.start:,}): it is corrupt or another format.") from None
     except json.JSONDecodeError as error:
         raise FileError(
-            f"{path}: {what} is not JSON ({error.msg}, line {error.lineno}, column {error.colno}): it is corrupt or "
+            f"{what} is not JSON ({error.msg}, line {error.lineno}, column {error.colno}): it is corrupt or "
             "another format."
         ) from None
     except RecursionError:
-        raise FileError(f"{path}: {what} is JSON nested too deeply to be honest.") from None
+        raise FileError(f"{what} is JSON nested too deeply to be honest.") from None
     except ValueError as error:  # a number of more than 4,300 digits
-        raise FileError(f"{path}: {what} is not JSON that can be read: {error}.") from None
+        raise FileError(f"{what} is not JSON that can be read: {error}.") from None
+
+
+def _count_values(data: bytes | str, what: str) -> int:
+    """Before they are made: each value but the first comes after one of these, which are counted in no time."""
+    marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")
+    if (count := sum(data.count(mark) for mark in marks)) > _MOST_VALUES:  # pyright: ignore[reportArgumentType]
+        raise FileError(f"{what} is JSON of some {count:,} values, and at most {_MOST_VALUES:,} are expected.")
+    return count
+
+
+def _is_deep(value: Any) -> bool:
+    """Deeper than what takes a call a level, `repr` for one, can follow."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        containers = [entry for entry in level if isinstance(entry, dict | list)]
+        level = [child for entry in containers for child in (entry.values() if isinstance(entry, dict) else entry)]
+        if not level:
+            return False
+    return True
 
 
 class _RepeatedName(Exception):
@@ -323,7 +390,11 @@ def safe_join(folder: str | os.PathLike[str], name: str, *, links_within: str | 
         raise FileError(f"The name {name!r:.200} would leave {folder}: a name inside the folder is expected.")
     path = folder / name
     limit = Path(links_within) if links_within is not None else folder
-    if not path.resolve().is_relative_to(limit.resolve()):
+    try:
+        is_within = path.resolve().is_relative_to(limit.resolve())
+    except (OSError, RuntimeError):  # Python before 3.13 has the latter
+        raise FileError(f"{path} is a link that leads to itself: put the file itself there.") from None
+    if not is_within:
         raise FileError(f"The name {name!r:.200} is a link that leaves {limit}: put the file itself into the folder.")
     return path
 
@@ -410,19 +481,36 @@ def new_folder(folder: str | os.PathLike[str], argument: str) -> Iterator[Path]:
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with _open(Path(path)) as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open(path: Path) -> BufferedReader:
-    if path.is_dir():
-        raise FileError(f"{path} is a folder, and a file is expected here.")
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Opens a file to be read, if it is one: a pipe would be waited for, a device could be read without end.
+
+    Raises:
+        FileError: the file is missing, can't be opened, or is no regular file.
+    """
     try:
-        return path.open("rb")
+        # Without O_NONBLOCK the opening of a pipe itself waits.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         raise FileError(f"{path} doesn't exist.") from None
-    except OSError as error:
-        raise FileError(f"{path} can't be opened: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # a NUL in its name, for one
+        if os.path.isdir(path):
+            raise FileError(f"{path} is a folder, and a file is expected here.") from None
+        raise FileError(f"{path} can't be opened: {getattr(error, 'strerror', error)}.") from error
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise FileError(f"{path} is a folder, and a file is expected here.")
+    kind = next((kind for is_kind, kind in _NO_FILES if is_kind(mode)), "something else")
+    raise FileError(f"{path} is {kind}, and a regular file is expected here.")
+
+
+_NO_FILES = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
 
 def _write_atomically(path: Path, write: Callable[[BufferedWriter], object], *, needed: int) -> None:
@@ -467,5 +555,5 @@ def _sync_folder(folder: Path) -> None:
 
 def _some(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
-    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    shown = ", ".join(f"'{clipped(name)}'" for name in names[:limit])
     return shown + (f" and {len(names) - limit:,} more" if len(names) > limit else "") if names else "nothing"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import hashlib
+import heapq
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from .text import clipped
 from .weights import is_adapted
+
+_COMPARED = 200  # characters of a path, and
+_MOST_COMPARED = 1_000  # paths: comparing takes the product of the lengths
 
 # A regular expression, names, or a free predicate: see `select`.
 Selector = str | Sequence[str] | Callable[[str, Any], bool]
@@ -108,7 +114,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     require_arrays(paths, leaves)
     table = dict(zip(paths, leaves, strict=True))
     if len(table) != len(paths):
-        twice = sorted({path for path in paths if paths.count(path) > 1})
+        twice = sorted(path for path, count in collections.Counter(paths).items() if count > 1)
         raise ValueError(f"these leaf paths stand for more than one leaf: {listed(twice)}; rename one of the keys")
     return table
 
@@ -284,6 +290,25 @@ def matches_entry(path: str, entry: str, *, below: bool = False) -> bool:
     return False
 
 
+class _Index:
+    """Which leaves an entry may mean, so that each entry isn't held against each leaf: saved methods name every one."""
+
+    def __init__(self, leaves: Iterable[str], *, below: bool) -> None:
+        self._below = below
+        self._rooted: dict[str, list[str]] = {}
+        self._by_segment: dict[str, list[str]] = {}
+        for path in leaves:
+            segments = path.split("/")
+            for end in range(1 if below else max(1, len(segments) - 1), len(segments) + 1):
+                self._rooted.setdefault("/".join(segments[:end]), []).append(path)
+                self._by_segment.setdefault(segments[end - 1], []).append(path)
+
+    def matches(self, entry: str) -> set[str]:
+        name = entry.strip("/")
+        near = self._rooted.get(name) if entry.startswith("/") else self._by_segment.get(name.rpartition("/")[2])
+        return {path for path in near or () if matches_entry(path, entry, below=self._below)}
+
+
 def select(
     leaves: Mapping[str, Any],
     selector: Selector,
@@ -320,7 +345,8 @@ def select(
             raise SelectionError(f"`{argument}={selector!r}` is no valid regular expression: {error}") from None
         entries = [(repr(selector), {path for path in leaves if pattern.fullmatch(path)})]
     else:
-        entries = [(repr(entry), {p for p in leaves if matches_entry(p, entry, below=below)}) for entry in selector]
+        index = _Index(leaves, below=below)
+        entries = [(repr(entry), index.matches(entry)) for entry in selector]
     chosen: set[str] = set()
     for name, matched in entries:
         usable = {path for path in matched if eligible(path, leaves[path])}
@@ -371,19 +397,27 @@ def _nothing_matched(
 
 
 def nearest(name: str, paths: Iterable[str], count: int = 5) -> list[str]:
-    """The paths that look most like `name`, compared with each of their suffixes of the same number of segments."""
-    depth = name.strip("/").count("/") + 1
+    """The paths that look most like `name`, compared with each of their suffixes of the same number of segments.
+
+    Of many paths, those are compared that share most segments with it; of long ones, the ends.
+    """
+    name = name.strip("/")[-_COMPARED:]
+    wanted = set(name.split("/"))
+    paths = list(paths)
+    if len(paths) > _MOST_COMPARED:
+        paths = heapq.nlargest(_MOST_COMPARED, paths, key=lambda path: len(wanted.intersection(path.split("/"))))
+    depth = name.count("/") + 1
 
     def likeness(path: str) -> float:
-        segments = path.split("/")
+        segments = path[-_COMPARED:].split("/")
         tails = {"/".join(segments[i : i + depth]) for i in range(max(1, len(segments) - depth + 1))}
         return max(difflib.SequenceMatcher(None, name, tail).ratio() for tail in tails)
 
-    scored = sorted(((likeness(path), path) for path in paths), key=lambda pair: (-pair[0], pair[1]))
-    return [path for score, path in scored[:count] if score > 0.5]
+    scored = heapq.nsmallest(count, ((-likeness(path), path) for path in paths))
+    return [path for score, path in scored if -score > 0.5]
 
 
 def listed(items: Sequence[str], most: int = 8) -> str:
-    """The first of `items`, and how many more there are."""
+    """The first of `items`, long ones without their middle, and how many more there are."""
     rest = len(items) - most
-    return ", ".join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(clipped, items[:most])) + (f" and {rest} more" if rest > 0 else "")

@@ -9,6 +9,7 @@ import os
 import pickle
 import stat
 import struct
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,12 @@ import safetensors.numpy
 from lora_jax.files import (
     FileError,
     TensorInfo,
+    read_bytes,
     read_json,
     read_metadata,
     read_safetensors,
     read_safetensors_header,
+    read_text,
     replacing,
     safe_join,
     sha256_file,
@@ -418,3 +421,108 @@ def test_a_name_inside_the_folder_is_joined(tmp_path: Path):
 def test_sha256(tmp_path: Path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# ---------------------------------------------------------------------------------------------------- what is no file
+
+
+def _instead(path: Path, what: str) -> None:
+    if what == "a pipe":
+        os.mkfifo(path)
+    elif what == "a folder":
+        path.mkdir()
+    elif what == "a circle":
+        path.symlink_to(path.name)
+    else:
+        path.symlink_to(what)
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "read_json": read_json,
+    "read_text": lambda path: read_text(path, max_bytes=100),
+    "read_bytes": lambda path: read_bytes(path, max_bytes=100),
+    "read_safetensors": read_safetensors,
+    "read_safetensors_header": read_safetensors_header,
+    "read_metadata": read_metadata,
+    "sha256_file": sha256_file,
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("a pipe", r"x\.json is a pipe, and a regular file is expected here"),
+        ("/dev/zero", r"x\.json is a device, and a regular file is expected here"),
+        ("/dev/null", r"x\.json is a device, and a regular file is expected here"),
+        ("a folder", r"x\.json is a folder, and a file is expected here"),
+        ("a circle", r"x\.json can't be opened: Too many levels of symbolic links"),
+        ("gone", r"x\.json doesn't exist"),
+    ],
+)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, reader: str, what: str, message: str):
+    _instead(tmp_path / "x.json", what)
+    with pytest.raises(FileError, match=message):
+        READERS[reader](tmp_path / "x.json")
+
+
+def test_a_link_to_itself_is_no_name_inside(tmp_path: Path):
+    _instead(tmp_path / "x", "a circle")
+    with pytest.raises(FileError, match=r"x is a link that leads to itself|can't be opened"):
+        read_bytes(safe_join(tmp_path, "x"), max_bytes=1)
+
+
+def test_a_file_is_read_at_its_size_and_not_its_limits(tmp_path: Path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert read_bytes(tmp_path / "x", max_bytes=2**62) == b"abc"
+    with pytest.raises(FileError, match=r"x has 3 bytes, and a file of at most 2 is expected here"):
+        read_bytes(tmp_path / "x", max_bytes=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, r"nested too deeply"),
+        (b'{"a":' * 5_000 + b"1" + b"}" * 5_000, r"nested too deeply"),
+        (b"[" * 200 + b"]" * 200, r"nested too deeply"),  # parsed, and then too deep for `repr`
+        (b"[" + b"7" * 5_000 + b"]", r"Exceeds the limit"),
+        (b"[" + b"[]," * 4_000_000 + b"[]]", r"JSON of some 8,000,00\d values, and at most 4,000,000 are expected"),
+    ],
+)
+def test_json_that_would_take_for_ever_is_refused(tmp_path: Path, content: bytes, message: str):
+    started = time.monotonic()
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(FileError, match=rf"x\.json: the file is .*{message}"):
+        read_json(tmp_path / "x.json")
+    assert time.monotonic() - started < 10
+
+
+def test_a_header_of_millions_of_values_is_refused(tmp_path: Path):
+    path = write_raw(tmp_path / "x.safetensors", b'{"a":[' + b"[]," * 4_000_000 + b"[]]}")
+    with pytest.raises(FileError, match=r"x\.safetensors: the header is JSON of some 8,000,0\d\d values"):
+        read_safetensors(path)
+
+
+def test_many_tensors_take_time_in_proportion(tmp_path: Path):
+    """Twenty thousand, which took minutes where each name was looked for among all."""
+    tensors = {f"layers/{i}/kernel": np.float32(i) for i in range(20_000)}
+    started = time.monotonic()
+    write_safetensors(tmp_path / "x", tensors)
+    assert len(read_safetensors(tmp_path / "x", list(tensors))) == len(tensors)
+    with pytest.raises(FileError, match="holds no tensor named 'other'"):
+        read_safetensors(tmp_path / "x", ["other"])
+    assert time.monotonic() - started < 60
+
+
+def test_a_message_stays_readable_whatever_it_quotes(tmp_path: Path):
+    write_safetensors(tmp_path / "x", {"n" * 100_000 + "end": np.zeros(1)})
+    with pytest.raises(FileError, match=r"holds no tensor named 'm+ … m+'; it holds 'n+ … n+end'") as caught:
+        read_safetensors(tmp_path / "x", ["m" * 100_000])
+    assert len(str(caught.value)) < 1_000
+    assert len(str(FileError("x" * 100_000))) < 5_000
+
+
+def test_half_a_character_is_not_written(tmp_path: Path):
+    with pytest.raises(FileError, match=r"x\.txt: this can't be written as UTF-8"):
+        write_text(tmp_path / "x.txt", "\ud800")
+    assert not list(tmp_path.iterdir())

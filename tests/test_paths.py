@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import time
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 import lora_jax as lj
-from lora_jax.paths import leaves_by_path, matches_entry, nearest, path_key, select
+from lora_jax.paths import SelectionError, leaves_by_path, matches_entry, nearest, path_key, select
 
 TREE = {
     "encoder": {
@@ -181,3 +183,46 @@ def test_haikus_modules_are_named_without_its_tildes() -> None:
     assert tree["block/~/attention/~/query"]["w"].rank == 2
     assert by_name.resolved(leaves_by_path(tree)).targets == ("/block/~/attention/~/query/w",)
     assert len(lj.LoRA(rank=1, alpha=1, targets="attention").selected(leaves_by_path(params))) == 4
+
+
+MANY = 20_000
+
+
+def test_many_leaves_take_time_in_proportion():
+    """Each took minutes where one path was held against every other."""
+    started = time.monotonic()
+    leaves = {f"layers/{i}/query/kernel": 1.0 for i in range(MANY)}
+    rooted = tuple(f"/{path}" for path in leaves)
+    chosen = select(leaves, rooted, argument="targets", eligible=lambda path, leaf: True, kind="weight")
+    assert chosen == list(leaves)
+    numbered = tuple(f"layers/{i}" for i in range(MANY))
+    assert len(select(leaves, numbered, argument="a", eligible=lambda *_: True, kind="leaf", below=True)) == MANY
+    assert nearest("layers/19999/qurey/kernel", leaves)[0] == "layers/19999/query/kernel"
+    twice = {"a/b": {str(i): 1 for i in range(MANY)}, "a": {"b": {str(i): 1 for i in range(MANY)}}}
+    with pytest.raises(ValueError, match=r"more than one leaf: a/b/0, a/b/1, .* and 19992 more"):
+        leaves_by_path(twice)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("name", ["x" * 1_000_000, "a/" * 500_000 + "kernel", "/" * 1_000_000])
+def test_a_huge_name_is_compared_by_its_end(name):
+    started = time.monotonic()
+    nearest(name, ["layers/0/kernel", "y" * 1_000_000, "b/" * 500_000])
+    with pytest.raises(SelectionError, match="matches no leaf") as caught:
+        select({"layers/0/kernel": 1.0}, (name,), argument="a", eligible=lambda *_: True, kind="leaf")
+    del caught
+    assert time.monotonic() - started < 20
+
+
+def test_an_index_finds_what_holding_each_against_each_finds():
+    paths = ["a/b/c", "a/b", "b/c", "c", "b/a/b/c/d", "a/0/b/1", "x/a/b/kernel", "a//b"]
+    entries = ["a", "b", "a/b", "/a/b", "/a", "c", "b/c", "/c", "kernel", "a/b/kernel", "0/b", "/x", "a//b", "a/"]
+    for entry, below in itertools.product(entries, (False, True)):
+        expected = [path for path in paths if matches_entry(path, entry, below=below)]
+        leaves = dict.fromkeys(paths, 1.0)
+        if not expected:
+            with pytest.raises(SelectionError):
+                select(leaves, (entry,), argument="a", eligible=lambda *_: True, kind="leaf", below=below)
+        else:
+            found = select(leaves, (entry,), argument="a", eligible=lambda *_: True, kind="leaf", below=below)
+            assert found == expected

@@ -166,7 +166,7 @@ def _show(outcome: Outcome) -> None:
     from lora_jax.study.report import answer, remarks, write_report
     from lora_jax.study.tables import cost_table, quality_table
 
-    from .tables import print_facts, print_table
+    from .tables import print_facts, print_line, print_table
 
     command = ["lora-jax", *sys.argv[1:]] if sys.argv[1:2] == [NAME] else None
     path = write_report(outcome, command=command)
@@ -175,4 +175,4 @@ def _show(outcome: Outcome) -> None:
     choice, reason = answer(outcome)
     print_facts({"recommended": f"{choice}: {reason}", "report": str(path)})
     for remark in remarks(outcome):
-        print(remark)
+        print_line(remark)

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 def _show(result: Conversion) -> None:
     from lora_jax.training.progress import format_bytes
 
-    from .tables import format_some, print_facts, print_groups, print_table
+    from .tables import format_some, print_facts, print_groups, print_line, print_table
 
     print_facts(
         {
@@ -117,4 +117,4 @@ def _show(result: Conversion) -> None:
         facts["left out"] = f"{format_some(result.dropped)}: changed in the tuned model, and as the base has them here"
     print_facts(facts)
     for notice in result.notices:
-        print(f"note: {notice}")
+        print_line(f"note: {notice}")

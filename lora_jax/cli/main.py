@@ -9,9 +9,11 @@ import os
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 
 from ..host_memory import keep_freed_memory
+from ..text import printable
 from . import analyze, compare, convert, demo, evaluate, inspect, merge, predict, train
 
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback or not _is_message(error):
             raise
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -78,14 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quiet_libraries() -> Iterator[None]:
     """A failed save reaches the user as one line; Orbax's threads and its log would print pages beside it."""
     logger = logging.getLogger("absl")
-    before = logger.level, threading.excepthook, sys.unraisablehook
+    before = logger.level, threading.excepthook, sys.unraisablehook, warnings.formatwarning
     logger.setLevel(logging.CRITICAL)
     threading.excepthook = sys.unraisablehook = lambda args: None
+    warnings.formatwarning = _formatted_warning
     try:
         yield
     finally:
-        level, threading.excepthook, sys.unraisablehook = before
+        level, threading.excepthook, sys.unraisablehook, warnings.formatwarning = before
         logger.setLevel(level)
+
+
+def _formatted_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning in one line; it may quote a name from elsewhere."""
+    del category, filename, lineno, line
+    return f"lora-jax: warning: {printable(message)}\n"
 
 
 def make_parser() -> argparse.ArgumentParser:

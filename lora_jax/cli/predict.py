@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lora_jax.text import json_line
 
 from .arrivals import arriving_lines, chunks
 from .options import (
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         answer = load(progress)
     for chunk in chunks(itertools.chain(first, rows), _CHUNK):
         for row in answer(chunk):
-            print(json.dumps(row, ensure_ascii=False, allow_nan=False))
+            print(json_line(row))
         sys.stdout.flush()
     for note in left.notes():
         print(f"lora-jax predict: {note}", file=sys.stderr)

@@ -12,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lora_jax.training.terminal import literal
+
 if TYPE_CHECKING:
     from lora_jax.training.baseline import Baseline
     from lora_jax.training.inspection import Group
@@ -20,9 +22,13 @@ if TYPE_CHECKING:
 def print_facts(facts: Mapping[str, str]) -> None:
     """Names and values, one a line."""
     width = max(map(len, facts), default=0)
-    console = _console()
     for name, value in facts.items():
-        console.print(f"{name:<{width}}  {value}", soft_wrap=True, markup=False)
+        print_line(f"{name:<{width}}  {value}")
+
+
+def print_line(text: str) -> None:
+    """A sentence, on one line however long it is."""
+    _console().print(literal(text), soft_wrap=True)
 
 
 def score_facts(
@@ -51,11 +57,12 @@ def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, text_columns: int = 1
 ) -> None:
     """Rows under headings; all but the first `text_columns` columns are numbers, to the right."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    heading = None if title is None else literal(title)
+    table = Table(box=box.SIMPLE_HEAD, title=heading, title_justify="left", title_style="bold", pad_edge=False)
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < text_columns else "right", overflow="fold")
+        table.add_column(literal(column), justify="left" if place < text_columns else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(literal, row))
     _console().print(table)
 
 

@@ -64,11 +64,12 @@ def _locate_in_parts(folder: Path) -> dict[str, Located]:
     # In a Hugging Face cache the files are links to `blobs`, beside `snapshots`.
     limit = folder.parent.parent if folder.parent.name == "snapshots" else folder
     files: dict[str, Path] = {}
+    headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(parts.values())):
         if not file.endswith(".safetensors"):
             raise FileError(f"{index} names {file!r:.200}, which is no safetensors file, and no other is read.")
         files[file] = safe_join(folder, file, links_within=limit)
-    headers = {file: read_safetensors_header(path) for file, path in files.items()}
+        headers[file] = read_safetensors_header(files[file])  # a missing one is told before the next is looked for
     for name, file in parts.items():
         if name not in headers[file]:
             raise FileError(f"{index} says that {file} holds the tensor '{name}', and it doesn't.")

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..files import replacing, write_json, write_safetensors, write_text
+from ..files import read_text, replacing, write_json, write_safetensors, write_text
 from ..paths import leaves_by_path, listed
 from ..weights import is_adapted
 from .checkpoint import INDEX, locate_tensors, read_config, read_tensors
@@ -24,6 +24,7 @@ from .shards import HostTensor, index, is_weights_file, shard, size_in_bytes
 from .stacking import is_stacked, layer_path
 
 _CONFIG = "config.json"
+_LARGEST_COMPANION = 2**28  # bytes
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -97,7 +98,7 @@ def save_pretrained(
 
     with replacing(folder, (*companions, *files, *described, _CONFIG), obsolete=is_weights_file) as staging:
         for name in companions:
-            write_text(staging / name, (base / name).read_bytes().decode())
+            write_text(staging / name, read_text(base / name, max_bytes=_LARGEST_COMPANION))
         count = ByteCount(index(files)["metadata"]["total_size"], progress)
         for name, tensors in files.items():
             write_safetensors(staging / name, tensors, {"format": "pt"}, written=count.add)

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 
-from ..files import FileError, read_json
+from ..files import FileError, parse_json, read_bytes, read_json, read_text
+from ..text import clipped
 from .hub import find_base
+
+_PROGRAM = Path(__file__).with_name("tokenizer_trial.py")
+_LARGEST = 2**28  # bytes of a file; the largest vocabularies known take some 35 MB
+_LARGEST_TEMPLATE = 2**20
+# Of a trial: what it may take of the time and the memory, and what more for each byte of the file. The largest
+# vocabularies known, of some 35 MB, take 3 s and 0.8 GB.
+_SECONDS, _SECONDS_PER_BYTE = 10.0, 1e-6
+_MEMORY, _MEMORY_PER_BYTE = 2**30, 40
+_LONGEST = 200  # characters of a text that is put in
+_LONGEST_WORD = 1_000  # characters of a word that is looked up: the time grows with their square
+
+# What takes time and memory in proportion to the text, whatever the file says.
+_PLAIN = frozenset(
+    (
+        *("BPE", "Unigram", "WordLevel", "WordPiece", "Sequence"),
+        *("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace", "Strip", "StripAccents"),
+        *("BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Punctuation", "Split", "UnicodeScripts"),
+        *("Whitespace", "WhitespaceSplit", "BertProcessing", "RobertaProcessing", "TemplateProcessing"),
+        *("BPEDecoder", "ByteFallback", "Fuse"),
+    )
+)
+# How GPT-2, Llama 3 and Qwen split; each of these expressions ends where it began or goes forward.
+_EXPRESSIONS = frozenset(
+    {
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+",
+    }
+)
+_PASSED: set[str] = set()  # digests of what has passed its trial: once a process is enough
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     """Reads `tokenizer.json` of a base model.
+
+    A file of plain parts, such as those of BERT, GPT-2, Llama 3 and Qwen, is loaded at once. One with a regular
+    expression of its own, a compiled table of characters or a part that isn't known here is first loaded in a process
+    with a limit of time and memory, where it has to split texts that are hard for such expressions; that takes a
+    fraction of a second, once. It is a trial and no proof: an expression may still take long for a text that it was
+    made for.
 
     Args:
         source: as for `lora_jax.models.load`.
@@ -23,24 +68,29 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         default base's file pads every text to 128 tokens.)
 
     Raises:
-        FileError: no such model, it has no readable `tokenizer.json`, or one whose ids reach beyond the rows of the
-            embeddings, by `vocab_size` in `config.json`.
+        FileError: no such model, it has no readable `tokenizer.json`, one that doesn't pass its trial, or one whose ids
+            reach beyond the rows of the embeddings, by `vocab_size` in `config.json`.
     """
     folder = find_base(source)
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise FileError(
             f"{path} doesn't exist. Write it with transformers: "
             "`AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(folder)`."
         )
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises a bare `Exception`
-        raise FileError(
-            f"{path} is no tokenizer that `tokenizers` {tokenizers.__version__} can read: {error}"
-        ) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    data = read_bytes(path, max_bytes=_LARGEST)
+    content = parse_json(data, f"{path}: the file")
+    if unknown := _unknown_parts(content):
+        _try(path, data, unknown, _expressions(content))
+    with refused_if_it_breaks_off(path):
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:
+            raise FileError(
+                f"{path} is no tokenizer that `tokenizers` {tokenizers.__version__} can read: {clipped(error)}"
+            ) from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
     _check_ids(tokenizer, folder)
     return tokenizer
 
@@ -69,6 +119,110 @@ def _vocabulary_size(folder: Path) -> int | None:
 def special_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
     """How a tokenizer's special tokens are spelled: it takes these for control tokens wherever a text has them."""
     return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+
+
+@contextlib.contextmanager
+def refused_if_it_breaks_off(what: object) -> Iterator[None]:
+    """Around calls of a tokenizer: what it breaks off with is no `Exception`, and would end a command unexplained.
+
+    Args:
+        what: the tokenizer, for the message.
+
+    Raises:
+        FileError: the tokenizer broke off.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Rust's `PanicException` can't be imported; what the package raises of its own is a bare `Exception`.
+        if type(error).__module__ != "pyo3_runtime" and type(error) is not Exception:
+            raise
+        raise FileError(
+            f"{what} has a tokenizer that breaks off ({clipped(error)}): its tables contradict each other. Fetch the "
+            "model again, or use another."
+        ) from None
+
+
+def _try(path: Path, data: bytes, unknown: list[str], expressions: list[str]) -> None:
+    """Raises `FileError` unless the tokenizer passes a trial in a process of its own."""
+    if (digest := hashlib.sha256(data).hexdigest()) in _PASSED:
+        return
+    settings = {"memory": _MEMORY + _MEMORY_PER_BYTE * len(data), "expressions": expressions}
+    seconds = _SECONDS + _SECONDS_PER_BYTE * len(data)
+    # -P: what lies beside the program can't stand in for a library.
+    command = [sys.executable, "-P", str(_PROGRAM)]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    )
+    try:
+        output, _ = process.communicate(json.dumps(settings).encode() + b"\n" + data, timeout=seconds)
+        problem = json.loads(output or b'{"error": "it took too much memory, or ended the process"}').get("error")
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        problem = f"it didn't end within {seconds:.0f} s"
+    if problem is not None:
+        raise FileError(
+            f"{path} doesn't pass its trial, in which it has to split some texts within limits of time and memory: "
+            f"{clipped(problem, 400)}. It was tried because of {', '.join(unknown[:4])}. Use a model that you trust."
+        )
+    _PASSED.add(digest)
+
+
+def _unknown_parts(content: Any) -> list[str]:
+    """What of a `tokenizer.json` may take more than its share of time or memory, or break off."""
+    if not isinstance(content, dict):
+        return []
+    unknown: dict[str, None] = {}
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        for part in _objects(content.get(name)):
+            if "type" in part and not _is_plain(part["type"]):
+                unknown[f"`{clipped(part['type'], 40)}`"] = None
+            if "Regex" in part and not (isinstance(part["Regex"], str) and part["Regex"] in _EXPRESSIONS):
+                unknown["a regular expression of its own"] = None
+            if any(isinstance(value, str) and len(value) > _LONGEST for key, value in part.items() if key != "Regex"):
+                unknown["a long text"] = None
+            if part.get("type") == "TemplateProcessing" and not _is_whole(part):
+                unknown["an incomplete template"] = None
+    model = content.get("model")
+    if isinstance(model, dict):
+        if not _is_plain(model.get("type", "BPE")):
+            unknown[f"`{clipped(model['type'], 40)}`"] = None
+        if not _is_small(model.get("max_input_chars_per_word", 100)):
+            unknown["`max_input_chars_per_word`"] = None
+    return list(unknown)
+
+
+def _is_plain(kind: Any) -> bool:
+    return isinstance(kind, str) and kind in _PLAIN
+
+
+def _is_small(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LONGEST_WORD
+
+
+def _is_whole(template: dict[str, Any]) -> bool:
+    """Whether each special token that a template puts in is one that it describes."""
+    described = template.get("special_tokens")
+    used = [part["SpecialToken"] for part in _objects(template) if isinstance(part.get("SpecialToken"), dict)]
+    return isinstance(described, dict) and all(str(token.get("id")) in described for token in used)
+
+
+def _expressions(content: Any) -> list[str]:
+    return [part["Regex"] for part in _objects(content) if isinstance(part.get("Regex"), str)]
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in JSON; not recursive, since what comes from elsewhere may be deep."""
+    left = [value]
+    while left:
+        entry = left.pop()
+        if isinstance(entry, dict):
+            yield entry
+            left.extend(entry.values())
+        elif isinstance(entry, list):
+            left.extend(entry)
 
 
 class SpecialTokens(NamedTuple):
@@ -116,7 +270,11 @@ def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
         stops.append(end)
     for file in ("generation_config.json", "config.json"):
         ids = _read_object(folder / file).get("eos_token_id")
-        stops += [number for number in (ids if isinstance(ids, list) else [ids]) if type(number) is int]
+        for number in ids if isinstance(ids, list) else [ids]:
+            if type(number) is int:
+                if abs(number) >= 2**31:
+                    raise FileError(f"{folder / file}: `eos_token_id` can't be {clipped(number, 40)}.")
+                stops.append(number)
     if not stops:
         raise FileError(
             f"{folder} names no end-of-text: neither `eos_token` in tokenizer_config.json nor `eos_token_id` in "
@@ -135,10 +293,7 @@ def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileError(f"{path} can't be read as text: {error}") from error
+        return read_text(path, max_bytes=_LARGEST_TEMPLATE)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from ..methods import Method
 from ..paths import is_bias_name, leaves_by_path
 from ..state import marked_leaves
+from ..text import csv_text
 from ..weights import is_adapted
 from . import figures
 from .analysis import (
@@ -138,8 +138,6 @@ def _bias_rows(biases: BiasChanges) -> list[tuple[Any, ...]]:
 
 def _write(folder: Path, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
     path = folder / f"{name}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+    cells = ([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    path.write_text(csv_text(header, cells, line_end="\r\n"), encoding="utf-8", newline="")
     return path

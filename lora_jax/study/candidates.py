@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lora_jax.files import FileError
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.method_options import DEFAULTS, METHODS, default_learning_rate, make_method, method_options
+from lora_jax.training.yaml_file import read_yaml_file
 
 # The default grid. A new method joins with a line here; its rates follow from its default.
 GRID: tuple[Mapping[str, Any], ...] = (
@@ -182,11 +182,9 @@ def read_grid(path: str | Path) -> tuple[Candidate, ...]:
         ConfigError: what isn't such a list; an unknown method or option; an entry is named by its number.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"`grid` {path} doesn't exist.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"`grid` {path} can't be read as YAML: {' '.join(str(error).split())}") from error
+        entries = read_yaml_file(path)
+    except FileError as error:
+        raise ConfigError(f"`grid` {error}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"`grid` {path} must hold a list of methods, one a line: `- {{name: lora, rank: 4}}`.")
     candidates = []

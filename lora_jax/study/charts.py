@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.text import printable
+
 from .comparison import Outcome
 from .presets import PRESETS, Preset
 from .quality import Quality
@@ -278,7 +280,7 @@ def _draw_series(
             for s, left, height in zip(own, x, y, strict=True):
                 if s.candidate.mark:
                     offset = {"xytext": (6, 4), "textcoords": "offset points"}
-                    axes.annotate(s.candidate.mark, (left, height), fontsize=9, color=colour, **offset)
+                    axes.annotate(_short(s.candidate.mark), (left, height), fontsize=9, color=colour, **offset)
 
 
 def _looks(summaries: Sequence[Summary]) -> dict[str, tuple[str, str]]:
@@ -316,4 +318,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _short(label: str, limit: int = 32) -> str:
+    """A label for a figure, whose SVG is XML: that has no place for control characters."""
+    label = printable(label)
     return label if len(label) <= limit else label[: limit - 1] + "…"

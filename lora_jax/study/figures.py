@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..text import printable
 from .analysis import BiasChanges, LayerChange
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def bias_change_figure(changes: BiasChanges) -> Figure:
         table = changes.values.T
         image = axes.imshow(table, cmap=_COLOURS, aspect="auto", vmin=0)
         axes.set_xticks(range(columns), [str(layer) for layer in changes.layers])
-        axes.set_yticks(range(rows), changes.terms)
+        axes.set_yticks(range(rows), [printable(term) for term in changes.terms])
         axes.set_xlabel("layer")
         _plain(axes)
         _write_cells(axes, table)
@@ -64,8 +65,8 @@ def similarity_figure(grids: Mapping[str, np.ndarray], *, names: tuple[str, str]
             _plain(axes)
         for axes in np.ravel(all_axes)[len(shown) :]:
             axes.set_visible(False)
-        figure.supxlabel(f"j directions, {names[1]}", fontsize=11)
-        figure.supylabel(f"i directions, {names[0]}", fontsize=11)
+        figure.supxlabel(f"j directions, {printable(names[1])}", fontsize=11)
+        figure.supylabel(f"i directions, {printable(names[0])}", fontsize=11)
         if image is not None:
             figure.colorbar(image, ax=all_axes, label="shared subspace φ(i, j)", shrink=0.8)
         return figure
@@ -81,7 +82,7 @@ def singular_values_figure(spectra: Mapping[str, np.ndarray]) -> Figure:
     with _style():
         figure, axes = _figure(4.4 + 0.45 * min(widest, 24), 1.3 + 0.3 * len(paths))
         image = axes.imshow(table, cmap=_COLOURS, aspect="auto", vmin=0)
-        axes.set_yticks(range(len(paths)), paths, fontsize=9)
+        axes.set_yticks(range(len(paths)), [printable(path) for path in paths], fontsize=9)
         step = max(1, widest // 12)
         axes.set_xticks(range(0, widest, step), [str(1 + place) for place in range(0, widest, step)])
         axes.set_xlabel("singular value of ΔW")
@@ -93,7 +94,7 @@ def singular_values_figure(spectra: Mapping[str, np.ndarray]) -> Figure:
 def layer_change_figure(changes: Sequence[LayerChange]) -> Figure:
     """`‖ΔW‖ / ‖W‖` of each layer, as bars."""
     several = len({change.stack for change in changes}) > 1
-    names = [f"{change.stack}/{change.layer}" if several else str(change.layer) for change in changes]
+    names = [printable(f"{change.stack}/{change.layer}") if several else str(change.layer) for change in changes]
     with _style():
         figure, axes = _figure(6.0, 1.2 + 0.3 * len(changes))
         values = [100 * change.relative for change in changes]
@@ -149,6 +150,7 @@ def _write_cells(axes: Any, table: np.ndarray) -> None:
 
 def _two_lines(path: str) -> str:
     """A path that fits above a small figure."""
+    path = printable(path)
     parts = path.split("/")
     middle = max(1, len(parts) // 2)
     return "/".join(parts[:middle]) + "/\n" + "/".join(parts[middle:]) if len(path) > 24 else path

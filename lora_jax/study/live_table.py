@@ -10,10 +10,10 @@ from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from lora_jax.training.events import Note, StepDone
 from lora_jax.training.progress import format_seconds, format_step
+from lora_jax.training.terminal import literal
 
 from .candidates import Candidate
 from .events import Event, RunFinished, RunStarted
@@ -81,7 +81,7 @@ class LiveTable:
         self._print(f"{_name(event.run)}: {quality.name} {scores} in {format_seconds(row['seconds'])}")
 
     def _print(self, line: str, *, style: str = "") -> None:
-        self._console.print(Text(line, style=style), soft_wrap=True)
+        self._console.print(literal(line, style=style), soft_wrap=True)
 
     def _drawn(self, steps: str) -> Group:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -89,8 +89,8 @@ class LiveTable:
         for column in ("rate", "dev", "test", "runs"):
             table.add_column(column, justify="right")
         for candidate in self._candidates.values():
-            table.add_row(*map(Text, self._cells(candidate)))
-        lines = [Text(line, style="cyan", overflow="ellipsis", no_wrap=True) for line in (self._line, steps) if line]
+            table.add_row(*map(literal, self._cells(candidate)))
+        lines = [literal(line, style="cyan", overflow="ellipsis", no_wrap=True) for line in (self._line, steps) if line]
         return Group(table, *lines)
 
     def _cells(self, candidate: Candidate) -> tuple[str, ...]:

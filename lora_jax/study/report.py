@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import files
+from lora_jax.text import printable
 
 from .charts import Chart, make_charts, save
 from .comparison import Outcome
@@ -17,7 +18,7 @@ from .presets import PRESETS
 from .quality import Quality
 from .recommend import RULE
 from .splits import data_warnings
-from .tables import Table, make_tables, markdown, runs_csv, summary_csv
+from .tables import Table, make_tables, markdown, plain, runs_csv, summary_csv
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -232,8 +233,8 @@ def _markdown_page(outcome: Outcome, tables: list[Table], charts: list[Chart], c
     reason = answer(outcome)[1]
     parts: list[Any] = [
         f"# {title_of(outcome)}",
-        *remarks(outcome),
-        f"**{_headline(outcome)}.** {reason[0].upper()}{reason[1:]}",
+        *map(plain, remarks(outcome)),
+        f"**{plain(_headline(outcome))}.** {plain(reason[0].upper() + reason[1:])}",
     ]
     for table in tables:
         parts += [f"## {_HEADINGS[table.name]}", markdown(table).rstrip()]
@@ -245,5 +246,5 @@ def _markdown_page(outcome: Outcome, tables: list[Table], charts: list[Chart], c
     compared = Table("facts", ("what", "value"), list(facts(outcome).items()), text_columns=2)
     parts += ["## What was compared", markdown(compared).rstrip()]
     if command is not None:
-        parts.append(f"```bash\n{shlex.join(command)}\n```")
+        parts.append(f"```bash\n{printable(shlex.join(command))}\n```")
     return "\n\n".join(parts) + "\n"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lora_jax import files
 from lora_jax.training.errors import RunFolderError
 
 Row = dict[str, Any]
+_LARGEST = 2**30  # bytes
 
 
 class ResultsFile:
@@ -32,14 +34,12 @@ class ResultsFile:
         if not path.exists():
             return
         # Not `splitlines`, which also splits where an error's text has one of Unicode's own line breaks.
-        *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        if rest:
-            files.write_text(path, "".join(f"{line}\n" for line in lines))
+        *lines, rest = files.read_bytes(path, max_bytes=_LARGEST).split(b"\n")
         for number, line in enumerate(lines, start=1):
-            row = _parse(line)
-            if row is None:
-                raise RunFolderError(f"{path}, line {number} isn't a row of a comparison: mend or remove the line.")
+            row = _parse(line, f"{path}, line {number}")
             self.rows[row["id"]] = row
+        if rest:
+            files.write_text(path, "".join(f"{line.decode()}\n" for line in lines))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row, on disk before this returns.
@@ -69,9 +69,43 @@ class ResultsFile:
         return forgotten
 
 
-def _parse(line: str) -> Row | None:
+def _parse(line: bytes, where: str) -> Row:
+    way_out = "mend or remove the line"
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row if isinstance(row, dict) and {"id", "error", "candidate_id"} <= row.keys() else None
+        row = files.parse_json(line, where)
+    except files.FileError as error:
+        raise RunFolderError(f"{where} isn't a row of a comparison: {way_out}. {error}") from None
+    if not isinstance(row, dict) or not row.keys() >= {"id", "error", "candidate_id"}:
+        raise RunFolderError(f"{where} isn't a row of a comparison: {way_out}.")
+    for name, fits in _FIELDS.items():
+        if name in row and not fits(row[name]):
+            raise RunFolderError(f"{where} isn't a row of a comparison: its `{name}` can't be; {way_out}.")
+    if row["error"] is None and "metrics" in row and not _is_scored(row):
+        raise RunFolderError(f"{where} isn't a row of a comparison: its `metrics` lack its `metric`; {way_out}.")
+    return row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# What a plan is made from.
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "id": lambda value: isinstance(value, str),
+    "candidate_id": lambda value: isinstance(value, str),
+    "error": lambda value: value is None or isinstance(value, str),
+    "rate": _is_number,
+    "seed": lambda value: type(value) is int,
+    "seconds": _is_number,
+}
+
+
+def _is_scored(row: Row) -> bool:
+    """Whether each split that a successful run was scored on has the metric, a number."""
+    metrics = row["metrics"]
+    return (
+        isinstance(row.get("metric"), str)
+        and isinstance(metrics, dict)
+        and "dev" in metrics
+        and all(isinstance(split, dict) and _is_number(split.get(row.get("metric"))) for split in metrics.values())
+    )

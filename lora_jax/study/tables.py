@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from lora_jax.text import csv_text, printable
 from lora_jax.training.metrics import better
 from lora_jax.training.progress import format_bytes
 
@@ -181,7 +180,7 @@ def summary_csv(outcome: Outcome) -> str:
         + known
         for s in outcome.summaries
     ]
-    return _csv(columns, lines)
+    return csv_text(columns, lines)
 
 
 def runs_csv(outcome: Outcome) -> str:
@@ -197,34 +196,26 @@ def runs_csv(outcome: Outcome) -> str:
             scores = [(row["metrics"] or {}).get(split, {}).get(metric) for split in splits]
             about = [row[name] for name in ("chosen_step", "steps", "step_ms", "seconds", "error")]
             lines.append([row["id"], candidate.label, row["rate"], row["seed"], *scores, *about])
-    return _csv(columns, lines)
+    return csv_text(columns, lines)
 
 
 def markdown(table: Table) -> str:
     """The table for a Markdown page, with its notes."""
     align = ["---" if place < table.text_columns else "---:" for place in range(len(table.columns))]
     lines = [_markdown_row(table.columns), _markdown_row(align, escape=False), *map(_markdown_row, table.rows)]
-    return "\n".join([*lines, *(f"\n{_plain(note)}" for note in table.notes)]) + "\n"
+    return "\n".join([*lines, *(f"\n{plain(note)}" for note in table.notes)]) + "\n"
 
 
 def _markdown_row(cells: Sequence[str], *, escape: bool = True) -> str:
-    return "| " + " | ".join(_plain(cell) if escape else cell for cell in cells) + " |"
+    return "| " + " | ".join(plain(cell) if escape else cell for cell in cells) + " |"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown shows as it is."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")
     return text
-
-
-def _csv(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([["" if cell is None else cell for cell in line] for line in lines])
-    return buffer.getvalue()
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from .errors import DataError
 
@@ -27,6 +31,9 @@ DEFAULT_TEMPLATE = """\
 _PROGRAM = Path(__file__).with_name("chat_renderer.py")
 _MEMORY = 2**30  # bytes of the process that renders
 _SECONDS = 5.0  # of a conversation
+_START = 30.0  # seconds, for the process to begin
+_GRACE = 2.0  # times a conversation's seconds, before a process that doesn't stop itself is killed
+_MOST_TEXT = 2**31  # bytes of all renderings
 
 
 class Part(NamedTuple):
@@ -117,21 +124,63 @@ def _render(
     # -P: what lies beside the program can't stand in for a library.
     command = [sys.executable, "-P", str(_PROGRAM)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    over = threading.Event()
     try:
-        limit = 30 + 4 * seconds + 0.1 * len(conversations)
-        output, _ = process.communicate("\n".join(lines).encode() + b"\n", timeout=limit)
-        ending = "takes too much memory or ends the process"
-    except subprocess.TimeoutExpired:
+        numbers = numbers if numbers is not None else range(1, len(conversations) + 1)
+        return _answers(process, "\n".join(lines).encode() + b"\n", numbers, name, seconds, over)
+    finally:
+        over.set()
         process.kill()
-        output, _ = process.communicate()
-        ending = "didn't end in time"
-    answers = [json.loads(line) for line in output.splitlines() if line.endswith(b"}")]
-    numbers = numbers if numbers is not None else range(1, len(conversations) + 1)
-    for row, answer in zip(numbers, answers, strict=False):
-        _check(answer, f"{name}, row {row}")
-    if len(answers) < len(conversations):
-        raise DataError(f"{name}, row {numbers[len(answers)]}: the base's chat template {ending}. {_WAY_OUT}")
-    return [tuple(Part(text, is_target) for text, is_target in answer["parts"]) for answer in answers]
+        process.wait()
+
+
+def _answers(
+    process: subprocess.Popen[bytes],
+    request: bytes,
+    numbers: Sequence[int],
+    name: str,
+    seconds: float,
+    over: threading.Event,
+) -> list[tuple[Part, ...]]:
+    """The renderings, each waited for no longer than it may take: the process stops Python by itself, and not C."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    lines: queue.Queue[bytes] = queue.Queue(maxsize=64)  # no more than is read goes into memory
+    threading.Thread(target=_write, args=(process.stdin, request), daemon=True).start()
+    threading.Thread(target=_read, args=(process.stdout, lines, over), daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        lines.get(timeout=_START)  # that it has begun
+    renderings: list[tuple[Part, ...]] = []
+    size = 0
+    for row in numbers:
+        where = f"{name}, row {row}"
+        try:
+            line = lines.get(timeout=_GRACE * seconds)
+        except queue.Empty:
+            raise DataError(f"{where}: the base's chat template didn't end within {seconds:g} s. {_WAY_OUT}") from None
+        if not line.endswith(b"}\n"):
+            raise DataError(f"{where}: the base's chat template takes too much memory or ends the process. {_WAY_OUT}")
+        size += len(line)
+        if size > _MOST_TEXT:
+            raise DataError(f"{where}: the base's chat template makes {size:,} bytes of the rows so far. {_WAY_OUT}")
+        answer = json.loads(line)
+        _check(answer, where)
+        renderings.append(tuple(Part(text, is_target) for text, is_target in answer["parts"]))
+    return renderings
+
+
+def _write(stream: IO[bytes], data: bytes) -> None:
+    with contextlib.suppress(OSError), stream:  # the process may have ended
+        stream.write(data)
+
+
+def _read(stream: IO[bytes], lines: queue.Queue[bytes], over: threading.Event) -> None:
+    with stream:
+        for line in itertools.chain(stream, [b""]):
+            while not over.is_set():
+                with contextlib.suppress(queue.Full):
+                    lines.put(line, timeout=0.1)
+                    break
 
 
 _WAY_OUT = (

@@ -4,8 +4,8 @@ A template comes with a model from anywhere. Jinja's sandbox keeps it from Pytho
 running for ever or filling the memory, and Python can't stop either from within. So the process has limits, and what
 goes wrong is told by the row. It imports nothing of lora_jax, so it starts in a tenth of a second.
 
-Reads a line of settings, then a line of messages for each conversation; writes a line for each: `{"parts": …}` or
-`{"error": …}`.
+Reads a line of settings, then a line of messages for each conversation; writes `{}` when it has begun, then a line for
+each: `{"parts": …}` or `{"error": …}`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,20 @@ def _raise_exception(message: str) -> None:
 
 def render_prompt(template: jinja2.Template, messages: list[dict[str, Any]], tokens: dict[str, str]) -> dict[str, Any]:
     """The conversation as one part, ready for the assistant's answer."""
-    return {"parts": [[template.render(messages=messages, add_generation_prompt=True, **tokens), False]]}
+    return {"parts": [[_rendered(template, messages, tokens, prompted=True), False]]}
+
+
+def _rendered(
+    template: jinja2.Template, messages: list[dict[str, Any]], tokens: dict[str, str], *, prompted: bool
+) -> str:
+    pieces: list[str] = []
+    length = 0
+    for piece in template.generate(messages=messages, add_generation_prompt=prompted, **tokens):
+        length += len(piece)
+        if length > LONGEST:
+            raise TooLongError(f"gave more than {LONGEST:,} characters")
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def render(template: jinja2.Template, messages: list[dict[str, Any]], tokens: dict[str, str]) -> dict[str, Any]:
@@ -72,10 +85,7 @@ def render(template: jinja2.Template, messages: list[dict[str, Any]], tokens: di
     """
 
     def text(count: int, *, prompted: bool = False) -> str:
-        result = template.render(messages=messages[:count], add_generation_prompt=prompted, **tokens)
-        if len(result) > LONGEST:
-            raise TooLongError(f"gave more than {LONGEST:,} characters")
-        return result
+        return _rendered(template, messages[:count], tokens, prompted=prompted)
 
     whole = text(len(messages))
     parts: list[list[Any]] = []
@@ -122,6 +132,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(content) + "\n")
         sys.stdout.flush()
 
+    answer({})  # the time of the first conversation begins
     write = render_prompt if settings["prompt"] else render
     template = None
     for line in sys.stdin.buffer:

@@ -156,6 +156,11 @@ class Checkpoints:
 
     def _score(self, step: int) -> float | None:
         metrics = self._manager.metrics(step)
+        if metrics and not isinstance(metrics.get("score"), int | float):
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self.folder} has no score in its `metrics`: delete its folder to "
+                "go on from the other one."
+            )
         return metrics["score"] if metrics else None
 
     def _remove_unfinished(self) -> None:

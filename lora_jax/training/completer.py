@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import lora_jax as lj
+from lora_jax.models.tokenizer import refused_if_it_breaks_off
 
 from .batching import plan_in_order
 from .buckets import choose_buckets
@@ -152,7 +153,8 @@ class Completer:
         return [completion for completion in completions if completion is not None]
 
     def _completion(self, tokens: list[int]) -> Completion:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        with refused_if_it_breaks_off("the base"):
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
         return Completion(text, len(tokens), tokens[-1] in self.special.stops)
 
     def _prompt_ids(self, prompts: Sequence[str], form: Format) -> list[list[int]]:

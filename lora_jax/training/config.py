@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from typing import Any, Literal, get_args
 import yaml
 
 from lora_jax import LoRA, files
+from lora_jax.text import clipped, nearest_name
 
 from .data import Columns
 from .errors import ConfigError
 from .method_options import default_learning_rate, make_method, method_name, method_options
 from .task import KINDS, Kind
+from .yaml_file import read_yaml_file
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 SCHEDULES = ("linear", "cosine", "constant")
@@ -227,9 +228,9 @@ class TrainConfig:
         """The config of these options; an unknown one is named, and so is the nearest known."""
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := [key for key in options if key not in names]:
-            near = difflib.get_close_matches(str(unknown[0]), names, n=1)
-            hint = f"; the nearest is `{near[0]}`" if near else f". Known are {', '.join(names)}"
-            raise ConfigError(f"`{unknown[0]}` is no option of a training run{hint}.")
+            near = nearest_name(unknown[0], names)
+            hint = f"; the nearest is `{near}`" if near else f". Known are {', '.join(names)}"
+            raise ConfigError(f"`{clipped(unknown[0])}` is no option of a training run{hint}.")
         if missing := [name for name in ("train", "output") if options.get(name) is None]:
             raise ConfigError(f"`{missing[0]}` is missing: a run needs the option `{missing[0]}`.")
         return cls(**options)
@@ -247,14 +248,11 @@ class TrainConfig:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file, read safely: plain values only."""
-    path = Path(path)
+    """The options in a YAML file, read safely: see `read_yaml_file`."""
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} doesn't exist.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} can't be read as YAML: {' '.join(str(error).split())}") from error
+        options = read_yaml_file(path)
+    except files.FileError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(options, dict):
         raise ConfigError(f"{path} must hold options, one a line (`train: data.tsv`).")
     return options
@@ -300,17 +298,17 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"`{name}` is {value!r}, and a non-empty text is expected.")
+        raise ConfigError(f"`{name}` is {value!r:.200}, and a non-empty text is expected.")
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices or type(value) is not type(choices[0]):
-        raise ConfigError(f"`{name}` is {value!r}, and one of {', '.join(map(str, choices))} is expected.")
+        raise ConfigError(f"`{name}` is {value!r:.200}, and one of {', '.join(map(str, choices))} is expected.")
 
 
 def _check_int(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
-        raise ConfigError(f"`{name}` is {value!r}, and a whole number of at least {least} is expected.")
+        raise ConfigError(f"`{name}` is {value!r:.200}, and a whole number of at least {least} is expected.")
 
 
 def _number(name: str, value: object, *, below: float = math.inf) -> float:
@@ -320,5 +318,5 @@ def _number(name: str, value: object, *, below: float = math.inf) -> float:
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
         limit = "" if below == math.inf else f" and below {below:g}"
-        raise ConfigError(f"`{name}` is {value!r}, and a number of at least 0{limit} is expected.")
+        raise ConfigError(f"`{name}` is {value!r:.200}, and a number of at least 0{limit} is expected.")
     return float(value)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lora_jax as lj
+from lora_jax import files
 
 from .chat import Part, render_conversations
 from .data import Columns, check_texts, read_table
@@ -220,9 +221,10 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
 def _read_text(path: Path) -> str:
     check_regular(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+        with files.open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
+    except files.FileError as error:
+        raise DataError(str(error)) from None
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8: byte {error.start + 1} is 0x{error.object[error.start]:02x}. Save the file as UTF-8."

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.models.tokenizer import refused_if_it_breaks_off
+
 from .data import Examples
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Beginning(NamedTuple):
     is_cut: bool
 
 
+@refused_if_it_breaks_off("the base")
 def encode_beginnings(
     texts: Sequence[str] | Sequence[tuple[str, str]],
     tokenizer: tokenizers.Tokenizer,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from lora_jax.text import ClippedError
 
-class TrainingError(ValueError):
+
+class TrainingError(ClippedError):
     """A run that cannot start or go on; the message says why and what to do."""
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax.models.decoder import DecoderConfig
+from lora_jax.models.tokenizer import refused_if_it_breaks_off
 
 from .config import TrainConfig
 from .data import HUB_SPLITS
@@ -160,7 +161,8 @@ def tokenize(
 
 def leading_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
     """The special tokens that a tokenizer puts before a text."""
-    encoding = tokenizer.encode("a")
+    with refused_if_it_breaks_off("the base"):
+        encoding = tokenizer.encode("a")
     count = next((place for place, special in enumerate(encoding.special_tokens_mask) if not special), 0)
     return encoding.ids[:count]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import lora_jax as lj
+from lora_jax.text import clipped, nearest_name
 
 from .errors import ConfigError
 
@@ -79,20 +79,23 @@ def make_method(options: Mapping[str, Any] | str, task: str = "classification") 
     """
     options = {"name": options} if isinstance(options, str) else dict(options)
     name = options.pop("name", "lora")
-    if name not in METHODS:
-        raise ConfigError(f"`method` is {name!r}, and one of {', '.join(METHODS)} is expected.")
+    if not isinstance(name, str) or name not in METHODS:
+        raise ConfigError(f"`method` is {name!r:.200}, and one of {', '.join(METHODS)} is expected.")
     fields = [field.name for field in dataclasses.fields(METHODS[name])]
     if unknown := [key for key in options if key not in fields]:
-        near = difflib.get_close_matches(unknown[0], fields, n=1)
-        hint = f"; the nearest is `{near[0]}`" if near else ""
-        raise ConfigError(f"`{unknown[0]}` is no option of {name}{hint}. It has {', '.join(fields)}.")
+        near = nearest_name(unknown[0], fields)
+        hint = f"; the nearest is `{near}`" if near else ""
+        raise ConfigError(f"`{clipped(unknown[0])}` is no option of {name}{hint}. It has {', '.join(fields)}.")
     defaults = DEFAULTS[name] | (_CAUSAL_LM if task == "causal-lm" else {})
     if task == "causal-lm" and name == "frozen" and not options.get("also_train"):
         raise ConfigError(
             "`method` frozen trains the head alone, and a causal-lm adds none: name modules in `also_train` "
             "(`norm`, say), or choose another method."
         )
-    return METHODS[name](**{**defaults, **{key: _tuples(value) for key, value in options.items()}})
+    try:
+        return METHODS[name](**{**defaults, **{key: _tuples(value) for key, value in options.items()}})
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"`method` {name}: {error}") from error
 
 
 def method_name(method: Any) -> str:

@@ -9,10 +9,10 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
-from rich.text import Text
 
 from .baseline import Baseline
 from .events import Evaluated, Event, Note, StepDone
+from .terminal import literal
 
 _PLAIN_SECONDS = 10.0
 _WINDOW = 20  # steps that the shown loss and accuracy are means of
@@ -54,7 +54,7 @@ class LiveProgress:
             self._print(event.message)
         elif event.done and self._console.is_terminal:
             line = f"weights  {format_bytes(event.done)} of {format_bytes(event.total)}"
-            self._live.update(Text(line if event.done < event.total else "", style="cyan"))
+            self._live.update(literal(line if event.done < event.total else "", style="cyan"))
 
     def _show_step(self, event: StepDone) -> None:
         self._losses.append(event.loss)
@@ -62,13 +62,13 @@ class LiveProgress:
             self._accuracies.append(event.accuracy)
         line = format_step(event, loss=_mean(self._losses), accuracy=_mean(self._accuracies))
         if self._console.is_terminal:
-            self._live.update(Text(line, style="cyan", overflow="ellipsis", no_wrap=True))
+            self._live.update(literal(line, style="cyan", overflow="ellipsis", no_wrap=True))
         elif time.monotonic() - self._last_plain >= _PLAIN_SECONDS or event.step == event.steps:
             self._last_plain = time.monotonic()
             self._print(line)
 
     def _print(self, line: str) -> None:
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(literal(line), soft_wrap=True)
 
 
 def format_step(event: StepDone, *, loss: float | None, accuracy: float | None) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_jax import files
+from lora_jax.text import clipped
 
 from .baseline import Baseline
+from .errors import RunFolderError
 from .run_folder import RunFolder
 
 
@@ -74,17 +77,70 @@ def write_result(folder: RunFolder, result: RunResult) -> None:
     files.write_json(folder.results, fields | {"labels": list(result.labels), "baselines": baselines})
 
 
-def read_result(folder: RunFolder, saved: Mapping[str, Any]) -> RunResult:
-    """The result of a run that was complete before."""
+def read_result(folder: RunFolder, saved: Any) -> RunResult:
+    """The result of a run that was complete before.
+
+    Raises:
+        RunFolderError: `results.json` isn't what a run writes there.
+    """
+    if not isinstance(saved, Mapping):
+        raise RunFolderError(f"{folder.results} must hold an object, and holds a {type(saved).__name__}. {_WAY_OUT}")
+    saved = {"waiting_share": None, "dropped": {}, "baselines": {}, **saved}  # an earlier version's lacks these
+    for name, fits in _FITS.items():
+        if name not in saved:
+            raise RunFolderError(f"{folder.results} lacks `{name}`. {_WAY_OUT}")
+        if not fits(saved[name]):
+            raise RunFolderError(f"{folder.results}: `{name}` can't be {saved[name]!r:.80}. {_WAY_OUT}")
+    if unknown := saved.keys() - _FITS.keys():
+        raise RunFolderError(f"{folder.results} has `{clipped(min(unknown))}`, which no run writes. {_WAY_OUT}")
     return RunResult(
         output=folder.path,
         adapter=folder.adapter,
         history=folder.history(),
         **{
-            "waiting_share": None,
-            "dropped": {},
             **saved,
             "labels": tuple(saved["labels"]),
-            "baselines": {split: Baseline(**held) for split, held in saved.get("baselines", {}).items()},
+            "baselines": {split: Baseline(**held) for split, held in saved["baselines"].items()},
         },
     )
+
+
+_WAY_OUT = "Restore the file, or remove it and start the same command again."
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_baseline(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == set(Baseline._fields)
+        and isinstance(value["answer"], str)
+        and _table_of(_is_number)(value["metrics"])
+    )
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "metrics": _table_of(_table_of(_or_none(_is_number))),
+    "baselines": _table_of(_is_baseline),
+    "chosen": lambda value: isinstance(value, str),
+    "labels": lambda value: isinstance(value, list) and all(isinstance(label, str) for label in value),
+    **dict.fromkeys(("chosen_step", "steps", "trainable", "total", "adapter_bytes"), _is_count),
+    **dict.fromkeys(("percent", "train_seconds", "padding_share"), _is_number),
+    **dict.fromkeys(("step_ms", "waiting_share"), _or_none(_is_number)),
+    **dict.fromkeys(("truncated", "dropped"), _table_of(_is_count)),
+    "resumed_from": _or_none(_is_count),
+}

@@ -12,6 +12,7 @@ tensorboard/     scalars, on request
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any
 from lora_jax import files
 
 from .config import TrainConfig, read_yaml, write_yaml
-from .errors import RunFolderError
+from .errors import ConfigError, RunFolderError
+
+_LARGEST_LOG = 2**30
 
 
 class RunFolder:
@@ -59,7 +62,11 @@ class RunFolder:
                     f"`output` {self.path} holds other files ({', '.join(held[:5])}): choose a new or an empty folder."
                 )
             return
-        earlier = TrainConfig.from_dict({**read_yaml(self.config), "output": config.output})
+        try:
+            earlier = TrainConfig.from_dict({**read_yaml(self.config), "output": config.output})
+        except ConfigError as error:
+            where = "" if str(self.config) in str(error) else f"{self.config}: "
+            raise RunFolderError(f"{where}{error} Mend the file, or choose another folder.") from error
         if differences := earlier.differences(config):
             shown = "; ".join(
                 f"`{key}` is {theirs!r} there and {mine!r} here" for key, (theirs, mine) in differences.items()
@@ -69,7 +76,7 @@ class RunFolder:
                 "with that run."
             )
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> Any | None:
         """The results of a run that is complete."""
         return files.read_json(self.results) if self.results.exists() else None
 
@@ -82,18 +89,34 @@ class RunFolder:
             raise RunFolderError(f"{self.metrics} can't be written: {error.strerror}.") from error
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`; a last one that was cut off by an interruption is left out."""
-        rows: list[dict[str, Any]] = []
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
-        return rows
+        """The rows of `metrics.jsonl`; last ones that were cut off by an interruption are left out.
+
+        Raises:
+            RunFolderError: a line that is no row, with rows after it: that is no interruption's.
+        """
+        if not self.metrics.exists():
+            return []
+        lines = files.read_bytes(self.metrics, max_bytes=_LARGEST_LOG).split(b"\n")
+        rows = [_row(line) for line in lines]
+        while rows and rows[-1] is None:
+            rows.pop()
+        if None in rows:
+            raise RunFolderError(
+                f"{self.metrics}, line {rows.index(None) + 1} is no row of a run's log, an object with a `step`: mend "
+                "or remove the line."
+            )
+        return [row for row in rows if row is not None]
 
     def rewind_log(self, step: int) -> None:
         """Drops rows after `step`: those steps are done again."""
         if self.metrics.exists():
             kept = [row for row in self.history() if row["step"] <= step]
             files.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    with contextlib.suppress(files.FileError):
+        row = files.parse_json(line, "the line")
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            return row
+    return None

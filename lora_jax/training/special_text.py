@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lora_jax.models.tokenizer import refused_if_it_breaks_off
 from lora_jax.models.tokenizer import special_texts as special_texts
 
 from .encoding import Beginning, encode_beginnings, end_of
@@ -94,6 +95,7 @@ class Start(NamedTuple):
     rest: str | None
 
 
+@refused_if_it_breaks_off("the base")
 def encode_texts(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], max_length: int | None = None) -> list[Start]:
     """The tokens of each text, without those that a tokenizer adds; what `escape` has marked is plain text.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from lora_jax.text import nearest_name
 
 from .data import Examples
 from .errors import ConfigError, DataError
@@ -117,11 +118,11 @@ class Classification(LabelledTask):
         for place, (row, value) in enumerate(zip(examples.numbers, values, strict=True)):
             name = _label_name(value, examples.name, row)
             if name not in index:
-                near = difflib.get_close_matches(name, self.labels, n=1)
-                hint = f" (nearest: {near[0]!r})" if near else ""
+                near = nearest_name(name, self.labels)
+                hint = f" (nearest: {near!r:.200})" if near else ""
                 raise DataError(
-                    f"{examples.name}, row {row} has the label {name!r}{hint}, which the training data doesn't have: "
-                    f"{_some(self.labels)}."
+                    f"{examples.name}, row {row} has the label {name!r:.200}{hint}, which the training data "
+                    f"doesn't have: {_some(self.labels)}."
                 )
             targets[place] = index[name]
         return targets

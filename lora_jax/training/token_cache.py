@@ -93,10 +93,10 @@ def _read(path: Path, kind: type[Tokens]) -> Tokens | None:
         held = files.read_safetensors(path)
         fields = {name: int(value) if value.ndim == 0 else value for name, value in held.items()}
         tokens = kind(**fields)
-    except (files.FileError, KeyError, ValueError, TypeError):
+        lengths = {len(value) for name, value in held.items() if value.ndim and name != "offsets"}
+        return tokens if lengths == {int(tokens.offsets[-1])} else None
+    except (files.FileError, KeyError, ValueError, TypeError, IndexError, OverflowError):
         return None
-    lengths = {len(value) for name, value in held.items() if value.ndim and name != "offsets"}
-    return tokens if lengths == {int(tokens.offsets[-1])} else None
 
 
 def _write(path: Path, tokens: Any) -> None:

@@ -424,3 +424,38 @@ def test_demo(base, tmp_path, capsys):
     assert "96 of 96 test predictions" in text
     assert all(sentence in text for sentence in demo.SENTENCES)
     assert time.monotonic() - started < 300
+
+
+EVIL = "\x1b[2J\x1b]0;title\x07[red]x[/y]"
+SHOWN = r"\x1b[2J\x1b]0;title\x07[red]x[/y]"
+
+
+def test_names_of_an_adapter_from_elsewhere_are_shown_and_not_obeyed(tmp_path, capsys):
+    tensors = {f"base_model.model.m{EVIL}.lora_{x}.weight": np.ones((2, 2), np.float32) for x in "AB"}
+    config = {"peft_type": f"LORA{EVIL}", "r": 2, "lora_alpha": 2, "target_modules": [EVIL], EVIL: EVIL}
+    files.write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    run("inspect", tmp_path)
+    text = capsys.readouterr().out
+    assert SHOWN in text.replace("\n", "")
+    assert all(line.isprintable() for line in text.splitlines())
+
+
+def test_an_error_is_one_line_that_no_terminal_obeys(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f'"{EVIL}": 1\n'.replace("\x1b", "\\e").replace("\x07", "\\a"))
+    assert run("train", "--config", tmp_path / "c.yaml") == 2
+    text = capsys.readouterr().err
+    assert SHOWN in text
+    assert len(text.splitlines()) == 1
+    assert text.rstrip("\n").isprintable()
+
+
+def test_what_predict_passes_on_is_json_that_no_terminal_obeys(finished, tmp_path, capsys):
+    given = {"text": "good film \x9b2J\u202e", f"k{EVIL}": [EVIL, "größer"]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(given) + "\n")
+    assert run("predict", "--adapter", finished.output, tmp_path / "in.jsonl") == 0
+    line = capsys.readouterr().out.rstrip("\n")
+    assert line.isprintable()
+    assert "größer" in line
+    answered = json.loads(line)
+    assert {name: answered[name] for name in given} == given

@@ -64,7 +64,12 @@ class FakeTraining:
         folder = Path(config.output)
         for name in ("adapter", "checkpoints"):
             (folder / name).mkdir(parents=True)
-        scores = {"accuracy": self.scores[config.lr], "macro_f1": 0.5, "matthews": 0.5, "loss": 1.0}
+        scores: dict[str, float | None] = {
+            "accuracy": self.scores[config.lr],
+            "macro_f1": 0.5,
+            "matthews": 0.5,
+            "loss": 1.0,
+        }
         return RunResult(
             output=folder,
             adapter=folder / "adapter",

@@ -77,6 +77,9 @@ def test_entries_of_a_grid_file_have_places_on_an_axis(tmp_path):
     [
         ("name: lora", "must hold a list of methods"),
         ("- {name: lora", "can't be read as YAML"),
+        ("- {name: lora, rank: 4, rank: 8}", "`rank` is there twice: leave one out, line 1"),
+        ("- {name: lora, lr: !!float x}", "`x` is no float"),
+        ("- &a {name: lora, targets: [*a]}", "an alias that contains itself"),
         ("- {name: bitfit}\n- {name: lora, rnak: 3}", "entry 2: `rnak` is no option of lora; the nearest is `rank`"),
         ("- {name: lorra}", "entry 1: `method` is 'lorra'"),
         ("- {name: bitfit, lr: high}", "entry 1: `lr` is 'high', and a number is expected"),

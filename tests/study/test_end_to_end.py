@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import html.parser
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -182,3 +183,44 @@ def test_candidates_of_ones_own_stand_in_for_a_presets(outcome, name):
     assert {"order", "paper"} & {table.name for table in make_tables(own)} == (
         ({"order"} if PRESETS[name].order else set()) | ({"paper"} if PRESETS[name].published else set())
     )
+
+
+OBEYED = "=1+1 \x1b[2J\x1b]0;t\x07 [red]x[/x] \u202e--> ]]>"
+
+
+def test_no_output_obeys_a_label(outcome, tmp_path):
+    """In the page, the figures, the tables and Markdown it is shown; in CSV it is no formula."""
+    summaries = [s._replace(candidate=dataclasses.replace(s.candidate, label=OBEYED)) for s in outcome.summaries[:1]]
+    candidates = tuple(s.candidate for s in summaries)
+    prepared = outcome.prepared._replace(folder=tmp_path, candidates=candidates)
+    rows = {key: row | {"error": "=2 \x1b[2J"} for key, row in outcome.rows.items()}
+    hostile = outcome._replace(prepared=prepared, summaries=summaries, rows=rows, recommendation=None)
+    page = write_report(hostile, command=["lora-jax", "\x1b[2J"]).read_text()
+    shown = r"=1+1 \x1b[2J\x1b]0;t\x07 [red]x[/x] \u202e--> ]]>"
+    assert shown in Page(page).text
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 5
+    for path in written:
+        if path.suffix == ".svg":
+            ElementTree.parse(path)  # well-formed
+        if path.suffix != ".png":
+            text = path.read_text()
+            assert not [character for character in text if not character.isprintable() and character != "\n"], path
+    (row,) = csv.DictReader((tmp_path / "tables" / "summary.csv").read_text().splitlines())
+    assert row["method"] == f"'{shown}"
+    for row in csv.DictReader((tmp_path / "tables" / "runs.csv").read_text().splitlines()):
+        assert row["error"] == r"'=2 \x1b[2J"
+        assert float(row["seconds"]) >= 0
+
+
+def test_a_tables_cells_are_shown_letter_by_letter(capsys):
+    from lora_jax.cli.tables import print_facts, print_line, print_table
+
+    print_table(("a [b]", "n"), [("[small]", "1"), ("[/x] :smile:", "\x1b[2J")], title="[/y]\x1b]0;t\x07")
+    print_facts({"label [i]": "[bold]a[/x]\x9b2J"})
+    print_line("[/x] one\ntwo")
+    text = capsys.readouterr().out
+    for part in ("a [b]", "[small]", "[/x] :smile:", r"\x1b[2J", r"[/y]\x1b]0;t\x07", r"label [i]  [bold]a[/x]\x9b2J"):
+        assert part in text
+    assert r"[/x] one\ntwo" in text
+    assert all(line.isprintable() for line in text.splitlines())

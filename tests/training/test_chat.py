@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lora_jax.training.chat import DEFAULT_TEMPLATE, Part, render_conversations
+from lora_jax.training.chat import DEFAULT_TEMPLATE, Part, render_conversations, render_prompts
 from lora_jax.training.errors import DataError
 
 TALK = [
@@ -110,13 +110,18 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
         ("{{ 'x' * 10**10 }}", r"takes too much memory"),
         ("{{ 'x'.center(10**7) }}", r"gave more than 4,000,000 characters"),
         (DOUBLING, r"takes too much memory|didn't end within 1 s"),
+        ("{{ 'x' * 3000000 }}{{ 'y' * 3000000 }}", r"gave more than 4,000,000 characters"),
+        # Time in C, which no signal stops: the process is killed.
+        ("{{ 9 ** (9 ** 9) }}", r"didn't end within 1 s|takes too much memory"),
+        ("{{ (7 ** 99999999) % 7 }}", r"didn't end within 1 s|takes too much memory"),
+        ("{% if messages | length ** 99999999 ** 2 > 1 %}a{% endif %}", r"didn't end within 1 s|takes too much memory"),
     ],
 )
 def test_an_endless_or_greedy_template_ends(template, message):
     started = time.monotonic()
     with pytest.raises(DataError, match=rf"talks.jsonl, row 1: the base's chat template ({message})"):
         render(template, seconds=1.0)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 30
 
 
 def test_the_row_at_fault_is_named():
@@ -124,3 +129,27 @@ def test_the_row_at_fault_is_named():
     talks = [[{"role": "user", "content": word}, TALK[2]] for word in ("good", "bad", "good")]
     with pytest.raises(DataError, match=r"talks.jsonl, row 2: the base's chat template didn't end within 1 s"):
         render_conversations(talks, template=template, tokens={"eos_token": ""}, name="talks.jsonl", seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'x'.center(10**7) }}", r"gave more than 4,000,000 characters"),
+        ("{{ 9 ** (9 ** 9) }}", r"didn't end within 1 s|takes too much memory"),
+        (ENDLESS, r"didn't end within 1 s"),
+    ],
+)
+def test_a_prompt_has_the_limits_of_a_conversation(template, message):
+    with pytest.raises(DataError, match=rf"asked, row 1: the base's chat template ({message})"):
+        render_prompts([TALK[:2]], template=template, tokens={"eos_token": ""}, name="asked", seconds=1.0)
+
+
+def test_all_renderings_together_have_a_limit(monkeypatch):
+    monkeypatch.setattr("lora_jax.training.chat._MOST_TEXT", 5_000_000)
+    talks = [TALK[1:3]] * 4
+    with pytest.raises(
+        DataError, match=r"talks.jsonl, row 2: the base's chat template makes \d,\d+,\d+ bytes of the rows"
+    ):
+        render_conversations(
+            talks, template="{{ 'x' * 3000000 }}" + DEFAULT_TEMPLATE, tokens={"eos_token": ""}, name="talks.jsonl"
+        )

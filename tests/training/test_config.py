@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 import lora_jax as lj
@@ -161,6 +163,11 @@ def test_differences_leave_out_how_it_is_shown():
     assert found == {"seed": (0, 1), "method.rank": (8, 4)}
 
 
+BOMB = "bomb: &b0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -168,10 +175,59 @@ def test_differences_leave_out_how_it_is_shown():
         ("train: [", r"c\.yaml can't be read as YAML"),
         ("- train", r"c\.yaml must hold options"),
         ("x: !!python/object/apply:os.system ['true']", r"can't be read as YAML: could not determine a constructor"),
+        (BOMB, r"aliases that repeat more than 20,000 values, line 5, column 5"),
+        ("train: &a [*a]", r"an alias that contains itself, line 1"),
+        ("train: " + "[" * 100_000, r"nested more than 50 levels deep, line 1"),
+        ("train: " + "{a: " * 100 + "}" * 100, r"nested more than 50 levels deep, line 1"),
+        ("- " * 100_000, r"nested more than 50 levels deep, line 1"),
+        ("train: [" + "1," * 30_000 + "]", r"more than 20,000 values, line 1"),
+        ("train: 2001-99-99", r"`2001-99-99` is no timestamp \(month must be in 1\.\.12\), line 1, column 8"),
+        ("train: !!int abc", r"`abc` is no int \(invalid literal .*, line 1, column 8"),
+        ("train: !!float abc", r"`abc` is no float"),
+        ("train: !!bool abc", r"`abc` is no bool"),
+        ("train: !!timestamp abc", r"`abc` is no timestamp"),
+        ("seed: " + "7" * 5_000, r"`7+ … 7+` is no int \(Exceeds the limit"),
+        ("seed: 0x" + "f" * 5_000, r"a whole number of 20,000 bits, line 1"),
+        ("seed: 1" + ":59" * 3_000, r"a whole number of [\d,]+ bits, line 1"),
+        ("1: data.tsv", r"`1` stands where a name is expected: put it in quotes, if it is one, line 1, column 1"),
+        ("yes: data.tsv", r"`yes` stands where a name is expected"),
+        ("~: data.tsv", r"`~` stands where a name is expected"),
+        ("? [a, b]\n: c", r"a list or a mapping stands where a name is expected"),
+        ("train: a\nseed: 1\ntrain: b", r"`train` is there twice: leave one out, line 3, column 1"),
+        ("method: {name: lora, rank: 4, rank: 8}", r"`rank` is there twice: leave one out, line 1, column 31"),
+        ("train: 'a\0b'", r"can't be read as YAML: unacceptable character"),
+        ("train: " + "x" * 2**20, r"c\.yaml has 1,048,583 bytes, and a file of at most 1,048,576 is expected"),
     ],
 )
 def test_bad_yaml(content, message, tmp_path):
+    started = time.monotonic()
     if content is not None:
         (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_yaml(tmp_path / "c.yaml")
+    assert time.monotonic() - started < 10
+
+
+def test_aliases_and_merged_mappings_are_read_as_they_are_meant(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "usual: &usual {name: lora, rank: 4}\nmethod:\n  <<: *usual\n  rank: 8\nother: *usual\n'1': 2\n"
+    )
+    usual = {"name": "lora", "rank": 4}
+    assert read_yaml(tmp_path / "c.yaml") == {"usual": usual, "method": usual | {"rank": 8}, "other": usual, "1": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x" * 100_000: 1}, r"`x+ … x+` is no option of a training run"),
+        ({"method": ["lora"]}, r"`method` is a list|`method` can't|`method`"),
+        ({"method": {"name": ["lora"]}}, r"`method` is \['lora'\], and one of"),
+        ({"method": {"name": "lora", "rank": 0}}, r"`method` lora: `rank` must be"),
+        ({"method": {"name": "lora", "alpha": float("nan")}}, r"`method` lora: `alpha` must be a positive number"),
+        ({"task": "x" * 100_000}, r"`task` is 'x+, and one of"),
+    ],
+)
+def test_options_from_a_file_are_refused_in_a_line(options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        TrainConfig.from_dict({"train": "a.tsv", "output": "out", **options})
+    assert len(str(caught.value)) < 1_500

@@ -106,3 +106,13 @@ def test_waiting_for_batches_is_counted():
     assert 0.65 < meter.waiting < 1.0
     assert meter.waiting_share == meter.waiting / meter.seconds
     assert Meter(**meter.state()).waiting == meter.waiting
+
+
+def test_a_note_is_shown_letter_by_letter():
+    note = Note(message="label [red]x[/y] :smile: \x1b[2J\x1b]0;title\x07\nsecond")
+    for terminal in (True, False):
+        text = shown(note, Evaluated(step=1, split="[/dev]\x9b", metrics={"accuracy": 0.5}), terminal=terminal)
+        assert r"label [red]x[/y] :smile: \x1b[2J\x1b]0;title\x07\nsecond" in text
+        assert r"[/dev]\x9b" in text
+        assert "\x1b[2J" not in text
+        assert "\x07" not in text
