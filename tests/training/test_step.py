@@ -117,8 +117,9 @@ def test_accumulation_changes_memory_not_the_result(parts):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_of_narrow_leaves_are_added_up_in_float32(dtype):
-    """Parts whose gradients are small beside their sum count: 1 + 32 · 2⁻⁹ in 8 bits would stay 1."""
-    gradients = jnp.concatenate([jnp.ones((1, 1)), jnp.full((32, 1), 2.0**-9), jnp.zeros((31, 1))])
+    """Parts whose gradients are small beside their sum count: 1 + 32 · 2⁻⁹ in bfloat16 would stay 1."""
+    small = float(jnp.finfo(dtype).eps) / 4
+    gradients = jnp.concatenate([jnp.ones((1, 1)), jnp.full((32, 1), small), jnp.zeros((31, 1))])
 
     def linear(params, input_ids, attention_mask=None, token_type_ids=None, *, dropout_key=None):
         return (gradients[input_ids[:, 0]] * params["w"].astype(jnp.float32)).sum(1)
@@ -136,8 +137,8 @@ def test_gradients_of_narrow_leaves_are_added_up_in_float32(dtype):
     data = batch(size=64)._replace(input_ids=np.repeat(np.arange(64, dtype=np.int32)[:, None], 4, 1))
     step = make_step(linear, Sum(labels=("a", "b")), tx, accumulate=64, model_dropout=False)
     after, output = step(state, {"w": None}, data, jax.random.key(0))
-    assert float(output.grad_norm) == (1 + 32 * 2.0**-9) / 64
-    assert float(after.optimizer.copies["w"][0]) == 2.0 - (1 + 32 * 2.0**-9)
+    assert float(output.grad_norm) == (1 + 32 * small) / 64
+    assert float(after.optimizer.copies["w"][0]) == 2.0 - (1 + 32 * small)
     assert after.trainable["w"].dtype == dtype
 
 
