@@ -123,7 +123,7 @@ def read_examples(
         texts=table.columns[text],
         pairs=table.columns[text_pair] if text_pair is not None else None,
         labels=table.columns[label] if label is not None else None,
-        rows=table.rows,
+        rows=table.rows if table.bad else None,
         left_out=table.left_out,
         skipped=len(table.bad),
     )
