@@ -30,8 +30,7 @@ def read_yaml_file(path: str | Path) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # of plain values: `_Loader` is a `SafeLoader`
     except yaml.YAMLError as error:
-        said = " ".join(str(error).split()).replace(' in "<unicode string>",', ",")
-        raise files.FileError(f"{path} can't be read as YAML: {clipped(said, 600)}") from None
+        raise files.FileError(f"{path} can't be read as YAML: {_told(error)}.") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,6 +82,14 @@ class _Loader(yaml.SafeLoader):
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
             raise _error(f"a whole number of {value.bit_length():,} bits", node.start_mark)
         return value
+
+
+def _told(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        return clipped(" ".join(str(error).split()), 600)
+    said = " ".join(part for part in (error.context, error.problem) if part)
+    return f"{clipped(said, 600)}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _count(node: Any, counted: dict[int, int], above: tuple[int, ...]) -> int:

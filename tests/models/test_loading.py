@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,6 +352,24 @@ def test_an_index_cannot_name_a_link_that_leads_out(folder: Path, tmp_path: Path
 def test_a_bad_index_is_refused(folder: Path, change: Callable[..., Any], message: str):
     write_index(folder, change(split_into_parts(folder)))
     with pytest.raises(FileError, match=message):
+        models.load(folder)
+
+
+def test_an_index_of_many_files_is_refused_at_the_first_that_is_missing(folder: Path):
+    (folder / "model.safetensors").unlink()
+    parts = {f"tensor {i}": f"model-{i:05}.safetensors" for i in range(50_000)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    started = time.monotonic()
+    with pytest.raises(FileError, match=r"model-00000\.safetensors doesn't exist"):
+        models.load(folder)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_refused(folder: Path, name: str):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(FileError, match=rf"{name} is a pipe|no Hugging Face model folder"):
         models.load(folder)
 
 

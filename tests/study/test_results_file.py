@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lora_jax.study.results_file import ResultsFile
@@ -52,3 +54,30 @@ def test_failures_are_forgotten_on_request(tmp_path):
 def test_what_cannot_be_written_is_told(tmp_path):
     with pytest.raises(RunFolderError, match=r"can't be written: .*The rows before are whole"):
         ResultsFile(tmp_path / "missing" / "results.jsonl").append(row("a"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": 3}, "its `id` can't be"),
+        ({"error": 0}, "its `error` can't be"),
+        ({"rate": "1"}, "its `rate` can't be"),
+        ({"seconds": float("nan")}, "its `seconds` can't be"),
+        ({"metric": ["a"], "metrics": {"dev": {"a": 1}}}, "its `metrics` lack its `metric`"),
+        ({"metric": "a", "metrics": {"dev": {"b": 1}}}, "its `metrics` lack its `metric`"),
+        ({"metric": "a", "metrics": []}, "its `metrics` lack its `metric`"),
+    ],
+)
+def test_a_row_of_other_types_is_named(change, message, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(row("a") | change) + "\n")
+    with pytest.raises(RunFolderError, match=rf"results.jsonl, line 1 isn't a row of a comparison: {message}"):
+        ResultsFile(path)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"id": ' + "7" * 5_000 + "}", '{"id": "a", "id": "b"}', "\x00", "3"])
+def test_a_line_that_would_break_the_reader_is_named(line, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(RunFolderError, match=r"results.jsonl, line 1 isn't a row of a comparison"):
+        ResultsFile(path)

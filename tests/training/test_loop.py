@@ -338,3 +338,58 @@ def test_a_learning_rate_that_explodes(options, tmp_path):
     config = TrainConfig(**{**options, "lr": 1e38, "clip_norm": None, "warmup": 0.0}, output=str(tmp_path / "run"))
     with pytest.raises(NotFiniteError, match=r"became (nan|inf) at step \d+ of 40.*lower `lr` \(it is 1e\+38\)"):
         train(config)
+
+
+@pytest.fixture
+def copied(finished, options, tmp_path):
+    folder = Path(shutil.copytree(finished.output, tmp_path / "copy"))
+    return folder, TrainConfig(**options, output=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": "40"}, r"results\.json: `steps` can't be '40'"),
+        ({"metrics": {"dev": 0.5}}, r"results\.json: `metrics` can't be"),
+        ({"labels": "ab"}, r"results\.json: `labels` can't be 'ab'"),
+        ({"percent": float("inf")}, r"results\.json: `percent` can't be inf"),
+        ({"extra": 1}, r"results\.json has `extra`, which no run writes"),
+        (None, r"results\.json must hold an object, and holds a list"),
+        ({"chosen": ...}, r"results\.json lacks `chosen`"),
+    ],
+)
+def test_results_that_no_run_wrote_are_refused(copied, change, message):
+    folder, config = copied
+    results = json.loads((folder / "results.json").read_text())
+    results = [] if change is None else {k: v for k, v in {**results, **change}.items() if v is not ...}
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(RunFolderError, match=message):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b"\xff\xfe\n", r"metrics\.jsonl, line 1 is no row of a run's log"),
+        ("metrics.jsonl", b'{"split": "dev"}\n', r"metrics\.jsonl, line 1 is no row of a run's log"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", r"metrics\.jsonl, line 1 is no row of a run's log"),
+        ("config.yaml", b"epoch: 0\n", r"config\.yaml: `epoch` is no option.*Mend the file, or choose another folder"),
+        ("config.yaml", b"epochs: 1\nepochs: 2\n", r"config\.yaml.*`epochs` is there twice"),
+    ],
+)
+def test_files_of_a_run_that_were_damaged_are_named(copied, name, content, message):
+    folder, config = copied
+    (folder / name).write_bytes(content + (folder / name).read_bytes())
+    with pytest.raises(RunFolderError, match=message):
+        train(config)
+
+
+def test_what_an_interruption_left_of_the_log_is_left_out(copied):
+    folder, config = copied
+    whole = train(config).history
+    for rest in (b'{"step": 4', b"\0" * 40, b'{"step": 4}'[:5] + b"\n\0\0"):
+        log = folder / "metrics.jsonl"
+        kept = log.read_bytes()
+        log.write_bytes(kept + rest)
+        assert train(config).history == whole
+        log.write_bytes(kept)
