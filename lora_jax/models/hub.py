@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import FileError, sha256_file
+from ..files import FileError, settle, sha256_file
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -100,6 +100,7 @@ def find_base(source: str | os.PathLike[str]) -> Path:
     """
     folder = Path(source).expanduser()
     if os.fspath(source) and folder.is_dir():  # `Path("")` is the working folder
+        settle(folder)
         if not (folder / "config.json").is_file():
             raise FileError(f"{folder} is no Hugging Face model folder: it has no `config.json`.")
         return folder
