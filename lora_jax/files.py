@@ -289,6 +289,16 @@ def without_checksum(content: Mapping[str, Any], where: str | os.PathLike[str]) 
     return rest
 
 
+def array_checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """A hash of arrays on the host: their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        array = np.asarray(array)
+        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return f"sha256:{digest.hexdigest()}"
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes `text` as UTF-8, atomically."""
     data = text.encode()
@@ -526,8 +536,8 @@ def _place_all(folder: Path) -> None:
             continue  # another has, where there are no locks
         except OSError as error:
             raise FileError(
-                f"{folder} was being written when the writer was killed, and its new files, complete in {written.name}, "
-                f"can't be moved to their places: {error.strerror}. Make the folder writable."
+                f"{folder}: the writer of its files was killed, and those in {written.name}, which are whole, can't be "
+                f"moved to their places: {error.strerror}. Make the folder writable."
             ) from error
 
 

@@ -65,6 +65,10 @@ def killed_at(step: int) -> Iterator[list[str]]:
         yield done
 
 
+def killed(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
 def adapter(value: float) -> Any:
     params = lj.attach(BASE, METHOD, key=jax.random.key(0))
     return jax.tree.map(
@@ -152,7 +156,6 @@ def test_killed_at_every_step_of_a_write(kind, tmp_path):
     for step in range(1000):
         folder = tmp_path / f"{step}" / "out"
         save(folder, 1.0)
-        done: list[str] = []
         with contextlib.suppress(Killed), killed_at(step) as done:
             save(folder, 2.0)
         found.append(load(folder))
@@ -193,14 +196,11 @@ def test_a_kill_while_another_s_write_is_put_in_its_place(tmp_path):
     for step in range(100):
         folder = tmp_path / f"{step}"
         save_parts(folder, 1.0)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-
-            def killed(*_: Any) -> None:
-                raise Killed
-
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "_place", killed)
             patch.setattr(files, "_withdraw", killed)
-            save_parts(folder, 2.0)
+            with pytest.raises(Killed):
+                save_parts(folder, 2.0)
         with contextlib.suppress(Killed), killed_at(step) as done:
             settle(folder)
         assert load_parts(folder) == 2.0
@@ -328,14 +328,12 @@ def test_a_lock_is_nothing_to_write_through(tmp_path):
 
 
 def test_single_files_of_killed_writers_go_with_the_next_write(tmp_path):
-    def killed(*_: Any, **__: Any) -> None:
-        raise Killed
-
     for name in ("a.json", "b.json"):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", killed)
             patch.setattr(Path, "unlink", killed)
-            files.write_json(tmp_path / name, [1])
+            with pytest.raises(Killed):
+                files.write_json(tmp_path / name, [1])
     left = {path.name.split(".")[1]: path for path in tmp_path.iterdir()}
     files.write_json(tmp_path / "a.json", [2])
     assert left["a"].exists()  # too young to tell a writer that has just begun

@@ -142,13 +142,13 @@ def _check_sums(folder: Path, known: KnownBase) -> None:
         if not path.is_file():
             raise _NotFoundError(f"{folder} has no {name}")
         stat = path.stat()
-        found = _sha256_once(path, stat.st_size, stat.st_mtime_ns)
+        found = sha256_once(path, stat.st_size, stat.st_mtime_ns)
         if found != expected:
             raise _NotFoundError(f"{path} has sha256 {found}, and {known.repo} has {expected}")
 
 
 @functools.lru_cache
-def _sha256_once(path: Path, size: int, modified: int) -> str:
+def sha256_once(path: Path, size: int, modified: int) -> str:
     """Once a process for each state of a file."""
     return sha256_file(path)
 

@@ -39,7 +39,10 @@ class ResultsFile:
             row = _parse(line)
             if row is None:
                 raise RunFolderError(f"{path}, line {number} isn't a row of a comparison: mend or remove the line.")
-            self.rows[row["id"]] = row
+            try:
+                self.rows[row["id"]] = files.without_checksum(row, f"{path}, line {number},")
+            except files.FileError as error:
+                raise RunFolderError(str(error)) from None
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row, on disk before this returns.
@@ -47,7 +50,7 @@ class ResultsFile:
         Raises:
             RunFolderError: a full disk, or another failure to write.
         """
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        line = _line(row)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -64,14 +67,18 @@ class ResultsFile:
         kept = {key: row for key, row in self.rows.items() if row["error"] is None}
         forgotten = len(self.rows) - len(kept)
         if forgotten:
-            files.write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept.values()))
+            files.write_text(self.path, "".join(map(_line, kept.values())))
         self.rows = kept
         return forgotten
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(files.with_checksum(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _parse(line: str) -> Row | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and {"id", "error", "candidate_id"} <= row.keys() else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ from lora_jax import data, files
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.data import Examples
 from lora_jax.training.errors import ConfigError, RunFolderError
+from lora_jax.training.inputs import base_parts
 from lora_jax.training.inspection import MethodReport, inspect_method
+from lora_jax.training.run_folder import held_alone
 
 from .candidates import Candidate, default_candidates
 from .plan import PlannedRun
@@ -179,6 +182,7 @@ def prepare(settings: Comparison) -> Prepared:
         "options": {key: value for key, value in config.to_dict().items() if key not in _VARIED},
         "rows": {split: len(examples) for split, examples in splits.examples.items()},
         "content": splits.fingerprints,
+        "base": {name.removeprefix("base "): value for name, value in base_parts(config.base).items()},
         "held_out": splits.held_out,
         "train_rows": settings.train_rows,
         "data_seed": settings.data_seed,
@@ -187,8 +191,14 @@ def prepare(settings: Comparison) -> Prepared:
     return Prepared(settings, folder, candidates, splits, slices, metric, reports, description, config)
 
 
-def start(prepared: Prepared) -> None:
-    """Makes the folder, and writes what the comparison is of and the rows that were drawn for it."""
+@contextlib.contextmanager
+def started(prepared: Prepared) -> Iterator[None]:
+    """Makes the folder, and writes what the comparison is of and the rows that were drawn for it; for the block, no
+    other process works there.
+
+    Raises:
+        RunFolderError: the folder can't be made, or another process is at work in it.
+    """
     folder, drawn = prepared.folder, {}
     for split, examples in prepared.splits.examples.items():
         if split not in prepared.splits.sources:
@@ -200,9 +210,12 @@ def start(prepared: Prepared) -> None:
         (folder / "data").mkdir(exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"`output` {folder} can't be made: {error.strerror}.") from error
-    for path, examples in drawn.items():
-        write_rows(examples, prepared.config, Path(path))
-    files.write_json(folder / "comparison.json", prepared.description)
+    with held_alone(folder):
+        _check_folder(folder, prepared.description)  # another may have begun since
+        for path, examples in drawn.items():
+            write_rows(examples, prepared.config, Path(path))
+        files.write_json(folder / "comparison.json", files.with_checksum(prepared.description))
+        yield
 
 
 def _candidates(settings: Comparison, rows: int) -> tuple[Candidate, ...]:
@@ -243,6 +256,9 @@ def _check_folder(folder: Path, description: Mapping[str, Any]) -> None:
     earlier = files.read_json(path)
     if not isinstance(earlier, dict) or earlier.get("format") != _FORMAT:
         raise RunFolderError(f"`output` {folder} holds a comparison of another version: choose a new folder.")
+    earlier = files.without_checksum(earlier, path)
+    if "base" not in earlier:  # of an earlier version
+        description = {name: value for name, value in description.items() if name != "base"}
     mine, theirs = _flat(description), _flat(earlier)
     if different := [key for key in mine if mine[key] != theirs.get(key)]:
         shown = "; ".join(f"`{key}` is {theirs.get(key)!r} there and {mine[key]!r} here" for key in different[:4])

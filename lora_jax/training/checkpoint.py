@@ -1,14 +1,17 @@
 """Best and last checkpoints of a run, through Orbax: trainable leaves and what training needs to go on, never the base.
 
 A checkpoint is written under a temporary name and renamed when it is whole, so a process that is killed, or a disk
-that is full, leaves the earlier ones as they were.
+that is full, leaves the earlier ones as they were. One that was damaged since is told by its checksums, and there is
+another to go on from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +21,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from .errors import CheckpointError, NotFiniteError
+from lora_jax import files
+
+from .errors import CheckpointError, DamagedCheckpointError, NotFiniteError
 from .step import TrainState
 
 
@@ -37,7 +42,7 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the last, and the best by `score`; others are deleted.
+    """The checkpoints in a folder: the last, and the best by `score`; where that is one, the one before too.
 
     Args:
         folder: made if it doesn't exist. Unfinished checkpoints in it are removed.
@@ -45,6 +50,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
+        self._link: tempfile.TemporaryDirectory[str] | None = None
         options = ocp.CheckpointManagerOptions(
             step_prefix="step",
             enable_async_checkpointing=False,
@@ -53,8 +59,9 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["score"],  # without one Orbax doesn't keep the metrics
         )
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(self._plainly_named(), options=options)
         except (OSError, ValueError) as error:
+            self._remove_link()
             raise CheckpointError(f"The checkpoints in {folder} can't be opened: {error}") from error
 
     def __enter__(self) -> Checkpoints:
@@ -64,6 +71,28 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._manager.close()
+        self._remove_link()
+
+    def _plainly_named(self) -> Path:
+        """The folder, by a name without the characters that Orbax reads as a pattern (`[`) or a scheme (`gs:`)."""
+        if _PLAIN.fullmatch(str(self.folder)):
+            return self.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._link = tempfile.TemporaryDirectory(prefix="lora_jax-")
+        link = Path(self._link.name) / "checkpoints"
+        if not _PLAIN.fullmatch(str(link)):
+            raise OSError("Orbax takes characters of its name for a pattern or a scheme. Choose another `output`.")
+        link.symlink_to(self.folder)
+        return link
+
+    def _remove_link(self) -> None:
+        if self._link is not None:
+            self._link.cleanup()
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints there are, ascending."""
+        return sorted(self._manager.all_steps())
 
     @property
     def last_step(self) -> int | None:
@@ -77,7 +106,7 @@ class Checkpoints:
         return max(scored)[1] if scored else None
 
     def save(self, checkpoint: Checkpoint, *, score: float | None) -> None:
-        """Writes a checkpoint, then deletes those that are neither best nor last.
+        """Writes a checkpoint, then deletes those that are not kept. One of this step, if there is any, is replaced.
 
         Args:
             checkpoint: what to write.
@@ -92,12 +121,15 @@ class Checkpoints:
         for name, value in arrays["trainable"].items():
             if not np.isfinite(value).all():
                 raise NotFiniteError(f"{name} isn't finite at step {step}: no checkpoint of it is kept.", step=step)
+        sealed = files.with_checksum(
+            {"progress": checkpoint.progress, "score": score, "arrays": files.array_checksum(_flat(arrays))}
+        )
         try:
+            if step in self.steps:
+                self._manager.delete(step)
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(checkpoint.progress)
-                ),
+                args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(sealed)),
                 metrics=None if score is None else {"score": score},
                 force=True,
             )
@@ -116,7 +148,8 @@ class Checkpoints:
         """Reads a checkpoint back, onto the shapes and dtypes of `template`.
 
         Raises:
-            CheckpointError: the checkpoint is damaged or of another run.
+            DamagedCheckpointError: the checkpoint can't be read, or isn't as it was written.
+            CheckpointError: the checkpoint is of another run.
         """
         expected = _arrays(template) | {"key": jax.random.key_data(jax.random.key(0))}
         abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
@@ -126,21 +159,48 @@ class Checkpoints:
                 args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()),
             )
         except Exception as error:
-            raise CheckpointError(
-                f"The checkpoint of step {step} in {self.folder} can't be read: {_short(error)}. Delete its folder to "
-                "go on from the other one, or choose another `--output`."
-            ) from error
+            raise self._damaged(step, _short(error)) from error
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), abstract)
         if jax.tree.map(lambda x: (x.shape, str(x.dtype)), loaded["arrays"]) != shapes:
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.folder} is of another model or method: its leaves have other "
                 "shapes. Choose another `--output`."
             )
+        if int(loaded["arrays"]["step"]) != step:
+            raise self._damaged(step, f"it is of step {int(loaded['arrays']['step'])}")
+        progress = self._opened(step, loaded["progress"])
+        if progress["arrays"] not in (None, files.array_checksum(_flat(loaded["arrays"]))):
+            raise self._damaged(step, "its arrays aren't those that were written")
         arrays = jax.tree.map(jax.numpy.asarray, loaded["arrays"])
         key = jax.random.wrap_key_data(arrays["key"])
-        return Checkpoint(_state(arrays, template), key, loaded["progress"])
+        return Checkpoint(_state(arrays, template), key, progress["progress"])
+
+    def _opened(self, step: int, content: Any) -> dict[str, Any]:
+        """What is kept beside the arrays; an earlier version kept the progress alone."""
+        if not isinstance(content, dict):
+            raise self._damaged(step, "its progress is no JSON object")
+        try:
+            content = files.without_checksum(content, "its progress")
+        except files.FileError as error:
+            raise self._damaged(step, _short(error)) from None
+        return content if {"progress", "arrays"} <= content.keys() else {"progress": content, "arrays": None}
+
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
+        others = [other for other in self.steps if other != step]
+        way = f"go on from that of step {others[-1]}" if others else "begin anew"
+        return DamagedCheckpointError(
+            f"The checkpoint of step {step} in {self.folder} can't be read: {reason}. Delete its folder step_{step} to "
+            f"{way}, or choose another `--output`.",
+            reason=reason,
+        )
 
     def _score(self, step: int) -> float | None:
+        """As it is kept under a checksum; what Orbax keeps beside it, where there is none."""
+        with contextlib.suppress(Exception):  # what is damaged is refused when it is restored
+            args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+            content = self._opened(step, self._manager.restore(step, args=args)["progress"])
+            if "score" in content:
+                return content["score"]
         metrics = self._manager.metrics(step)
         return metrics["score"] if metrics else None
 
@@ -150,13 +210,19 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
+# No pattern, no scheme, no escape: what every program takes for the name of a file.
+_PLAIN = re.compile(r"[\w/. @+=,~^-]*")
+
+
 class _BestAndLast:
-    """Orbax asks this which checkpoints to keep; they come in the order of their steps."""
+    """Orbax asks this which checkpoints to keep, two at least; they come in the order of their steps."""
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         scores = [info.metrics["score"] if info.metrics else None for info in checkpoints]
         scored = [(score, place) for place, score in enumerate(scores) if score is not None]
         kept = {len(checkpoints) - 1, *([max(scored)[1]] if scored else [])}
+        if len(kept) < 2:
+            kept.add(len(checkpoints) - 2)
         return [place in kept for place in range(len(checkpoints))]
 
 
@@ -166,6 +232,12 @@ def _arrays(state: TrainState) -> dict[str, Any]:
         "trainable": _by_name(state.trainable),
         "optimizer": _by_name(state.optimizer),
         "step": state.step,
+    }
+
+
+def _flat(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        f"{group}{name}": np.asarray(value) for group, tree in arrays.items() for name, value in _by_name(tree).items()
     }
 
 

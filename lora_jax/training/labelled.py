@@ -10,6 +10,7 @@ from .batching import Batch, BatchPlan, collate
 from .config import TrainConfig
 from .data import HUB_SPLITS, Examples, read_examples
 from .encoding import Encoded, padding_id
+from .inputs import text_fingerprint
 from .task import LabelledTask, make_task
 from .token_cache import encode_cached
 
@@ -98,6 +99,13 @@ class LabelledData:
                 encode_cached(examples, tokenizer, max_length), self._targets[name], padding_id(tokenizer)
             )
             for name, examples in self._examples.items()
+        }
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's content."""
+        return {
+            name: text_fingerprint((rows.texts, rows.pairs), self._targets[name].tobytes())
+            for name, rows in self._examples.items()
         }
 
     def describe(self) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_jax import files
+from lora_jax.adapters import AdapterError, verify_adapter
 
+from .errors import RunFolderError, TrainingError
+from .events import Listener, Note
 from .run_folder import RunFolder
+from .task_file import TASK_FILE, read_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +67,57 @@ _NOT_IN_FILE = ("output", "adapter", "history")
 def write_result(folder: RunFolder, result: RunResult) -> None:
     """Writes `results.json`, which also says that the run is complete."""
     fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _NOT_IN_FILE}
-    files.write_json(folder.results, fields | {"labels": list(result.labels)})
+    content = fields | {"labels": list(result.labels), "adapter_checksum": _adapter_checksum(folder.adapter)}
+    files.write_json(folder.results, files.with_checksum(content))
 
 
-def read_result(folder: RunFolder, saved: Mapping[str, Any]) -> RunResult:
-    """The result of a run that was complete before."""
-    return RunResult(
-        output=folder.path,
-        adapter=folder.adapter,
-        history=folder.history(),
-        **{"waiting_share": None, "dropped": {}, **saved, "labels": tuple(saved["labels"])},
-    )
+def read_result(folder: RunFolder, listen: Listener) -> RunResult | None:
+    """The result of a run that is complete; `None` of one that isn't, be it that its results or its adapter are lost.
+
+    Args:
+        folder: the run's.
+        listen: told of what is lost, and made anew from the checkpoint.
+
+    Raises:
+        RunFolderError: an adapter that isn't the run's is in its place.
+    """
+    if not folder.results.exists():
+        return None
+    try:
+        saved = files.without_checksum(_read_object(folder.results), folder.results)
+        expected = saved.pop("adapter_checksum", None)
+        fields = {"waiting_share": None, "dropped": {}, **saved, "labels": tuple(saved["labels"])}
+        result = RunResult(output=folder.path, adapter=folder.adapter, history=folder.history(), **fields)
+    except (files.FileError, KeyError, TypeError) as error:
+        listen(
+            Note(
+                message=f"{folder.results} is no longer that of the run, and is made anew from the checkpoint: {error}"
+            )
+        )
+        return None
+    try:
+        found = _adapter_checksum(folder.adapter)
+    except (files.FileError, AdapterError, TrainingError) as error:
+        listen(Note(message=f"the adapter of this run is lost, and is made anew from the checkpoint: {error}"))
+        return None
+    if expected is not None and found != expected:
+        raise RunFolderError(
+            f"{folder.adapter} holds another adapter than that of the run in {folder.path}. Move it elsewhere and "
+            "start the same command again: the run's is made anew."
+        )
+    return result
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise files.FileError(f"{path} must hold an object, and holds a {type(content).__name__}.")
+    return content
+
+
+def _adapter_checksum(folder: Path) -> str:
+    """Of the adapter and its task, both found to be whole."""
+    read_task(folder)
+    task = _read_object(folder / TASK_FILE)
+    content = {"adapter": verify_adapter(folder), "task": files.with_checksum(task)[files.CHECKSUM]}
+    return files.with_checksum(content)[files.CHECKSUM]

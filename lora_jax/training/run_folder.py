@@ -2,6 +2,7 @@
 
 ```
 config.yaml      the resolved options
+run.json         hashes of all that the result depends on
 metrics.jsonl    one row a log or evaluation
 checkpoints/     best and last
 adapter/         the adapter, with task.json
@@ -12,27 +13,38 @@ tensorboard/     scalars, on request
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lora_jax import files
+from lora_jax.locks import BusyError, locked
 
 from .config import TrainConfig, read_yaml, write_yaml
 from .errors import RunFolderError
+from .inputs import RunInputs, describe_differences, read_inputs, source_sums, write_inputs
+
+LOCK = ".lora_jax.lock"
 
 
 class RunFolder:
     """`config.output`, checked to be free for this run or to hold its beginning; nothing is written before `start`.
 
+    As a context manager it is this process's alone: at once where it exists, from `start` on where it doesn't.
+
     Raises:
-        RunFolderError: the folder holds another run (the options that differ are shown) or other files.
+        RunFolderError: the folder holds another run (the options that differ are shown) or other files, or another
+            process is at work in it.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = Path(config.output)
+        self._options = config
+        self._held: contextlib.ExitStack | None = None
         self.config = self.path / "config.yaml"
+        self.inputs = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -41,13 +53,66 @@ class RunFolder:
         if self.path.exists():
             self._check(config)
 
+    def __enter__(self) -> Self:
+        if self.path.exists():
+            self._hold()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._held is not None:
+            self._held.close()
+
+    def _hold(self) -> None:
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(held_alone(self.path))
+        self._check(self._options)  # another may have begun since
+
     def start(self, config: TrainConfig) -> None:
         """Makes the folder and writes the resolved options into it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"`output` {self.path} can't be made: {error.strerror}.") from error
+        if self._held is None:
+            self._hold()
         write_yaml(self.config, config)
+
+    def require_inputs(self, inputs: RunInputs) -> list[str]:
+        """Refuses to go on with a run that was begun on other inputs.
+
+        Returns:
+            The packages whose versions have changed, which may change the last bits.
+
+        Raises:
+            RunFolderError: what has changed is named.
+        """
+        if not self.inputs.exists():  # a new run, or one of an earlier version
+            return []
+        begun = read_inputs(self.inputs)
+        if differences := begun.differences(inputs):
+            changed = describe_differences(self._options, differences)
+            raise RunFolderError(
+                f"`output` {self.path} holds a run on {changed}. Choose another folder, or put back what it was to go "
+                "on with that run."
+            )
+        names = {**begun.versions, **inputs.versions}
+        return [
+            f"{name} {begun.versions.get(name)} is {inputs.versions.get(name)} now"
+            for name in names
+            if begun.versions.get(name) != inputs.versions.get(name)
+        ]
+
+    def keep_inputs(self, inputs: RunInputs) -> None:
+        """Writes `run.json` where it isn't yet."""
+        if not self.inputs.exists():
+            write_inputs(self.inputs, inputs)
+
+    def has_its_sources(self) -> bool:
+        """Whether no data file that is here has changed since the run began, byte for byte."""
+        if not self.inputs.exists():
+            return True
+        begun = read_inputs(self.inputs).sources
+        return all(begun.get(name, found) == found for name, found in source_sums(self._options).items())
 
     def _check(self, config: TrainConfig) -> None:
         if not self.path.is_dir():
@@ -69,10 +134,6 @@ class RunFolder:
                 "with that run."
             )
 
-    def finished(self) -> dict[str, Any] | None:
-        """The results of a run that is complete."""
-        return files.read_json(self.results) if self.results.exists() else None
-
     def log(self, row: Mapping[str, Any]) -> None:
         """Adds a row to `metrics.jsonl`."""
         try:
@@ -84,16 +145,50 @@ class RunFolder:
     def history(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`; a last one that was cut off by an interruption is left out."""
         rows: list[dict[str, Any]] = []
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
+        if not self.metrics.exists():
+            return rows
+        try:
+            lines = self.metrics.read_bytes().decode().split("\n")
+        except UnicodeDecodeError as error:
+            raise self._no_log(f"byte {error.start:,} is no UTF-8") from None
+        except OSError as error:
+            raise self._no_log(error.strerror) from error
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                if any(lines[number:]):
+                    raise self._no_log(f"line {number} is no JSON") from None
+                break
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise self._no_log(f"line {number} is no row of a run")
+            rows.append(row)
         return rows
+
+    def _no_log(self, reason: str | None) -> RunFolderError:
+        return RunFolderError(
+            f"{self.metrics} isn't the log of a run: {reason}. Put it back, or remove it to go on without."
+        )
 
     def rewind_log(self, step: int) -> None:
         """Drops rows after `step`: those steps are done again."""
         if self.metrics.exists():
             kept = [row for row in self.history() if row["step"] <= step]
             files.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+@contextlib.contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Keeps a folder that exists to this process and thread, for the block.
+
+    Raises:
+        RunFolderError: another is at work in it; the message says who.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK))
+        except BusyError as holder:
+            raise RunFolderError(
+                f"`output` {folder} is in use by {holder}: wait for it to end, or choose another folder."
+            ) from None
+        yield

@@ -16,6 +16,7 @@ from .batching import Rows, TrainingBatches
 from .buckets import choose_buckets
 from .config import TrainConfig
 from .events import Listener, Note, WeightsRead
+from .inputs import RunInputs, run_inputs
 from .labelled import LabelledData
 from .language import LanguageData
 from .optimizer import make_optimizer
@@ -33,6 +34,10 @@ class Data(Protocol):
     def task(self) -> Task: ...
     def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> Mapping[str, Rows]:
         """Each split in tokens."""
+        ...
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's content."""
         ...
 
     def describe(self) -> str:
@@ -59,7 +64,8 @@ class Run(NamedTuple):
         counts: of `lj.count_params`.
         tx: the optimizer.
         key: folded with the step for dropout.
-        fingerprint: of the training rows.
+        fingerprint: of the training rows' tokens.
+        inputs: what all of it was made of.
     """
 
     task: Task
@@ -75,6 +81,7 @@ class Run(NamedTuple):
     tx: Any
     key: jax.Array
     fingerprint: str
+    inputs: RunInputs
 
     @property
     def steps(self) -> int:
@@ -129,6 +136,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         tx=tx,
         key=run_key,
         fingerprint=rows.fingerprint(),
+        inputs=run_inputs(config, data),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,7 @@ def write_task(folder: Path, saved: TaskFile) -> None:
     """Writes `task.json`, atomically."""
     fields = {name: getattr(saved, name) for name in _PLAIN}
     content = {"format": _FORMAT, "task": saved.task.kind, "labels": list(saved.task.labels), **fields}
-    files.write_json(folder / TASK_FILE, content | dataclasses.asdict(saved.columns))
+    files.write_json(folder / TASK_FILE, files.with_checksum(content | dataclasses.asdict(saved.columns)))
 
 
 def read_task(folder: Path) -> TaskFile:
@@ -51,6 +52,7 @@ def read_task(folder: Path) -> TaskFile:
         raise TrainingError(f"{path} must hold an object, and holds a {type(content).__name__}.")
     if content.get("format") != _FORMAT:
         raise TrainingError(f"{path} has format {content.get('format')!r}, and this version reads {_FORMAT}.")
+    whole = content
     # A file of an earlier version lacks columns of tasks that there weren't.
     content = dataclasses.asdict(Columns()) | content
     kinds: dict[str, Any] = dict.fromkeys(("task", *_PLAIN), str) | {"max_length": int, "labels": list}
@@ -61,6 +63,9 @@ def read_task(folder: Path) -> TaskFile:
     labels = content["labels"]
     if not all(isinstance(label, str) for label in labels) or (content["task"] == "classification" and len(labels) < 2):
         raise TrainingError(f"{path}: `labels` is {labels!r:.80}, and two names or more are expected.")
+    if len(set(labels)) < len(labels):
+        twice = next(label for label, count in Counter(labels).items() if count > 1)
+        raise TrainingError(f"{path}: `labels` has {twice!r:.80} twice, and each is expected once.")
     if content["pooling"] not in ("first", "mean"):
         raise TrainingError(f"{path}: `pooling` can't be {content['pooling']!r:.80}.")
     if not 1 <= content["max_length"] <= 1_000_000:
@@ -70,6 +75,7 @@ def read_task(folder: Path) -> TaskFile:
         task = restore_task(content["task"], labels)
     except ConfigError as error:
         raise TrainingError(f"{path}: {error}") from None
+    files.without_checksum(whole, path)  # after all that can say more of what is wrong
     return TaskFile(task=task, columns=columns, **{name: content[name] for name in _PLAIN})
 
 

@@ -69,6 +69,7 @@ def test_the_folder_of_a_run(finished):
         "config.yaml",
         "metrics.jsonl",
         "results.json",
+        "run.json",
     ]
     assert sorted(path.name for path in finished.adapter.iterdir()) == [
         "adapter.safetensors",
@@ -103,7 +104,7 @@ def test_a_complete_run_from_before_waiting_was_measured_is_read(finished, optio
     shutil.copytree(finished.output, tmp_path / "run")
     path = tmp_path / "run" / "results.json"
     saved = json.loads(path.read_text())
-    del saved["waiting_share"]
+    del saved["waiting_share"], saved["adapter_checksum"], saved["checksum"]  # nor were there these
     path.write_text(json.dumps(saved))
     again = train(TrainConfig(**options, output=str(tmp_path / "run")))
     assert again.waiting_share is None
