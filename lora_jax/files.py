@@ -379,9 +379,16 @@ def safe_join(folder: str | os.PathLike[str], name: str, *, links_within: str | 
 
 
 def within_folder(folder: str | os.PathLike[str], name: str) -> Path:
-    """`safe_join` for a model folder, which may be a Hugging Face cache's: its files are links to `blobs`, two up."""
+    """`safe_join` for a model folder, which may be a Hugging Face cache's: its files are links to `blobs`, two up.
+
+    Files that were fetched into another folder may be links into such a cache as well.
+    """
     folder = Path(folder)
-    return safe_join(folder, name, links_within=folder.parent.parent if folder.parent.name == "snapshots" else folder)
+    real, target = folder.resolve(), (folder / name).resolve() if isinstance(name, str) and "\0" not in name else folder
+    if real.parent.name == "snapshots":
+        return safe_join(folder, name, links_within=real.parent.parent)
+    is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return safe_join(folder, name, links_within=target.parent if is_blob and (folder / name).is_symlink() else folder)
 
 
 # ------------------------------------------------------------------------------------ files that belong together

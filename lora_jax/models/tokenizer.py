@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from ..files import FileError, read_json
+from ..files import FileError, read_json, within_folder
 from .hub import find_base
 
 
@@ -25,7 +25,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     Raises:
         FileError: no such model, or it has no readable `tokenizer.json`.
     """
-    path = find_base(source) / "tokenizer.json"
+    path = within_folder(find_base(source), "tokenizer.json")
     if not path.is_file():
         raise FileError(
             f"{path} doesn't exist. Write it with transformers: "
