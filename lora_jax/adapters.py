@@ -339,12 +339,19 @@ def _require_agreement(params: Any, method: Method, tensors: Mapping[str, Any], 
     for what in ("rank", "alpha"):
         said, found = (getattr(m, f"{what}_overrides", {}) for m in (method, settled))
         for path in {**said, **found}:
-            numbers = [overrides.get(path, getattr(method, what)) for overrides in (said, found)]
-            if not math.isclose(*numbers, rel_tol=1e-6):
+            wanted, own = (overrides.get(path, getattr(method, what)) for overrides in (said, found))
+            if not _is_close(wanted, own):
                 raise AdapterError(
-                    f"{folder}: `{path.removeprefix('/')}` has the {what} {numbers[1]:g} by its tensors and its scale, "
-                    f"and the method says {numbers[0]:g}: put back the file {DESCRIPTION} as it was written"
+                    f"{folder}: `{path.removeprefix('/')}` has the {what} {own:g} by its tensors and its scale, and the "
+                    f"method says {wanted!r:.20}: put back the file {DESCRIPTION} as it was written"
                 )
+
+
+def _is_close(one: float, other: float) -> bool:
+    try:
+        return math.isclose(one, other, rel_tol=1e-6)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _base_leaf(path: str, leaves: Mapping[str, Any], folder: Path) -> Any:

@@ -418,7 +418,10 @@ def test_factors_that_are_not_what_the_method_says(tmp_path):
             lambda d: d["adapted"]["dense/kernel"].update(scale=1000.0),
             r"has the alpha 1000 by .* and the method says 1",
         ),
-        (lambda d: d["method"].update(rank=10**9), r"`dense/kernel` has the rank 1 by .* and the method says 1e\+09"),
+        (
+            lambda d: d["method"].update(rank=10**9),
+            r"`dense/kernel` has the rank 1 by .* and the method says 1000000000:",
+        ),
         (lambda d: d["method"].update(alpha_overrides={"/dense/kernel": 3.0}), r"has the alpha 1 .* method says 3"),
     ):
         content = json.loads(json.dumps(plain))

@@ -40,7 +40,7 @@ class ResultsFile:
             if row is None:
                 raise RunFolderError(f"{path}, line {number} isn't a row of a comparison: mend or remove the line.")
             try:
-                self.rows[row["id"]] = files.without_checksum(row, f"{path}, line {number},")
+                self.rows[row["id"]] = files.without_checksum(row, f"{path}, line {number}")
             except files.FileError as error:
                 raise RunFolderError(str(error)) from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lora_jax.study.results_file import ResultsFile
@@ -52,3 +54,26 @@ def test_failures_are_forgotten_on_request(tmp_path):
 def test_what_cannot_be_written_is_told(tmp_path):
     with pytest.raises(RunFolderError, match=r"can't be written: .*The rows before are whole"):
         ResultsFile(tmp_path / "missing" / "results.jsonl").append(row("a"))
+
+
+@pytest.mark.parametrize("change", [('"error":null', '"error":"x"'), ('"text"', '"txet"'), ("sha256:", "sha256:0")])
+def test_a_row_that_was_changed_is_named(change, tmp_path):
+    path = tmp_path / "results.jsonl"
+    results = ResultsFile(path)
+    results.append(row("a"))
+    results.append(row("b"))
+    first, second, _ = path.read_text(encoding="utf-8").split("\n")
+    second = second.replace('": ', '":').replace(*change)
+    path.write_text(f"{first}\n{second}\n", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"results.jsonl, line 2 isn't what its `checksum` was written for"):
+        ResultsFile(path)
+
+
+def test_rows_of_earlier_versions_have_no_checksum(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(row("a")) + "\n")
+    results = ResultsFile(path)
+    assert results.rows == {"a": row("a")}
+    results.append(row("b", "broke"))
+    results.forget_failures()
+    assert ResultsFile(path).rows == {"a": row("a")}

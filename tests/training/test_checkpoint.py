@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +125,40 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
         pytest.raises(CheckpointError, match=r"can't be read: .* Delete its folder"),
     ):
         checkpoints.restore(1, state(0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["run[1]", "lora[r=8]", "gs:/bucket/run", "gs://bucket/run", "s3:/x", "a*b?", "a\\b", "%20#|&", "a\nb", "größe"],
+)
+def test_names_that_others_read_as_patterns_or_schemes(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name) / "checkpoints"
+    for step in (1, 2, 3):
+        with Checkpoints(folder) as checkpoints:
+            save(checkpoints, step, 1 / step)
+            assert checkpoints.restore(step, state(0)).progress == {"position": step}
+            assert (checkpoints.last_step, checkpoints.best_step) == (step, 1)
+    assert steps(folder) == [1, 3]
+
+
+def test_a_link_that_has_no_plain_name_either(tmp_path, monkeypatch):
+    (tmp_path / "t[mp]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t[mp]"))
+    with pytest.raises(
+        CheckpointError, match=r"can't be opened: .* for a pattern or a scheme. Choose another `output`"
+    ):
+        Checkpoints(tmp_path / "run[1]")
+    assert not list((tmp_path / "t[mp]").iterdir())
+
+
+def test_scores_are_those_that_were_sealed(tmp_path):
+    """What Orbax keeps beside them chooses nothing."""
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 0.9)
+        save(checkpoints, 2, 0.5)
+    (path,) = (tmp_path / "step_2" / "metrics").glob("metrics")
+    assert json.loads(path.read_text()) == {"score": 0.5}
+    path.write_text('{"score": 0.99}')
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step == 1

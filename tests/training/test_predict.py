@@ -80,6 +80,7 @@ def test_another_base_is_refused(finished, tmp_path):
         ({"max_length": 0}, r"`max_length` can't be 0"),
         ({"labels": ["a"]}, r"`labels` is \['a'\], and two names or more"),
         ({"labels": None}, r"`labels` can't be None"),
+        ({"labels": ["neg", "pos", "neg"]}, r"`labels` has 'neg' twice, and each is expected once"),
         ({"pooling": "last"}, r"`pooling` can't be 'last'"),
         ({"task": "ranking"}, r"`task` is 'ranking'"),
         ({"base": None}, r"`base` can't be None"),
@@ -90,3 +91,15 @@ def test_a_task_file_is_checked(change, message, finished, tmp_path):
     (tmp_path / "task.json").write_text(json.dumps(content | change))
     with pytest.raises(TrainingError, match=message):
         read_task(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"labels": ["pos", "neg"]}, {"max_length": 31}, {"base": "other"}, {"more": 1}])
+def test_a_task_file_that_was_changed(change, finished, tmp_path):
+    """What each entry by itself may be; the message says how a change that is meant is accepted."""
+    content = json.loads((finished.adapter / "task.json").read_text())
+    (tmp_path / "task.json").write_text(json.dumps(content | change))
+    with pytest.raises(FileError, match=r"task.json isn't what its `checksum` was written for: .* remove the entry"):
+        read_task(tmp_path)
+    del content["checksum"]
+    (tmp_path / "task.json").write_text(json.dumps(content | change))
+    read_task(tmp_path)
