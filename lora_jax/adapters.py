@@ -327,6 +327,7 @@ def _require_agreement(params: Any, method: Method, tensors: Mapping[str, Any], 
     """What is on disk must be what the method trains: a description may have been edited."""
     try:
         saved = saved_arrays(params, method)
+        settled = method.resolved(leaves_by_path(params))
     except ValueError as error:
         raise AdapterError(f"{folder}: its method does not fit the base: {error}") from None
     differing = sorted(set(saved) ^ set(tensors))
@@ -335,15 +336,14 @@ def _require_agreement(params: Any, method: Method, tensors: Mapping[str, Any], 
             f"{folder}: its method does not train what its tensors are; they differ at {', '.join(differing[:8])}"
         )
     # A method is saved with the ranks and scales that its factors have: what they are now must be what it says.
-    settled = method.resolved(leaves_by_path(params))
     for what in ("rank", "alpha"):
         said, found = (getattr(m, f"{what}_overrides", {}) for m in (method, settled))
         for path in {**said, **found}:
             wanted, own = (overrides.get(path, getattr(method, what)) for overrides in (said, found))
             if not _is_close(wanted, own):
                 raise AdapterError(
-                    f"{folder}: `{path.removeprefix('/')}` has the {what} {own:g} by its tensors and its scale, and the "
-                    f"method says {wanted!r:.20}: put back the file {DESCRIPTION} as it was written"
+                    f"{folder}: `{path.removeprefix('/')}` has the {what} {own:g} by its tensors and its scale, and "
+                    f"the method says {wanted!r:.20}: put back the file {DESCRIPTION} as it was written"
                 )
 
 
