@@ -13,8 +13,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader, BufferedWriter
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -655,6 +657,29 @@ def new_folder(folder: str | os.PathLike[str], argument: str) -> Iterator[Path]:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         _sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def plainly_named(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name of a file or folder, for the block, without the characters that some libraries read as patterns (`[1]`,
+    `*`) or schemes (`gs:`, `::`): a link to it, if its own has any.
+
+    Raises:
+        OSError: links can't be made, or only under such a name too.
+    """
+    path = Path(path)
+    if _PLAIN.fullmatch(str(path.absolute())):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="lora_jax-") as folder:
+        link = Path(folder) / f"link{path.suffix if _PLAIN.fullmatch(path.suffix) else ''}"
+        if not _PLAIN.fullmatch(str(link)):
+            raise OSError(errno.EINVAL, f"characters of {path} are read as a pattern or a scheme: rename it")
+        link.symlink_to(path.absolute())
+        yield link
+
+
+_PLAIN = re.compile(r"[\w/. @+=,~^-]*")
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

@@ -338,7 +338,7 @@ def test_single_files_of_killed_writers_go_with_the_next_write(tmp_path):
     files.write_json(tmp_path / "a.json", [2])
     assert left["a"].exists()  # too young to tell a writer that has just begun
     for path in left.values():
-        os.utime(path, (time.time() - 1000,) * 2)
+        os.utime(path, (time.time() - 1000, time.time() - 1000))
     with files.in_use(left["a"]):  # a slow writer
         files.write_json(tmp_path / "a.json", [2])
         assert left["a"].exists()

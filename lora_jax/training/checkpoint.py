@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self._link: tempfile.TemporaryDirectory[str] | None = None
+        self._link = contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(
             step_prefix="step",
             enable_async_checkpointing=False,
@@ -59,9 +57,11 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["score"],  # without one Orbax doesn't keep the metrics
         )
         try:
-            self._manager = ocp.CheckpointManager(self._plainly_named(), options=options)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            plain = self._link.enter_context(files.plainly_named(self.folder))
+            self._manager = ocp.CheckpointManager(plain, options=options)
         except (OSError, ValueError) as error:
-            self._remove_link()
+            self._link.close()
             raise CheckpointError(f"The checkpoints in {folder} can't be opened: {error}") from error
 
     def __enter__(self) -> Checkpoints:
@@ -71,23 +71,7 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._manager.close()
-        self._remove_link()
-
-    def _plainly_named(self) -> Path:
-        """The folder, by a name without the characters that Orbax reads as a pattern (`[`) or a scheme (`gs:`)."""
-        if _PLAIN.fullmatch(str(self.folder)):
-            return self.folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._link = tempfile.TemporaryDirectory(prefix="lora_jax-")
-        link = Path(self._link.name) / "checkpoints"
-        if not _PLAIN.fullmatch(str(link)):
-            raise OSError("Orbax takes characters of its name for a pattern or a scheme. Choose another `output`.")
-        link.symlink_to(self.folder)
-        return link
-
-    def _remove_link(self) -> None:
-        if self._link is not None:
-            self._link.cleanup()
+        self._link.close()
 
     @property
     def steps(self) -> list[int]:
@@ -208,10 +192,6 @@ class Checkpoints:
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path)
-
-
-# No pattern, no scheme, no escape: what every program takes for the name of a file.
-_PLAIN = re.compile(r"[\w/. @+=,~^-]*")
 
 
 class _BestAndLast:

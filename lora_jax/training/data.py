@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lora_jax import files
+
 from .errors import DataError
 from .file_checks import check_csv, check_jsonl, check_tsv
 
@@ -134,21 +136,21 @@ def _read_file(path: Path) -> datasets.Dataset:
         raise DataError(f"{path} is empty: a file with at least one row is expected.")
 
     # A cache of one's own file would outlive the file; it is as quickly read again.
-    with tempfile.TemporaryDirectory() as cache, _quiet():
+    with tempfile.TemporaryDirectory() as cache, _quiet(), files.plainly_named(path) as plain:
         options: dict[str, Any] = {"cache_dir": cache, "keep_in_memory": True}
         kind = path.suffix.lower()
         if kind == ".parquet":
-            return _loaded(path, lambda: datasets.Dataset.from_parquet(str(path), **options))
+            return _loaded(path, lambda: datasets.Dataset.from_parquet(str(plain), **options))
         if kind == ".jsonl":
             check_jsonl(path)
-            return _loaded(path, lambda: datasets.Dataset.from_json(str(path), **options))
+            return _loaded(path, lambda: datasets.Dataset.from_json(str(plain), **options))
         columns = check_tsv(path) if kind == ".tsv" else check_csv(path)
         # Strings as they stand: left to itself the parser turns "NA" and "null" into nothing and "01" into 1.
         options["features"] = datasets.Features({name: datasets.Value("string") for name in columns})
         options |= {"na_filter": False, "encoding": "utf-8-sig"}
         if kind == ".tsv":
             options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-        return _loaded(path, lambda: datasets.Dataset.from_csv(str(path), **options))
+        return _loaded(path, lambda: datasets.Dataset.from_csv(str(plain), **options))
 
 
 def _loaded(path: Path, load: Callable[[], Any]) -> datasets.Dataset:
