@@ -158,6 +158,12 @@ def test_killed_at_every_step_of_a_write(kind, tmp_path):
         save(folder, 1.0)
         with contextlib.suppress(Killed), killed_at(step) as done:
             save(folder, 2.0)
+        if kind != "new folder":  # the next writer, where nobody has read since
+            shutil.copytree(folder, folder.with_name("next"))
+            save(folder.with_name("next"), 3.0)
+            assert load(folder.with_name("next")) == 3.0, step
+            assert {path.name for path in folder.with_name("next").iterdir()} == names, step
+            shutil.rmtree(folder.with_name("next"))
         found.append(load(folder))
         if len(done) < step:  # it needs no more than these
             break

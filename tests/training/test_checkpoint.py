@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -163,3 +164,18 @@ def test_scores_are_those_that_were_sealed(tmp_path):
     path.write_text('{"score": 0.99}')
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best_step == 1
+
+
+@pytest.mark.parametrize(("step", "reason"), [(2, "its arrays aren't those that were written"), (3, "it is of step 3")])
+def test_arrays_of_another_checkpoint(step, reason, tmp_path):
+    """They are whole and of the same shapes."""
+    for name, number, value in (("mine", 2, 1.0), ("other", step, 9.0)):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            save(checkpoints, number, value=value)
+    shutil.rmtree(tmp_path / "mine" / "step_2" / "arrays")
+    shutil.copytree(tmp_path / "other" / f"step_{step}" / "arrays", tmp_path / "mine" / "step_2" / "arrays")
+    with (
+        Checkpoints(tmp_path / "mine") as checkpoints,
+        pytest.raises(CheckpointError, match=rf"The checkpoint of step 2 in .* can't be read: {reason}\. Delete"),
+    ):
+        checkpoints.restore(2, state(0))
