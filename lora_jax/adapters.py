@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-import secrets
 import shutil
 import warnings
 from collections.abc import Collection, Mapping, Set
@@ -16,11 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from .files import (
-    FileError,
+    CHECKSUM,
     read_json,
     read_safetensors,
     read_safetensors_header,
+    read_together,
+    replacing,
     sha256_file,
+    with_checksum,
+    without_checksum,
     write_json,
     write_safetensors,
 )
@@ -44,7 +48,7 @@ from .text import ClippedError
 from .weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"
-_STAGING = ".saving-"
+_STAGING = ".saving-"  # of earlier versions
 # Begins the tensors' names of state that stood apart from `params`; no leaf path begins with a slash.
 _APART = "/state/"
 _DEEPEST = 50
@@ -76,9 +80,10 @@ class AdapterWithState(NamedTuple):
 def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method, *, state: Any = None) -> Path:
     """Saves what the method trained and the state that came of it, and nothing of the base.
 
-    Writes `lora_jax_adapter.json` (method, axes, shapes, the base's fingerprint) and `adapter.safetensors` (the trained
-    leaves, named by leaf path). Both are complete on disk before either takes its place: a full disk, or a kill at any
-    moment, leaves the earlier adapter in the folder or the new one.
+    Writes `lora_jax_adapter.json` (method, axes, shapes, the base's fingerprint, checksums of both files) and
+    `adapter.safetensors` (the trained leaves, named by leaf path). Both are complete on disk before either takes its
+    place: a full disk, or a kill at any moment, leaves the earlier adapter in the folder or the new one. Savers of one
+    folder wait for each other, and who loads meanwhile gets one of theirs, whole.
 
     The fingerprint covers the frozen leaves: path, shape, and a sample of values at fixed places rounded to bfloat16.
     It catches mistakes; it is no security check. State is no part of it: a base whose batch statistics have moved is
@@ -120,13 +125,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method, *,
     kept = sorted([*lasting_state(params), *apart])
     tensors = {name: np.asarray(array) for name, array in (saved_arrays(params, method) | apart).items()}
     _require_finite(tensors, "cannot save", kept)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
-        staging.mkdir()
-    except OSError as error:
-        raise FileError(f"{folder} cannot hold an adapter: {error.strerror}. Choose another folder.") from error
-    try:
+    with replacing(folder, (TENSORS, DESCRIPTION), read_elsewhere=False, what="an adapter") as staging:
         write_safetensors(staging / TENSORS, tensors)
         description = {
             "format": FORMAT,
@@ -139,14 +138,10 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method, *,
             "sha256": sha256_file(staging / TENSORS),
             "base": fingerprint(_frozen_leaves(leaves, labels)),
         } | ({"state": kept} if kept else {})
-        write_json(staging / DESCRIPTION, description)
-        for name in (TENSORS, DESCRIPTION):
-            os.replace(staging / name, folder / name)
-        for left in folder.glob(f"{_STAGING}*"):  # by saves that were killed
+        write_json(staging / DESCRIPTION, with_checksum(description))
+        _finish_earlier_save(folder)
+        for left in folder.glob(f"{_STAGING}*"):
             shutil.rmtree(left, ignore_errors=True)
-    finally:
-        if not _awaits_its_place(staging):
-            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -187,7 +182,7 @@ def load_adapter(
         AdapterError: another base (the leaves that differ are named); a tensor is missing, extra, misshapen, of
             another dtype or not finite (each named), or float64 where JAX has no 64-bit numbers; a description that
             this version cannot read; `state` isn't given and the adapter has some, or it doesn't fit.
-        FileError: a file is missing, truncated or corrupt.
+        FileError: a file is missing, truncated, corrupt, or changed since it was written.
 
     Example:
         >>> import lora_jax as lj, tempfile
@@ -199,8 +194,8 @@ def load_adapter(
     folder = Path(folder)
     if check_base not in ("error", "warn", "ignore"):
         raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
-    description = read_description(folder)
-    tensors = _read_tensors(folder, description)
+    _finish_earlier_save(folder)
+    description, tensors = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read(folder))
     require_held(tensors, folder)
     apart = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_APART)}
     if state is None and apart:
@@ -255,6 +250,8 @@ def load_adapter(
     params = _with_inserted(params, {path: node for path, node in trained.items() if path not in leaves}, folder)
     method = _without_state(_method_from_json(description["method"], folder), marked_leaves(params))
     _require_agreement(params, method, tensors.keys() - state_leaves - set(description.get("state", ())), folder)
+    # After all that can say more of what is wrong.
+    without_checksum(description, folder / DESCRIPTION)
     if state is None:
         return Adapter(params, method)
     return AdapterWithState(params, method, _restored(state, apart, folder))
@@ -264,10 +261,37 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The checked content of an adapter's `lora_jax_adapter.json`.
 
     Raises:
-        FileError: the file is missing or no JSON.
+        FileError: the file is missing, no JSON, or changed since it was written.
         AdapterError: it is no adapter of this format, or one of a newer version.
     """
-    path = _description_file(Path(folder))
+    folder = Path(folder)
+    _finish_earlier_save(folder)
+    description = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read_description(folder))
+    return without_checksum(description, folder / DESCRIPTION)
+
+
+def verify_adapter(folder: str | os.PathLike[str]) -> str:
+    """Whether an adapter is as it was written, its base aside.
+
+    Returns:
+        What tells it from any other: a hash of its description, in which there is one of its tensors.
+
+    Raises:
+        AdapterError, FileError: as `load_adapter`.
+    """
+    folder = Path(folder)
+    _finish_earlier_save(folder)
+    description, _ = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read(folder))
+    return with_checksum(without_checksum(description, folder / DESCRIPTION))[CHECKSUM]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    description = _read_description(folder)
+    return description, _read_tensors(folder, description)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
     description = read_json(path)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise AdapterError(f"{path} describes no lora_jax adapter: its `format` is not {FORMAT!r}")
@@ -292,15 +316,12 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
-def _description_file(folder: Path) -> Path:
-    """In its place; or where a save that was cut short left it, when the new tensors were in theirs already."""
-    waiting = (staging / DESCRIPTION for staging in folder.glob(f"{_STAGING}*") if _awaits_its_place(staging))
-    return next(waiting, folder / DESCRIPTION)
-
-
-def _awaits_its_place(staging: Path) -> bool:
-    """Whether the tensors have left, and their description has not."""
-    return (staging / DESCRIPTION).exists() and not (staging / TENSORS).exists()
+def _finish_earlier_save(folder: Path) -> None:
+    """Puts the description in its place that a save of an earlier version, cut short, left waiting for it."""
+    for staging in folder.glob(f"{_STAGING}*"):
+        if (staging / DESCRIPTION).exists() and not (staging / TENSORS).exists():
+            os.replace(staging / DESCRIPTION, folder / DESCRIPTION)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -431,6 +452,7 @@ def _require_agreement(params: Any, method: Method, tensors: Set[str], folder: P
     """What is on disk must be what the method trains: a description may have been edited."""
     try:
         saved = saved_arrays(params, method).keys() - lasting_state(params).keys()
+        settled = method.resolved(leaves_by_path(params))
     except ValueError as error:
         raise AdapterError(f"{folder}: its method does not fit the base: {error}") from None
     differing = sorted(saved ^ tensors)
@@ -438,6 +460,23 @@ def _require_agreement(params: Any, method: Method, tensors: Set[str], folder: P
         raise AdapterError(
             f"{folder}: its method does not train what its tensors are; they differ at {', '.join(differing[:8])}"
         )
+    # A method is saved with the ranks and scales that its factors have: what they are now must be what it says.
+    for what in ("rank", "alpha"):
+        said, found = (getattr(m, f"{what}_overrides", {}) for m in (method, settled))
+        for path in {**said, **found}:
+            wanted, own = (overrides.get(path, getattr(method, what)) for overrides in (said, found))
+            if not _is_close(wanted, own):
+                raise AdapterError(
+                    f"{folder}: `{path.removeprefix('/')}` has the {what} {own:g} by its tensors and its scale, and "
+                    f"the method says {wanted!r:.20}: put back the file {DESCRIPTION} as it was written"
+                )
+
+
+def _is_close(one: float, other: float) -> bool:
+    try:
+        return math.isclose(one, other, rel_tol=1e-6)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _base_leaf(path: str, leaves: Mapping[str, Any], folder: Path) -> Any:

@@ -2,7 +2,7 @@
 
 A file from elsewhere is a claim, not a fact: no tensor is read before the header has been held against the file's own
 length, and nothing is ever unpickled. A file written here is either whole or not there: an interruption at any
-moment leaves the earlier one as it was.
+moment leaves the earlier one as it was. So are the files of a folder that belong together, see `replacing`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader, BufferedWriter
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
+from .locks import BusyError, in_use, is_abandoned, locked
 from .text import ClippedError, clipped
+
+Result = TypeVar("Result")
 
 # By the names that the format gives them; those that NumPy (with `ml_dtypes`) and JAX both have.
 _DTYPES: dict[str, np.dtype] = {
@@ -277,6 +282,52 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     write_text(path, text + "\n")
 
 
+CHECKSUM = "checksum"
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with an entry `checksum` over all others: for what is written here and read back.
+
+    It tells damage and changes by hand; it is no security check, since anybody can compute it.
+
+    Example:
+        >>> with_checksum({"rank": 8})["checksum"][:20]
+        'sha256:dd1f25c8ef1de'
+    """
+    rest = {name: value for name, value in content.items() if name != CHECKSUM}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, CHECKSUM: f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"}
+
+
+def without_checksum(content: Mapping[str, Any], where: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `with_checksum` was given; an object without a checksum, as earlier versions wrote it, is taken as it is.
+
+    Args:
+        content: The object as it was read.
+        where: The file, and the place in it, for the message.
+
+    Raises:
+        FileError: The checksum is of other content.
+    """
+    rest = {name: value for name, value in content.items() if name != CHECKSUM}
+    if CHECKSUM in content and content[CHECKSUM] != with_checksum(rest)[CHECKSUM]:
+        raise FileError(
+            f"{os.fspath(where)} isn't what its `{CHECKSUM}` was written for: it is damaged, or was changed by hand. "
+            f"Put back the original; or, if the change is meant, remove the entry `{CHECKSUM}`."
+        )
+    return rest
+
+
+def array_checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """A hash of arrays on the host: their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        array = np.asarray(array)
+        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return f"sha256:{digest.hexdigest()}"
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes `text` as UTF-8, atomically; half a character, which that has no place for, is refused."""
     try:
@@ -400,47 +451,237 @@ def safe_join(folder: str | os.PathLike[str], name: str, *, links_within: str | 
 
 
 def within_folder(folder: str | os.PathLike[str], name: str) -> Path:
-    """`safe_join` for a model folder, which may be a Hugging Face cache's: its files are links to `blobs`, two up."""
+    """`safe_join` for a model folder, which may be a Hugging Face cache's: its files are links to `blobs`, two up.
+
+    Files that were fetched into another folder may be links into such a cache as well.
+    """
     folder = Path(folder)
-    return safe_join(folder, name, links_within=folder.parent.parent if folder.parent.name == "snapshots" else folder)
+    real, target = folder.resolve(), (folder / name).resolve() if isinstance(name, str) and "\0" not in name else folder
+    if real.parent.name == "snapshots":
+        return safe_join(folder, name, links_within=real.parent.parent)
+    is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return safe_join(folder, name, links_within=target.parent if is_blob and (folder / name).is_symlink() else folder)
+
+
+# ------------------------------------------------------------------------------------ files that belong together
+#
+# A write goes into a folder of its own, `.writing-…`, inside the folder that it is for. Its name becomes `.written-…`
+# when every file in it is whole: with that one rename the new files are those of the folder, and it is left to move
+# them to their places, by the writer, or by whoever reads or writes there next if that one was killed. One writer at a
+# time holds the folder's lock, so what another `.writing-…` holds was left by a kill.
+
+_WRITING, _WRITTEN, _LOCK, _PLAN = ".writing-", ".written-", ".lora_jax.lock", ".plan.json"
+_PATIENCE = 300.0  # seconds that a writer or a reader waits for another writer
+_TRIES = 200  # of a reader that meets one writer after the other
 
 
 @contextlib.contextmanager
 def replacing(
-    folder: str | os.PathLike[str], names: Sequence[str], *, obsolete: Callable[[str], bool] | None = None
+    folder: str | os.PathLike[str],
+    names: Sequence[str],
+    *,
+    obsolete: Callable[[str], bool] | None = None,
+    read_elsewhere: bool = True,
+    what: str = "files",
 ) -> Iterator[Path]:
     """A new folder to write the files `names` in; at the end of the block they take their places in `folder`.
 
-    All are complete on disk before the first takes its place, so that a full disk leaves earlier ones whole. The last
-    is the one that readers begin with: an earlier one goes first and the new one comes last, so that a kill in between
-    leaves a folder that doesn't load, rather than files of two writes.
+    Killed at any moment, it leaves the earlier files or the new ones, whole: readers here begin with `settle`, which
+    moves what was complete and not in its place yet. Writers of one folder wait for each other.
 
     Args:
         folder: made if it doesn't exist.
         names: of the files that the block writes.
         obsolete: tells by its name a file of an earlier write that would be read beside or before the new ones: it
             goes.
+        read_elsewhere: whether others' programs read the folder, which know nothing of `settle`. The last of `names`
+            is the one that they begin with: it goes first and comes last, so that a kill in between leaves them a
+            folder that doesn't load, rather than files of two writes.
+        what: the folder holds, for messages.
 
     Raises:
-        FileError: `folder` cannot be made, or cannot hold files.
+        FileError: `folder` cannot be made, or cannot hold files; or another is writing there, and doesn't end.
     """
     folder = Path(folder)
-    staging = folder / f".writing-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
     except OSError as error:
-        raise FileError(f"{folder} cannot hold files: {error.strerror}. Choose another folder.") from error
+        raise _cannot_hold(folder, what, error) from error
+    with _alone(folder) as is_alone:
+        _place_all(folder)
+        if is_alone:
+            _remove_left(folder, _WRITING)
+        staging = folder / f"{_WRITING}{secrets.token_hex(4)}"
+        try:
+            staging.mkdir()
+        except OSError as error:
+            raise _cannot_hold(folder, what, error) from error
+        try:
+            yield staging
+            held = [entry.name for entry in os.scandir(folder)] if obsolete is not None else []
+            gone = [name for name in held if obsolete is not None and name not in names and obsolete(name)]
+            write_json(staging / _PLAN, {"names": list(names), "obsolete": gone, "read_elsewhere": read_elsewhere})
+            written = folder / staging.name.replace(_WRITING, _WRITTEN)
+            os.rename(staging, written)
+            _sync_folder(folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        try:
+            _place(written, folder)
+        except BaseException as error:
+            if not read_elsewhere and not gone:
+                _withdraw(written, staging, names)
+            if isinstance(error, OSError):
+                raise FileError(f"{folder} can't be written: {error.strerror}.") from error
+            raise
+
+
+def _cannot_hold(folder: Path, what: str, error: OSError) -> FileError:
+    return FileError(f"{folder} cannot hold {what}: {error.strerror}. Choose another folder.")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    with contextlib.ExitStack() as stack:
+        try:
+            is_alone = stack.enter_context(locked(folder / _LOCK, seconds=_PATIENCE))
+        except BusyError as holder:
+            raise FileError(f"{folder} is being written by {holder}. Wait for it, or choose another folder.") from None
+        yield is_alone
+
+
+def _place(written: Path, folder: Path) -> None:
+    """Moves the files of a whole write to their places; what has been moved before stays there."""
+    if not (written / _PLAN).exists():  # it goes last: all is in its place
+        shutil.rmtree(written, ignore_errors=True)
+        return
+    plan = _read_plan(written)
+    *_, last = names = plan["names"]
+    if plan["read_elsewhere"] and (written / last).exists():
+        (folder / last).unlink(missing_ok=True)
+    for name in plan["obsolete"]:
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(written / name, folder / name)
+    _sync_folder(folder)
+    shutil.rmtree(written, ignore_errors=True)
+
+
+def _read_plan(written: Path) -> dict[str, Any]:
+    plan = read_json(written / _PLAN)
+    names = [name for part in ("names", "obsolete") for name in plan[part]] if _is_plan(plan) else None
+    if not names or not all(isinstance(name, str) and _is_plain_name(name) for name in names):
+        raise FileError(f"{written / _PLAN} is no plan of a write. Remove the folder {written}.")
+    return plan
+
+
+def _is_plan(plan: Any) -> bool:
+    kinds = {"names": list, "obsolete": list, "read_elsewhere": bool}
+    return isinstance(plan, dict) and all(isinstance(plan.get(name), kind) for name, kind in kinds.items())
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..", _LOCK) and not any(part in name for part in "/\\\0")
+
+
+def _withdraw(written: Path, staging: Path, names: Sequence[str]) -> None:
+    """Takes back a write that was interrupted, by no kill, before any of it was in its place."""
+    if all((written / name).exists() for name in names):
+        with contextlib.suppress(OSError):
+            os.rename(written, staging)
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def settle(folder: str | os.PathLike[str]) -> None:
+    """Moves the files of a write that was killed when it was whole to their places: what a reader begins with.
+
+    Raises:
+        FileError: they can't be moved; or another is writing there, and doesn't end.
+    """
+    folder = Path(folder)
+    if not _waiting(folder):
+        return
+    with _alone(folder):
+        _place_all(folder)
+
+
+def _place_all(folder: Path) -> None:
+    for written in _waiting(folder):
+        try:
+            _place(written, folder)
+        except FileNotFoundError:
+            continue  # another has, where there are no locks
+        except OSError as error:
+            raise FileError(
+                f"{folder}: the writer of its files was killed, and those in {written.name}, which are whole, can't be "
+                f"moved to their places: {error.strerror}. Make the folder writable."
+            ) from error
+
+
+def _waiting(folder: Path) -> list[Path]:
+    return _folders_in(folder, _WRITTEN)
+
+
+def _folders_in(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
+    """No links, which lead elsewhere."""
     try:
-        yield staging
-        (folder / names[-1]).unlink(missing_ok=True)
-        for path in list(folder.iterdir()) if obsolete is not None else ():
-            if obsolete is not None and path.name not in names and obsolete(path.name):
-                path.unlink()
-        for name in names:
-            os.replace(staging / name, folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with os.scandir(folder) as entries:
+            return sorted(
+                Path(entry.path)
+                for entry in entries
+                if entry.name.startswith(prefix) and entry.name.endswith(suffix) and entry.is_dir(follow_symlinks=False)
+            )
+    except OSError:
+        return []
+
+
+def _remove_left(folder: Path, prefix: str, suffix: str = "") -> None:
+    """Removes what killed writers left, while the lock is held."""
+    for left in _folders_in(folder, prefix, suffix):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def read_together(
+    folder: str | os.PathLike[str], names: Sequence[str], read: Callable[[], Result], *, tries: int = _TRIES
+) -> Result:
+    """What `read()` gives of files that belong together, all of one write: read again where another takes its place.
+
+    Args:
+        folder: that holds them.
+        names: of the files.
+        read: reads them.
+        tries: before a folder that is written over and over is given up.
+
+    Raises:
+        FileError: see `settle`; or the folder never comes to rest.
+    """
+    folder = Path(folder)
+    for _ in range(tries):
+        settle(folder)
+        before = _states(folder, names)
+        try:
+            result = read()
+        except Exception:
+            if _states(folder, names) == before and not _waiting(folder):
+                raise
+            continue
+        if _states(folder, names) == before:
+            return result
+    raise FileError(f"{folder} is written over and over: it can't be read. Stop the writers.")
+
+
+def _states(folder: Path, names: Sequence[str]) -> list[tuple[int, ...] | None]:
+    return [_state(folder / name) for name in names]
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def require_new_folder(folder: str | os.PathLike[str], argument: str) -> None:
@@ -458,25 +699,57 @@ def require_new_folder(folder: str | os.PathLike[str], argument: str) -> None:
 def new_folder(folder: str | os.PathLike[str], argument: str) -> Iterator[Path]:
     """A folder beside `folder` to write in, which takes its place at the end of the block: whole, or not there.
 
+    What a killed write left beside it goes with the next one.
+
     Raises:
-        FileError: `folder` isn't new or empty, or can't be made.
+        FileError: `folder` isn't new or empty, or can't be made; or another is writing it.
     """
     require_new_folder(folder, argument)
     folder = Path(folder).resolve()
-    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise FileError(f"`{argument}` {folder} can't be made: {error.strerror}. Choose another folder.") from error
-    try:
-        yield staging
-        require_new_folder(folder, argument)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _sync_folder(folder.parent)
+    before, after = f".{folder.name}.", ".tmp"
+    staging = folder.with_name(f"{before}{secrets.token_hex(6)}{after}")
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if stack.enter_context(locked(folder.with_name(f".{folder.name}{_LOCK}"))):
+                _remove_left(folder.parent, before, after)
+            staging.mkdir()
+        except BusyError as holder:
+            raise FileError(f"`{argument}` {folder} is being written by {holder}: choose another folder.") from None
+        except OSError as error:
+            raise FileError(f"`{argument}` {folder} can't be made: {error.strerror}. Choose another folder.") from error
+        try:
+            yield staging
+            require_new_folder(folder, argument)
+            if folder.exists():
+                folder.rmdir()
+            os.replace(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        _sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def plainly_named(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name of a file or folder, for the block, without the characters that some libraries read as patterns (`[1]`,
+    `*`) or schemes (`gs:`, `::`): a link to it, if its own has any.
+
+    Raises:
+        OSError: links can't be made, or only under such a name too.
+    """
+    path = Path(path)
+    if _PLAIN.fullmatch(str(path.absolute())):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="lora_jax-") as folder:
+        link = Path(folder) / f"link{path.suffix if _PLAIN.fullmatch(path.suffix) else ''}"
+        if not _PLAIN.fullmatch(str(link)):
+            raise OSError(errno.EINVAL, f"characters of {path} are read as a pattern or a scheme: rename it")
+        link.symlink_to(path.absolute())
+        yield link
+
+
+_PLAIN = re.compile(r"[\w/. @+=,~^-]*")
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -516,13 +789,16 @@ _NO_FILES = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISCHR, "a device"), (stat.S_ISBL
 def _write_atomically(path: Path, write: Callable[[BufferedWriter], object], *, needed: int) -> None:
     # In the same folder, so that `os.replace` stays within one file system; not `tempfile`, whose files are 0600
     # whatever the umask.
+    _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with contextlib.ExitStack() as stack:
+            with temporary.open("xb") as file:
+                stack.enter_context(in_use(temporary))
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -530,6 +806,15 @@ def _write_atomically(path: Path, write: Callable[[BufferedWriter], object], *, 
             raise _explain_write_error(error, path, needed) from error
         raise
     _sync_folder(path.parent)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what killed writers of this file left."""
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            is_temporary = entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp")
+            if is_temporary and entry.is_file(follow_symlinks=False) and is_abandoned(Path(entry.path)):
+                os.unlink(entry.path)
 
 
 def _explain_write_error(error: OSError, path: Path, needed: int) -> FileError:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax import adapters
 from lora_jax.files import FileError, read_safetensors, sha256_file, write_safetensors
 from lora_jax.fingerprint import fingerprint
 
@@ -388,6 +389,31 @@ def test_a_description_that_was_edited(folder: Path, place: tuple[str, ...], val
         entry[place[-1]] = value
     with pytest.raises(lj.AdapterError, match=message):
         lj.load_adapter(folder, base())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: (d["adapted"]["dense/kernel"].update(scale=1500.0), d["method"].update(alpha=3000)),
+        lambda d: d["adapted"]["dense/kernel"].update(dropout=0.5),
+        lambda d: d["method"].update(freeze_a=True),
+        lambda d: d["base"].pop("dense/bias"),
+        lambda d: d.update(note="mine"),
+        lambda d: d.update(checksum="sha256:"),
+    ],
+    ids=["scale", "dropout", "frozen", "base", "more", "checksum"],
+)
+def test_a_change_that_fits_everything_but_the_checksum(folder: Path, change: Callable[[Any], object]) -> None:
+    with edited(folder) as description:
+        change(description)
+    message = r"lora_jax_adapter.json isn't what its `checksum` was written for: .* remove the entry `checksum`"
+    with pytest.raises(FileError, match=message):
+        lj.load_adapter(folder, base(), check_base="ignore")
+    with pytest.raises(FileError, match=message):
+        adapters.read_description(folder)
+    with edited(folder) as description:
+        del description["checksum"]  # as earlier versions wrote it
+    lj.load_adapter(folder, base(), check_base="ignore")
 
 
 def test_a_damaged_description_never_raises_anything_else(folder: Path) -> None:

@@ -34,6 +34,8 @@ from lora_jax.files import (
     replacing,
     safe_join,
     sha256_file,
+    with_checksum,
+    without_checksum,
     write_json,
     write_safetensors,
     write_text,
@@ -416,6 +418,26 @@ def test_a_link_that_leaves_its_folder_is_refused(tmp_path: Path):
 
 def test_a_name_inside_the_folder_is_joined(tmp_path: Path):
     assert safe_join(tmp_path, "a/b..c/d.safetensors") == tmp_path / "a" / "b..c" / "d.safetensors"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"a": 1}, {"a": [1.0, 1e-300, None, {"ü": "\u2028"}], "b": True}, {"checksum": "stale", "a": 10**30}],
+)
+def test_a_checksum_is_of_all_else(tmp_path: Path, content: dict[str, Any]):
+    plain = {name: value for name, value in content.items() if name != "checksum"}
+    write_json(tmp_path / "x", with_checksum(content))
+    read = read_json(tmp_path / "x")
+    assert without_checksum(read, "x") == plain
+    assert without_checksum(dict(reversed(read.items())), "x") == plain  # the order is nothing
+    assert without_checksum(plain, "x") == plain  # as earlier versions wrote it
+    for other in (plain | {"more": 0}, {**plain, "a": "1"}, {"b": 1}):
+        with pytest.raises(
+            FileError, match=r"^x isn't what its `checksum` was written for: .* remove the entry `checksum`"
+        ):
+            without_checksum({**other, "checksum": read["checksum"]}, "x")
+    with pytest.raises(FileError, match="isn't what its `checksum`"):
+        without_checksum({**plain, "checksum": None}, "x")
 
 
 def test_sha256(tmp_path: Path):

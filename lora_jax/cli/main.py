@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 2 after a mistake of the user's, 130 when interrupted."""
     if argv is None:  # the process is this command's own
         keep_freed_memory()
+        _write_utf8()
     parser = make_parser()
     args = parser.parse_args(argv)
     name = f"lora-jax {args.command}"
@@ -74,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _write_utf8() -> None:
+    """What is printed is what was read, UTF-8, also where the locale (`LC_ALL=C`) has no letters but ASCII's."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

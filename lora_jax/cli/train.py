@@ -30,6 +30,7 @@ examples:
 
 in the output folder:
   config.yaml      the resolved options, for --config
+  run.json         hashes of data and base: it goes on with these alone
   metrics.jsonl    losses and metrics by step
   checkpoints/     best and last, to go on from
   adapter/         what was learnt: for predict, eval and merge

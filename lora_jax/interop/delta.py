@@ -19,9 +19,12 @@ from ..files import (
     read_json,
     read_safetensors,
     read_safetensors_header,
+    read_together,
     replacing,
     sha256_file,
+    with_checksum,
     within_folder,
+    without_checksum,
     write_json,
     write_safetensors,
 )
@@ -102,7 +105,7 @@ def export_delta(
         tied[table.tensor(path)] = [f"{other}.{kind(path)}" for other in table.tied_to(path)]
     _require_finite(tensors, "cannot export")
     folder = Path(folder)
-    with replacing(folder, (TENSORS, DESCRIPTION)) as staging:
+    with replacing(folder, (TENSORS, DESCRIPTION), read_elsewhere=False, what="a delta") as staging:
         write_safetensors(staging / TENSORS, tensors, {"format": "pt"})
         prints = fingerprint(replaced)
         description = {
@@ -120,7 +123,7 @@ def export_delta(
             },
             "sha256": sha256_file(staging / TENSORS),
         }
-        write_json(staging / DESCRIPTION, description)
+        write_json(staging / DESCRIPTION, with_checksum(description))
     return folder
 
 
@@ -162,7 +165,7 @@ def apply_delta(
     if check_base not in ("error", "warn", "ignore"):
         raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
     folder = Path(folder)
-    description, header = _read_description(folder)
+    description, header, tensors = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read(folder))
     if names is None:
         if not isinstance(target, Mapping):
             raise AdapterError(
@@ -209,10 +212,7 @@ def apply_delta(
     if check_base != "ignore":
         _check_base(folder, description, replaced, check_base)
 
-    tensors = read_safetensors(folder / TENSORS, header)
-    _require_finite(tensors, f"{folder / TENSORS} is not usable")
-    if sha256_file(folder / TENSORS) != description.get("sha256"):
-        raise AdapterError(f"{folder / TENSORS} is not the file that {DESCRIPTION} was written with: copy both again")
+    without_checksum(description, folder / DESCRIPTION)  # after all that can say more of what is wrong
     if names is None:
         listed = description["tensors"]
         tied = {other: tensors[name] for name in tensors for other in _names(listed[name].get("tied")) if other in here}
@@ -252,6 +252,15 @@ def _require_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
     ]
     if broken:
         raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, np.ndarray]]:
+    description, header = _read_description(folder)
+    tensors = read_safetensors(folder / TENSORS, header)
+    _require_finite(tensors, f"{folder / TENSORS} is not usable")
+    if sha256_file(folder / TENSORS) != description.get("sha256"):
+        raise AdapterError(f"{folder / TENSORS} is not the file that {DESCRIPTION} was written with: copy both again")
+    return description, header, tensors
 
 
 def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import AdapterError
-from ..files import read_json, within_folder
+from ..files import read_json, settle, within_folder
 from .names import selects
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -119,6 +119,7 @@ def read_peft_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         >>> lj.interop.read_peft_config(folder)["bias"]
         'none'
     """
+    settle(folder)
     path = within_folder(folder, CONFIG)
     content = read_json(path, max_bytes=_LARGEST_CONFIG)
     if not isinstance(content, dict):
@@ -147,6 +148,7 @@ def _is_finite(value: Any) -> bool:
 
 def weights_file(folder: str | os.PathLike[str]) -> Path:
     """The path of a PEFT folder's tensors; a pickle alone is refused, with the way out."""
+    settle(folder)
     path = within_folder(folder, WEIGHTS)
     pickle = Path(folder) / PICKLE
     if not path.exists() and pickle.exists():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters import Adapter, AdapterError
-from ..files import read_safetensors, read_safetensors_header
+from ..files import read_safetensors, read_safetensors_header, read_together
 from ..masks import label_params
 from ..methods import DoRA, DoRAWeight, LoRA, LoRAWeight
 from ..methods.base import rooted
@@ -24,6 +24,7 @@ from .layout import restore_factors
 from .names import Names, NameTable
 from .peft_config import (
     CONFIG,
+    WEIGHTS,
     read_peft_config,
     require_representable,
     scale_of,
@@ -102,6 +103,26 @@ def import_peft(
         which one leaf can't hold, unless `ensure_weight_tying` shares the factors: so that is read, and else refused.
     """
     folder = Path(folder)
+    adapter, config = read_together(
+        folder, (WEIGHTS, CONFIG), lambda: _import(folder, base_params, names, uses, base_name, fan_in_fan_out)
+    )
+    if unknown := unknown_entries(config):
+        warnings.warn(
+            f"{folder / CONFIG} has entries that this lora_jax doesn't know: {', '.join(sorted(unknown)[:8])}. They "
+            "are not applied; `export_peft(..., config=read_peft_config(folder))` keeps them.",
+            stacklevel=2,
+        )
+    return adapter
+
+
+def _import(
+    folder: Path,
+    base_params: Any,
+    names: Names,
+    uses: Mapping[str, Any] | None,
+    base_name: str | None,
+    fan_in_fan_out: Sequence[str] | None,
+) -> tuple[Adapter, dict[str, Any]]:
     config, stacks, parts, plan = _planned(folder, base_params, names, uses, base_name, fan_in_fan_out)
     leaves, file = leaves_by_path(base_params), weights_file(folder)
 
@@ -117,13 +138,7 @@ def import_peft(
     params = jax.tree.unflatten(treedef, [replaced.get(path, leaf) for path, leaf in leaves.items()])
     method = _method(config, plan, stacks)
     label_params(params, method)  # a method that doesn't fit the tree would raise here
-    if unknown := unknown_entries(config):
-        warnings.warn(
-            f"{folder / CONFIG} has entries that this lora_jax doesn't know: {', '.join(sorted(unknown)[:8])}. They "
-            "are not applied; `export_peft(..., config=read_peft_config(folder))` keeps them.",
-            stacklevel=2,
-        )
-    return Adapter(params, method)
+    return Adapter(params, method), config
 
 
 def check_peft(

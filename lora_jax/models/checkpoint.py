@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..files import FileError, TensorInfo, iter_safetensors, read_json, read_safetensors_header, safe_join
+from ..files import FileError, TensorInfo, iter_safetensors, read_json, read_safetensors_header, within_folder
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         FileError: it is missing, or is no JSON object.
     """
-    config = read_json(folder / "config.json")
+    config = read_json(within_folder(folder, "config.json"))
     if not isinstance(config, dict):
         raise FileError(f"{folder / 'config.json'} must be a JSON object, and is a {type(config).__name__}.")
     return config
@@ -37,11 +37,11 @@ def locate_tensors(folder: Path) -> dict[str, Located]:
     """Every tensor of the folder's checkpoint, from the headers of its files.
 
     Raises:
-        FileError: no safetensors file (a pickle is refused), a malformed one, or an index that names files outside the
-            folder or tensors that aren't where it says.
+        FileError: no safetensors file (a pickle is refused), a malformed one, a link that leads out of the folder, or
+            an index that names files outside of it or tensors that aren't where it says.
     """
     if (folder / WEIGHTS).exists():
-        path = folder / WEIGHTS
+        path = within_folder(folder, WEIGHTS)
         return {name: Located(path, info) for name, info in read_safetensors_header(path).items()}
     if (folder / INDEX).exists():
         return _locate_in_parts(folder)
@@ -56,19 +56,17 @@ def locate_tensors(folder: Path) -> dict[str, Located]:
 
 
 def _locate_in_parts(folder: Path) -> dict[str, Located]:
-    index = folder / INDEX
+    index = within_folder(folder, INDEX)
     content = read_json(index)
     parts = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(parts, dict) or not all(isinstance(file, str) for file in parts.values()):
         raise FileError(f"{index} must have a `weight_map` from tensor names to file names.")
-    # In a Hugging Face cache the files are links to `blobs`, beside `snapshots`.
-    limit = folder.parent.parent if folder.parent.name == "snapshots" else folder
     files: dict[str, Path] = {}
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(parts.values())):
         if not file.endswith(".safetensors"):
             raise FileError(f"{index} names {file!r:.200}, which is no safetensors file, and no other is read.")
-        files[file] = safe_join(folder, file, links_within=limit)
+        files[file] = within_folder(folder, file)
         headers[file] = read_safetensors_header(files[file])  # a missing one is told before the next is looked for
     for name, file in parts.items():
         if name not in headers[file]:

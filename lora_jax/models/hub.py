@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..files import FileError, sha256_file
+from ..files import FileError, settle, sha256_file
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -100,6 +100,7 @@ def find_base(source: str | os.PathLike[str]) -> Path:
     """
     folder = Path(source).expanduser()
     if os.fspath(source) and folder.is_dir():  # `Path("")` is the working folder
+        settle(folder)
         if not (folder / "config.json").is_file():
             raise FileError(f"{folder} is no Hugging Face model folder: it has no `config.json`.")
         return folder
@@ -141,13 +142,13 @@ def _check_sums(folder: Path, known: KnownBase) -> None:
         if not path.is_file():
             raise _NotFoundError(f"{folder} has no {name}")
         stat = path.stat()
-        found = _sha256_once(path, stat.st_size, stat.st_mtime_ns)
+        found = sha256_once(path, stat.st_size, stat.st_mtime_ns)
         if found != expected:
             raise _NotFoundError(f"{path} has sha256 {found}, and {known.repo} has {expected}")
 
 
 @functools.lru_cache
-def _sha256_once(path: Path, size: int, modified: int) -> str:
+def sha256_once(path: Path, size: int, modified: int) -> str:
     """Once a process for each state of a file."""
     return sha256_file(path)
 

@@ -76,7 +76,7 @@ def save_pretrained(
             each named.
         FileError: the base isn't found, or the disk is full. An earlier model in the folder is then as it was: every
             file is complete on disk before the first takes its place, and `config.json` comes last, so that a kill in
-            between leaves a folder that doesn't load.
+            between leaves others a folder that doesn't load; `load` finds the new model.
 
     Leaves are brought to the host one at a time, when they are written.
     """

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from ..files import FileError, parse_json, read_bytes, read_json, read_text
+from ..files import FileError, parse_json, read_bytes, read_json, read_text, within_folder
 from ..text import clipped
 from .hub import find_base
 
@@ -72,7 +72,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
             reach beyond the rows of the embeddings, by `vocab_size` in `config.json`.
     """
     folder = find_base(source)
-    path = folder / "tokenizer.json"
+    path = within_folder(folder, "tokenizer.json")
     if not path.exists():
         raise FileError(
             f"{path} doesn't exist. Write it with transformers: "

@@ -27,8 +27,7 @@ from .plan import PlannedRun, chosen_rate, count_left, next_run, predicted_secon
 from .programs import shared_programs
 from .recommend import Recommendation, recommend
 from .results_file import ResultsFile
-from .settings import Comparison, Prepared, prepare
-from .settings import start as write_start
+from .settings import Comparison, Prepared, prepare, started
 from .splits import data_warnings
 from .summary import Summary, summarize
 
@@ -91,10 +90,22 @@ def compare(
 
     start = clock()
     prepared = prepare(settings)
-    write_start(prepared)
+    with started(prepared):
+        return _compare(prepared, listen, retry_failed, start, clock)
+
+
+def _compare(
+    prepared: Prepared,
+    listen: Callable[[Any], None],
+    retry_failed: bool,
+    start: float,
+    clock: Callable[[], float],
+) -> Outcome:
+    settings = prepared.settings
     for note in data_warnings(prepared.splits):  # before anyone waits for it
         listen(training_events.Note(message=note))
     results = ResultsFile(prepared.folder / "results.jsonl")
+    _require_same(prepared, results)
     if retry_failed and (count := results.forget_failures()):
         listen(training_events.Note(message=f"{count} failed runs are tried again"))
     candidates, seeds = prepared.candidates, settings.seeds
@@ -125,6 +136,17 @@ def compare(
         costs = measure_costs(prepared, results.rows, listen)
     summaries = summarize(prepared, results.rows, costs)
     return Outcome(prepared, results.rows, summaries, recommend(summaries, prepared), left)
+
+
+def _require_same(prepared: Prepared, results: ResultsFile) -> None:
+    """Refuses rows of other data or another base: each says what it was made of."""
+    expected = {"content": prepared.splits.fingerprints, "base": prepared.description["base"]}
+    for row in results.rows.values():
+        if different := [name for name, value in expected.items() if row.get(name, value) != value]:
+            raise RunFolderError(
+                f"{results.path}: the row {row['id']} is of another comparison: its `{different[0]}` differs. Remove "
+                "the row, or choose another folder."
+            )
 
 
 def _execute(prepared: Prepared, run: PlannedRun, listen: Listener) -> dict[str, Any]:
@@ -160,6 +182,7 @@ def _describe(prepared: Prepared, run: PlannedRun, config: TrainConfig) -> dict[
         "seed": run.seed,
         "config": config.to_dict(),
         "content": prepared.splits.fingerprints,
+        "base": prepared.description["base"],
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "device": {"platform": device.platform, "kind": device.device_kind, "cores": _cores()},

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def measure_costs(prepared: Prepared, rows: Rows, listen: Listener) -> Costs:
         and (prepared.folder / "runs" / PlannedRun(candidate, rate, seed).id / "adapter").is_dir()
     }
     path = prepared.folder / "costs.json"
-    held = files.read_json(path) if path.exists() else {}
+    held = _read(path)
     names = {key: run.id for key, run in runs.items()}
     if {key: cost.get("run") for key, cost in held.items()} == names:
         return held
@@ -66,8 +67,18 @@ def measure_costs(prepared: Prepared, rows: Rows, listen: Listener) -> Costs:
             }
         for key, times in _latencies(prepared, runs, batch).items():
             costs[key]["latency_ms"] = {str(size): 1000 * statistics.median(taken) for size, taken in times.items()}
-    files.write_json(path, costs)
+    files.write_json(path, files.with_checksum(costs))
     return costs
+
+
+def _read(path: Path) -> Costs:
+    """Those that are kept; none of a file that isn't as it was written: they are measured anew."""
+    try:
+        held = files.read_json(path) if path.exists() else {}
+        held = files.without_checksum(held, path) if isinstance(held, dict) else {}
+    except files.FileError:
+        return {}
+    return held if all(isinstance(cost, dict) for cost in held.values()) else {}
 
 
 def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> AnyBatch:

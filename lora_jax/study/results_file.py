@@ -47,7 +47,7 @@ class ResultsFile:
         Raises:
             RunFolderError: a full disk, or another failure to write.
         """
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        line = _line(row)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -64,9 +64,13 @@ class ResultsFile:
         kept = {key: row for key, row in self.rows.items() if row["error"] is None}
         forgotten = len(self.rows) - len(kept)
         if forgotten:
-            files.write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept.values()))
+            files.write_text(self.path, "".join(map(_line, kept.values())))
         self.rows = kept
         return forgotten
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(files.with_checksum(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _parse(line: bytes, where: str) -> Row:
@@ -77,6 +81,10 @@ def _parse(line: bytes, where: str) -> Row:
         raise RunFolderError(f"{where} isn't a row of a comparison: {way_out}. {error}") from None
     if not isinstance(row, dict) or not row.keys() >= {"id", "error", "candidate_id"}:
         raise RunFolderError(f"{where} isn't a row of a comparison: {way_out}.")
+    try:
+        row = files.without_checksum(row, where)
+    except files.FileError as error:
+        raise RunFolderError(str(error)) from None
     for name, fits in _FIELDS.items():
         if name in row and not fits(row[name]):
             raise RunFolderError(f"{where} isn't a row of a comparison: its `{name}` can't be; {way_out}.")

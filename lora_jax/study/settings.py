@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ from lora_jax.training.baseline import Baseline, baseline_of
 from lora_jax.training.config import TrainConfig, check_seed
 from lora_jax.training.data import Examples
 from lora_jax.training.errors import ConfigError, RunFolderError
+from lora_jax.training.inputs import base_parts
 from lora_jax.training.inspection import MethodReport, inspect_method
 from lora_jax.training.metrics import is_undefined
+from lora_jax.training.run_folder import held_alone
 
 from .candidates import Candidate, default_candidates
 from .plan import PlannedRun
@@ -194,6 +197,7 @@ def prepare(settings: Comparison) -> Prepared:
         "options": {key: value for key, value in config.to_dict().items() if key not in _VARIED},
         "rows": {split: len(examples) for split, examples in splits.examples.items()},
         "content": splits.fingerprints,
+        "base": {name.removeprefix("base "): value for name, value in base_parts(config.base).items()},
         "held_out": splits.held_out,
         "train_rows": settings.train_rows,
         "data_seed": settings.data_seed,
@@ -202,8 +206,14 @@ def prepare(settings: Comparison) -> Prepared:
     return Prepared(settings, folder, candidates, splits, slices, metric, reports, description, config)
 
 
-def start(prepared: Prepared) -> None:
-    """Makes the folder, and writes what the comparison is of and the rows that were drawn for it."""
+@contextlib.contextmanager
+def started(prepared: Prepared) -> Iterator[None]:
+    """Makes the folder, and writes what the comparison is of and the rows that were drawn for it; for the block, no
+    other process works there.
+
+    Raises:
+        RunFolderError: the folder can't be made, or another process is at work in it.
+    """
     folder, drawn = prepared.folder, {}
     for split, examples in prepared.splits.examples.items():
         if split not in prepared.splits.sources:
@@ -215,9 +225,12 @@ def start(prepared: Prepared) -> None:
         (folder / "data").mkdir(exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"`output` {folder} can't be made: {error.strerror}.") from error
-    for path, examples in drawn.items():
-        write_rows(examples, prepared.config, Path(path))
-    files.write_json(folder / "comparison.json", prepared.description)
+    with held_alone(folder):
+        _check_folder(folder, prepared.description)  # another may have begun since
+        for path, examples in drawn.items():
+            write_rows(examples, prepared.config, Path(path))
+        files.write_json(folder / "comparison.json", files.with_checksum(prepared.description))
+        yield
 
 
 def _candidates(settings: Comparison, rows: int) -> tuple[Candidate, ...]:
@@ -262,6 +275,9 @@ def _check_folder(folder: Path, description: Mapping[str, Any]) -> None:
         or not isinstance(earlier.get("options"), dict)
     ):
         raise RunFolderError(f"`output` {folder} holds a comparison of another version: choose a new folder.")
+    earlier = files.without_checksum(earlier, path)
+    if "base" not in earlier:  # of an earlier version
+        description = {name: value for name, value in description.items() if name != "base"}
     # An option that the earlier version didn't have was as it is by default.
     defaults = {option.name: option.default for option in fields(TrainConfig) if option.default is not MISSING}
     theirs = _flat(earlier | {"options": defaults | earlier["options"]})

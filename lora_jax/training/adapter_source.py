@@ -68,6 +68,7 @@ def folder_kind(folder: str | Path) -> Kind:
         TrainingError: nothing that is known, or two adapters in one folder.
     """
     folder = Path(folder)
+    files.settle(folder)
     held = [mark for mark in _MARKS if (folder / mark).is_file()]
     if not held:
         if not folder.is_dir():

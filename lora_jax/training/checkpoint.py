@@ -1,7 +1,8 @@
 """Best and last checkpoints of a run, through Orbax: trainable leaves and what training needs to go on, never the base.
 
 A checkpoint is written under a temporary name and renamed when it is whole, so a process that is killed, or a disk
-that is full, leaves the earlier ones as they were.
+that is full, leaves the earlier ones as they were. One that was damaged since is told by its checksums, and there is
+another to go on from.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lora_jax import files
 from lora_jax.masters import Masters
 
-from .errors import CheckpointError, NotFiniteError
+from .errors import CheckpointError, DamagedCheckpointError, NotFiniteError
 from .step import TrainState
 
 
@@ -39,7 +41,7 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the last, and the best by `score`; others are deleted.
+    """The checkpoints in a folder: the last, and the best by `score`; where that is one, the one before too.
 
     Args:
         folder: made if it doesn't exist. Unfinished checkpoints in it are removed.
@@ -47,6 +49,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
+        self._link = contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(
             step_prefix="step",
             enable_async_checkpointing=False,
@@ -55,8 +58,11 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["score"],  # without one Orbax doesn't keep the metrics
         )
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            plain = self._link.enter_context(files.plainly_named(self.folder))
+            self._manager = ocp.CheckpointManager(plain, options=options)
         except (OSError, ValueError) as error:
+            self._link.close()
             raise CheckpointError(f"The checkpoints in {folder} can't be opened: {error}") from error
 
     def __enter__(self) -> Checkpoints:
@@ -66,6 +72,12 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._manager.close()
+        self._link.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints there are, ascending."""
+        return sorted(self._manager.all_steps())
 
     @property
     def last_step(self) -> int | None:
@@ -79,7 +91,7 @@ class Checkpoints:
         return max(scored)[1] if scored else None
 
     def save(self, checkpoint: Checkpoint, *, score: float | None) -> None:
-        """Writes a checkpoint, then deletes those that are neither best nor last.
+        """Writes a checkpoint, then deletes those that are not kept. One of this step, if there is any, is replaced.
 
         Args:
             checkpoint: what to write.
@@ -94,12 +106,15 @@ class Checkpoints:
         for name, value in arrays["trainable"].items():
             if not np.isfinite(value).all():
                 raise NotFiniteError(f"{name} isn't finite at step {step}: no checkpoint of it is kept.", step=step)
+        sealed = files.with_checksum(
+            {"progress": checkpoint.progress, "score": score, "arrays": files.array_checksum(_flat(arrays))}
+        )
         try:
+            if step in self.steps:
+                self._manager.delete(step)
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(checkpoint.progress)
-                ),
+                args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), progress=ocp.args.JsonSave(sealed)),
                 metrics=None if score is None else {"score": score},
                 force=True,
             )
@@ -118,7 +133,8 @@ class Checkpoints:
         """Reads a checkpoint back, onto the shapes and dtypes of `template`.
 
         Raises:
-            CheckpointError: the checkpoint is damaged or of another run.
+            DamagedCheckpointError: the checkpoint can't be read, or isn't as it was written.
+            CheckpointError: the checkpoint is of another run.
         """
         expected = _arrays(template) | {"key": jax.random.key_data(jax.random.key(0))}
         abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
@@ -134,19 +150,40 @@ class Checkpoints:
                     "of fewer bits than float32 without float32 copies, and so lost small updates. Choose another "
                     "`--output`."
                 ) from error
-            raise CheckpointError(
-                f"The checkpoint of step {step} in {self.folder} can't be read: {_short(error)}. Delete its folder to "
-                "go on from the other one, or choose another `--output`."
-            ) from error
+            raise self._damaged(step, _short(error)) from error
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), abstract)
         if jax.tree.map(lambda x: (x.shape, str(x.dtype)), loaded["arrays"]) != shapes:
             raise CheckpointError(
                 f"The checkpoint of step {step} in {self.folder} is of another model or method: its leaves have other "
                 "shapes. Choose another `--output`."
             )
+        if int(loaded["arrays"]["step"]) != step:
+            raise self._damaged(step, f"it is of step {int(loaded['arrays']['step'])}")
+        progress = self._opened(step, loaded["progress"])
+        if progress["arrays"] not in (None, files.array_checksum(_flat(loaded["arrays"]))):
+            raise self._damaged(step, "its arrays aren't those that were written")
         arrays = jax.tree.map(jax.numpy.asarray, loaded["arrays"])
         key = jax.random.wrap_key_data(arrays["key"])
-        return Checkpoint(_state(arrays, template), key, loaded["progress"])
+        return Checkpoint(_state(arrays, template), key, progress["progress"])
+
+    def _opened(self, step: int, content: Any) -> dict[str, Any]:
+        """What is kept beside the arrays; an earlier version kept the progress alone."""
+        if not isinstance(content, dict):
+            raise self._damaged(step, "its progress is no JSON object")
+        try:
+            content = files.without_checksum(content, "its progress")
+        except files.FileError as error:
+            raise self._damaged(step, _short(error)) from None
+        return content if {"progress", "arrays"} <= content.keys() else {"progress": content, "arrays": None}
+
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
+        others = [other for other in self.steps if other != step]
+        way = f"go on from that of step {others[-1]}" if others else "begin anew"
+        return DamagedCheckpointError(
+            f"The checkpoint of step {step} in {self.folder} can't be read: {reason}. Delete its folder step_{step} to "
+            f"{way}, or choose another `--output`.",
+            reason=reason,
+        )
 
     def _has_masters(self, step: int) -> bool:
         try:
@@ -155,6 +192,12 @@ class Checkpoints:
             return True  # damaged in another way
 
     def _score(self, step: int) -> float | None:
+        """As it is kept under a checksum; what Orbax keeps beside it, where there is none."""
+        with contextlib.suppress(Exception):  # what is damaged is refused when it is restored
+            args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+            content = self._opened(step, self._manager.restore(step, args=args)["progress"])
+            if "score" in content:
+                return content["score"]
         metrics = self._manager.metrics(step)
         if metrics and not isinstance(metrics.get("score"), int | float):
             raise CheckpointError(
@@ -170,12 +213,14 @@ class Checkpoints:
 
 
 class _BestAndLast:
-    """Orbax asks this which checkpoints to keep; they come in the order of their steps."""
+    """Orbax asks this which checkpoints to keep, two at least; they come in the order of their steps."""
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         scores = [info.metrics["score"] if info.metrics else None for info in checkpoints]
         scored = [(score, place) for place, score in enumerate(scores) if score is not None]
         kept = {len(checkpoints) - 1, *([max(scored)[1]] if scored else [])}
+        if len(kept) < 2:
+            kept.add(len(checkpoints) - 2)
         return [place in kept for place in range(len(checkpoints))]
 
 
@@ -185,6 +230,12 @@ def _arrays(state: TrainState) -> dict[str, Any]:
         "trainable": _by_name(state.trainable),
         "optimizer": _by_name(state.optimizer),
         "step": state.step,
+    }
+
+
+def _flat(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        f"{group}{name}": np.asarray(value) for group, tree in arrays.items() for name, value in _by_name(tree).items()
     }
 
 

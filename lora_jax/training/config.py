@@ -299,6 +299,10 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"`{name}` is {value!r:.200}, and a non-empty text is expected.")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # of a command line that isn't UTF-8
+        raise ConfigError(
+            f"`{name}` {value!r:.200} isn't UTF-8: rename it, or set `PYTHONUTF8=1` where the locale isn't."
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -25,6 +25,18 @@ class CheckpointError(TrainingError):
     """A checkpoint that cannot be written or read; those written earlier are whole."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not as it was written.
+
+    Attributes:
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class NotFiniteError(TrainingError):
     """A loss, a gradient or a parameter that became NaN or infinite.
 

@@ -15,6 +15,7 @@ from .batching import Batch, BatchPlan, collate
 from .config import TrainConfig
 from .data import HUB_SPLITS, Examples, read_examples
 from .encoding import Encoded, padding_id
+from .inputs import text_fingerprint
 from .label_names import label_notes
 from .special_text import special_text_note, special_texts
 from .task import LabelledTask, make_task
@@ -135,6 +136,13 @@ class LabelledData:
                 padding_id(tokenizer),
             )
             for name, examples in self._examples.items()
+        }
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's content."""
+        return {
+            name: text_fingerprint((rows.texts, rows.pairs), self._targets[name].tobytes())
+            for name, rows in self._examples.items()
         }
 
     def describe(self) -> str:

@@ -14,6 +14,7 @@ from .config import TrainConfig
 from .data import HUB_SPLITS
 from .documents import Documents, read_documents
 from .errors import ConfigError, DataError
+from .inputs import text_fingerprint
 from .special_text import encode_texts
 from .task import CausalLM
 from .token_cache import cached
@@ -65,6 +66,15 @@ class LanguageData:
         """Each split in tokens, packed if the config says so."""
         return {
             name: token_rows(documents, tokenizer, self._special, max_length, packing=self._packing, seed=self._seed)
+            for name, documents in self._documents.items()
+        }
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's content."""
+        return {
+            name: text_fingerprint(
+                [documents.format, *([(part.text, part.is_target) for part in parts] for parts in documents.rows)]
+            )
             for name, documents in self._documents.items()
         }
 

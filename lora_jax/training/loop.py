@@ -15,7 +15,7 @@ from lora_jax.host_memory import memory_first
 from .batching import AnyBatch, padding_share
 from .checkpoint import Checkpoint, Checkpoints
 from .config import TrainConfig
-from .errors import NotFiniteError, RunFolderError
+from .errors import DamagedCheckpointError, NotFiniteError, RunFolderError
 from .events import Evaluated, Event, Listener, Note, StepDone
 from .meter import Meter
 from .metrics import better
@@ -32,8 +32,9 @@ def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunRes
     """Fine-tunes a bundled model as `config` says, and saves the adapter.
 
     A run that was interrupted, by a kill at any moment, goes on from its last checkpoint when it is called again with
-    the same config, and ends with the same trainable leaves, bit for bit (on the same machine and JAX). One that is
-    complete is not done again.
+    the same config, and ends with the same trainable leaves, bit for bit (on the same machine and JAX). It goes on only
+    with the data, the base and the tokenizer that it began with, and from the last checkpoint that is whole. One that
+    is complete is not done again; what was lost of it since is made anew.
 
     Args:
         config: what to train, on what, and where to.
@@ -44,7 +45,8 @@ def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunRes
 
     Raises:
         DataError: a data file that can't be used.
-        RunFolderError: `config.output` holds another run or other files.
+        RunFolderError: `config.output` holds another run or other files, or another process is at work in it; or what
+            the run depends on has changed since it began.
         NotFiniteError: the loss or its gradient became NaN or infinite; the last good checkpoint is kept.
         CheckpointError, lora_jax.files.FileError: a full disk; what was saved before is whole.
 
@@ -57,16 +59,29 @@ def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunRes
         if on_progress is not None:
             on_progress(event)
 
-    folder = RunFolder(config)
-    if (finished := folder.finished()) is not None:
-        listen(Note(message=f"{folder.path} holds this run, and it is complete: nothing is done again."))
-        return read_result(folder, finished)
-    run = prepare(config, listen)
-    folder.start(config)
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        progress = _Progress(run, config, folder, checkpoints, listen)
-        progress.run_steps()
-        return progress.finish()
+    with RunFolder(config) as folder:
+        finished = read_result(folder, listen)
+        if finished is not None and folder.has_its_sources():
+            return _complete(finished, listen)
+        run = prepare(config, listen)
+        changed = folder.require_inputs(run.inputs)
+        if finished is not None:  # the files have changed, and their rows haven't
+            return _complete(finished, listen)
+        if changed:
+            listen(
+                Note(message=f"this run began with other versions, so its last bits may differ: {', '.join(changed)}")
+            )
+        folder.start(config)
+        with Checkpoints(folder.checkpoints) as checkpoints:
+            progress = _Progress(run, config, folder, checkpoints, listen)
+            folder.keep_inputs(run.inputs)
+            progress.run_steps()
+            return progress.finish()
+
+
+def _complete(result: RunResult, listen: Listener) -> RunResult:
+    listen(Note(message=f"{result.output} holds this run, and it is complete: nothing is done again."))
+    return result
 
 
 def step_of(run: Run, config: TrainConfig) -> Step:
@@ -90,22 +105,37 @@ class _Progress:
     ) -> None:
         self.run, self.config, self.folder, self.checkpoints, self.listen = run, config, folder, checkpoints, listen
         self.state, self.meter, self.position = run.state, Meter(), 0
-        self.resumed_from = checkpoints.last_step
-        if self.resumed_from is not None:
-            self._restore(self.resumed_from)
+        self.resumed_from: int | None = None
+        for step in reversed(checkpoints.steps):
+            try:
+                self._restore(step)
+            except DamagedCheckpointError as error:
+                if step == checkpoints.steps[0]:
+                    raise
+                self.listen(
+                    Note(message=f"an earlier checkpoint is taken: that of step {step:,} is damaged, {error.reason}")
+                )
+                continue
+            self.resumed_from = step
+            break
         self.folder.rewind_log(self.position)
         self.forward = make_forward(run.apply, run.task)
 
     def _restore(self, step: int) -> None:
         checkpoint = self.checkpoints.restore(step, self.state)
         progress = checkpoint.progress
+        position = _position(progress)
+        if position != step:
+            raise RunFolderError(
+                f"The checkpoint of step {step} in {self.checkpoints.folder} was changed: it says that it is at batch "
+                f"{position!r:.50}. Put it back, or choose another folder."
+            )
         if progress["data"] != self.run.fingerprint:
             raise RunFolderError(
                 f"`output` {self.folder.path} holds a run on other training data: {self.config.train} has changed "
                 "since. Choose another folder."
             )
-        self.state, self.meter = checkpoint.state, Meter(**progress["meter"])
-        self.position = progress["iterator"]["next_index"]
+        self.state, self.meter, self.position = checkpoint.state, Meter(**progress["meter"]), step
         if step < self.run.steps:
             self.listen(Note(message=f"going on from step {step:,} of {self.run.steps:,}"))
 
@@ -264,6 +294,13 @@ class _Progress:
         )
         write_result(folder, result)
         return result
+
+
+def _position(progress: Mapping[str, Any]) -> Any:
+    try:
+        return progress["iterator"]["next_index"]
+    except (KeyError, TypeError):
+        return None
 
 
 class _Pending(NamedTuple):

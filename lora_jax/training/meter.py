@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .batching import AnyBatch
@@ -17,10 +17,19 @@ class Meter:
     """Time, tokens and means of a run.
 
     Args:
-        seconds, waiting, tokens, slots: what an earlier part of the run had counted.
+        seconds, waiting, tokens, slots, window: what an earlier part of the run had counted; of the window that its
+            last checkpoint fell into, the sums of losses, of right answers and of targets.
     """
 
-    def __init__(self, *, seconds: float = 0.0, waiting: float = 0.0, tokens: int = 0, slots: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        seconds: float = 0.0,
+        waiting: float = 0.0,
+        tokens: int = 0,
+        slots: int = 0,
+        window: Sequence[float] = (0.0, 0.0, 0.0),
+    ) -> None:
         self.waiting = waiting
         self.tokens = tokens
         self.slots = slots
@@ -31,7 +40,8 @@ class Meter:
         self._step_times: list[float] = []
         self._seen_shapes: set[tuple[int, ...]] = set()
         self._compiled = False
-        self._window: list[tuple[float, float, float]] = []
+        # Sums rather than a list, so that a run that goes on adds up in the order of one that was never interrupted.
+        self._window = tuple(window)
 
     @property
     def seconds(self) -> float:
@@ -62,7 +72,8 @@ class Meter:
         now = time.perf_counter()
         self.tokens += tokens
         self.slots += slots
-        self._window.append((loss * count, correct, count))
+        added = (loss * count, correct, count)
+        self._window = tuple(total + value for total, value in zip(self._window, added, strict=True))
         if self._last is not None and not self._compiled:
             self._recent.append((now - self._last, tokens))
             self._step_times.append(now - self._last)
@@ -89,10 +100,16 @@ class Meter:
 
     def take_means(self) -> dict[str, float]:
         """Mean loss and accuracy over the targets since the last call."""
-        loss, correct, count = (sum(column) for column in zip(*self._window, strict=True))
-        self._window.clear()
+        loss, correct, count = self._window
+        self._window = (0.0, 0.0, 0.0)
         return {"loss": loss / count, "accuracy": correct / count}
 
     def state(self) -> dict[str, Any]:
         """The arguments of a meter that counts on."""
-        return {"seconds": self.seconds, "waiting": self.waiting, "tokens": self.tokens, "slots": self.slots}
+        return {
+            "seconds": self.seconds,
+            "waiting": self.waiting,
+            "tokens": self.tokens,
+            "slots": self.slots,
+            "window": list(self._window),
+        }

@@ -64,6 +64,7 @@ def inspect_peft(folder: str | Path, *, base: str | None = None, max_lora_rank: 
         FileError: a file is missing, corrupt or too large to be honest.
     """
     folder = Path(folder)
+    files.settle(folder)
     config = files.read_json(files.within_folder(folder, CONFIG))
     if not isinstance(config, dict):
         raise TrainingError(f"{folder / CONFIG} must hold an object, and holds a {type(config).__name__}.")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
+from lora_jax import files
 from lora_jax.adapters import read_description
 from lora_jax.interop.peft_config import CONFIG as PEFT_CONFIG
 from lora_jax.models.family import HEAD
@@ -254,6 +255,7 @@ def adapter_folder(folder: str | Path) -> Path:
     """The folder itself, or the `adapter` in a run's folder: the one with a `task.json`."""
     folder = Path(folder)
     for candidate in (folder / "adapter", folder):
+        files.settle(candidate)
         if (candidate / TASK_FILE).is_file():
             return candidate
     hint = ": its run isn't complete; start the same command again" if (folder / "config.yaml").is_file() else ""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_jax import files
+from lora_jax.adapters import AdapterError, verify_adapter
 from lora_jax.text import clipped
 
 from .baseline import Baseline
-from .errors import RunFolderError
+from .errors import RunFolderError, TrainingError
+from .events import Listener, Note
 from .run_folder import RunFolder
+from .task_file import TASK_FILE, read_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,38 +77,74 @@ def write_result(folder: RunFolder, result: RunResult) -> None:
     """Writes `results.json`, which also says that the run is complete."""
     fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _NOT_IN_FILE}
     baselines = {split: baseline._asdict() for split, baseline in result.baselines.items()}
-    files.write_json(folder.results, fields | {"labels": list(result.labels), "baselines": baselines})
+    content = fields | {"labels": list(result.labels), "baselines": baselines}
+    content |= {"adapter_checksum": _adapter_checksum(folder.adapter)}
+    files.write_json(folder.results, files.with_checksum(content))
 
 
-def read_result(folder: RunFolder, saved: Any) -> RunResult:
-    """The result of a run that was complete before.
+def read_result(folder: RunFolder, listen: Listener) -> RunResult | None:
+    """The result of a run that is complete; `None` of one that isn't, be it that its results or its adapter are lost.
+
+    Args:
+        folder: the run's.
+        listen: told of what is lost, and made anew from the checkpoint.
 
     Raises:
-        RunFolderError: `results.json` isn't what a run writes there.
+        RunFolderError: an adapter that isn't the run's is in its place.
     """
-    if not isinstance(saved, Mapping):
-        raise RunFolderError(f"{folder.results} must hold an object, and holds a {type(saved).__name__}. {_WAY_OUT}")
-    saved = {"waiting_share": None, "dropped": {}, "baselines": {}, **saved}  # an earlier version's lacks these
+    if not folder.results.exists():
+        return None
+    try:
+        saved = files.without_checksum(_read_object(folder.results), folder.results)
+        expected = saved.pop("adapter_checksum", None)
+        fields = _checked({**_YOUNGER, **saved}, folder.results)
+    except files.FileError as error:
+        listen(
+            Note(
+                message=f"{folder.results} is no longer that of the run, and is made anew from the checkpoint: {error}"
+            )
+        )
+        return None
+    result = RunResult(output=folder.path, adapter=folder.adapter, history=folder.history(), **fields)
+    try:
+        found = _adapter_checksum(folder.adapter)
+    except (files.FileError, AdapterError, TrainingError) as error:
+        listen(Note(message=f"the adapter of this run is lost, and is made anew from the checkpoint: {error}"))
+        return None
+    if expected is not None and found != expected:
+        raise RunFolderError(
+            f"{folder.adapter} holds another adapter than that of the run in {folder.path}. Move it elsewhere and "
+            "start the same command again: the run's is made anew."
+        )
+    return result
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise files.FileError(f"{path} must hold an object, and holds a {type(content).__name__}.")
+    return content
+
+
+def _adapter_checksum(folder: Path) -> str:
+    """Of the adapter and its task, both found to be whole."""
+    read_task(folder)
+    task = _read_object(folder / TASK_FILE)
+    content = {"adapter": verify_adapter(folder), "task": files.with_checksum(task)[files.CHECKSUM]}
+    return files.with_checksum(content)[files.CHECKSUM]
+
+
+def _checked(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a result, if each is what it can be."""
     for name, fits in _FITS.items():
         if name not in saved:
-            raise RunFolderError(f"{folder.results} lacks `{name}`. {_WAY_OUT}")
+            raise files.FileError(f"{path} lacks `{name}`.")
         if not fits(saved[name]):
-            raise RunFolderError(f"{folder.results}: `{name}` can't be {saved[name]!r:.80}. {_WAY_OUT}")
+            raise files.FileError(f"{path}: `{name}` can't be {saved[name]!r:.80}.")
     if unknown := saved.keys() - _FITS.keys():
-        raise RunFolderError(f"{folder.results} has `{clipped(min(unknown))}`, which no run writes. {_WAY_OUT}")
-    return RunResult(
-        output=folder.path,
-        adapter=folder.adapter,
-        history=folder.history(),
-        **{
-            **saved,
-            "labels": tuple(saved["labels"]),
-            "baselines": {split: Baseline(**held) for split, held in saved["baselines"].items()},
-        },
-    )
-
-
-_WAY_OUT = "Restore the file, or remove it and start the same command again."
+        raise files.FileError(f"{path} has `{clipped(min(unknown))}`, which no run writes.")
+    baselines = {split: Baseline(**held) for split, held in saved["baselines"].items()}
+    return saved | {"labels": tuple(saved["labels"]), "baselines": baselines}
 
 
 def _is_count(value: Any) -> bool:
@@ -133,10 +172,13 @@ def _is_baseline(value: Any) -> bool:
     )
 
 
+# What an earlier version's file lacks.
+_YOUNGER: dict[str, Any] = {"waiting_share": None, "dropped": {}, "baselines": {}, "metric": None}
 _FITS: dict[str, Callable[[Any], bool]] = {
     "metrics": _table_of(_table_of(_or_none(_is_number))),
     "baselines": _table_of(_is_baseline),
     "chosen": lambda value: isinstance(value, str),
+    "metric": _or_none(lambda value: isinstance(value, str)),
     "labels": lambda value: isinstance(value, list) and all(isinstance(label, str) for label in value),
     **dict.fromkeys(("chosen_step", "steps", "trainable", "total", "adapter_bytes"), _is_count),
     **dict.fromkeys(("percent", "train_seconds", "padding_share"), _is_number),

@@ -20,6 +20,7 @@ from .buckets import choose_buckets
 from .config import TrainConfig
 from .errors import ConfigError
 from .events import Listener, Note, WeightsRead
+from .inputs import RunInputs, run_inputs
 from .labelled import LabelledData, LabelledRows
 from .language import LanguageData
 from .metrics import is_undefined
@@ -55,6 +56,10 @@ class Data(Protocol):
         """Each split in tokens."""
         ...
 
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each split's content."""
+        ...
+
     def describe(self) -> str:
         """What is learnt, in words."""
         ...
@@ -84,7 +89,8 @@ class Run(NamedTuple):
         counts: of `lj.count_params`.
         tx: the optimizer.
         key: folded with the step for dropout.
-        fingerprint: of the training rows.
+        fingerprint: of the training rows' tokens.
+        inputs: what all of it was made of.
     """
 
     task: Task
@@ -103,6 +109,7 @@ class Run(NamedTuple):
     tx: Any
     key: jax.Array
     fingerprint: str
+    inputs: RunInputs
 
     @property
     def steps(self) -> int:
@@ -165,6 +172,7 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         tx=tx,
         key=run_key,
         fingerprint=rows.fingerprint(),
+        inputs=run_inputs(config, data),
     )
 
 

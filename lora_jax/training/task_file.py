@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,7 @@ def write_task(folder: Path, saved: TaskFile) -> None:
     """Writes `task.json`, atomically."""
     fields = {name: getattr(saved, name) for name in (*_PLAIN, *_FLAGS)} | {"prior": list(saved.prior)}
     content = {"format": _FORMAT, "task": saved.task.kind, "labels": list(saved.task.labels), **fields}
-    files.write_json(folder / TASK_FILE, content | dataclasses.asdict(saved.columns))
+    files.write_json(folder / TASK_FILE, files.with_checksum(content | dataclasses.asdict(saved.columns)))
 
 
 def read_task(folder: Path) -> TaskFile:
@@ -59,6 +60,7 @@ def read_task(folder: Path) -> TaskFile:
         raise TrainingError(f"{path} must hold an object, and holds a {type(content).__name__}.")
     if content.get("format") != _FORMAT:
         raise TrainingError(f"{path} has format {content.get('format')!r}, and this version reads {_FORMAT}.")
+    whole = content
     # A file of an earlier version lacks columns of tasks that there weren't, and what wasn't kept.
     content = dataclasses.asdict(Columns()) | dict.fromkeys(_FLAGS, False) | {"prior": []} | content
     kinds: dict[str, Any] = dict.fromkeys(("task", *_PLAIN), str) | {"max_length": int, "labels": list, "prior": list}
@@ -70,7 +72,8 @@ def read_task(folder: Path) -> TaskFile:
     if not all(isinstance(label, str) for label in labels) or (content["task"] == "classification" and len(labels) < 2):
         raise TrainingError(f"{path}: `labels` is {labels!r:.80}, and two names or more are expected.")
     if len(set(labels)) < len(labels):
-        raise TrainingError(f"{path}: `labels` has a name twice: {labels!r:.80}.")
+        twice = next(label for label, count in Counter(labels).items() if count > 1)
+        raise TrainingError(f"{path}: `labels` has {twice!r:.80} twice, and each is expected once.")
     if content["pooling"] not in ("first", "mean"):
         raise TrainingError(f"{path}: `pooling` can't be {content['pooling']!r:.80}.")
     if not 1 <= content["max_length"] <= 1_000_000:
@@ -87,6 +90,7 @@ def read_task(folder: Path) -> TaskFile:
     are_numbers = all(isinstance(number, float) and math.isfinite(number) for number in prior)
     if prior and (len(prior) != expected or not are_numbers):
         raise TrainingError(f"{path}: `prior` can't be {prior!r:.80}.")
+    files.without_checksum(whole, path)  # after all that can say more of what is wrong
     plain = {name: content[name] for name in (*_PLAIN, *_FLAGS)}
     return TaskFile(task=task, columns=columns, prior=tuple(prior), **plain)
 

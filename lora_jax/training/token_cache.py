@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -91,6 +91,8 @@ def _digest(texts: Sequence[str], tokenizer: tokenizers.Tokenizer, settings: str
 def _read(path: Path, kind: type[Tokens]) -> Tokens | None:
     try:
         held = files.read_safetensors(path)
+        if files.read_metadata(path).get(files.CHECKSUM) != _checksum(path, held):
+            return None
         fields = {name: int(value) if value.ndim == 0 else value for name, value in held.items()}
         tokens = kind(**fields)
         lengths = {len(value) for name, value in held.items() if value.ndim and name != "offsets"}
@@ -101,4 +103,10 @@ def _read(path: Path, kind: type[Tokens]) -> Tokens | None:
 
 def _write(path: Path, tokens: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_safetensors(path, {name: np.asarray(value) for name, value in tokens._asdict().items()})
+    arrays = {name: np.asarray(value) for name, value in tokens._asdict().items()}
+    files.write_safetensors(path, arrays, {files.CHECKSUM: _checksum(path, arrays)})
+
+
+def _checksum(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """Of an entry's content, and of what it is the entry of."""
+    return f"{path.stem} {files.array_checksum(arrays)}"

@@ -20,13 +20,14 @@ import numpy as np
 import optax
 
 import lora_jax as lj
-from lora_jax.files import FileError, read_safetensors, write_json
+from lora_jax.files import FileError, read_safetensors
 from lora_jax.interop import apply_delta, export_delta, export_peft, import_peft, read_peft_config
 from lora_jax.models.families import read_model_config
 from lora_jax.paths import leaves_by_path
 from lora_jax.study.candidates import read_grid
 from lora_jax.study.results_file import ResultsFile
 from lora_jax.training import token_cache
+from lora_jax.training.baseline import Baseline
 from lora_jax.training.chat import render_conversations
 from lora_jax.training.checkpoint import Checkpoint, Checkpoints
 from lora_jax.training.config import TrainConfig, read_yaml, write_yaml
@@ -35,7 +36,7 @@ from lora_jax.training.documents import read_documents
 from lora_jax.training.encoding import Encoded, encode
 from lora_jax.training.errors import RunFolderError, TrainingError
 from lora_jax.training.inspection import inspect_adapter
-from lora_jax.training.result import read_result
+from lora_jax.training.result import RunResult, read_result, write_result
 from lora_jax.training.run_folder import RunFolder
 from lora_jax.training.step import TrainState
 from lora_jax.training.task import Classification
@@ -237,30 +238,38 @@ def write_a_task(folder: Path, rng: Rng) -> None:
 
 
 def write_run(folder: Path, rng: Rng) -> None:
-    """What a complete run leaves beside its adapter."""
+    """What a complete run leaves."""
     write_yaml(folder / "config.yaml", _run_config(folder))
-    split = {"accuracy": float(rng.random()), "macro_f1": 0.5, "matthews": 0.5, "loss": 1.5}
+    params, method = trained(PLAIN, rng)
+    lj.save_adapter(folder / "adapter", params, method)
+    write_a_task(folder / "adapter", rng)
+    split: dict[str, float | None] = {"accuracy": float(rng.random()), "macro_f1": 0.5, "matthews": None, "loss": 1.5}
     rows = [{"step": step, "split": "train", "loss": 1 / step, "accuracy": 0.5} for step in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = {
-        "metrics": {"dev": split, "test": split},
-        "chosen": "best accuracy on dev",
-        "chosen_step": 4,
-        "steps": 5,
-        "labels": ["neg", "pos"],
-        "trainable": 10,
-        "total": 100,
-        "percent": 10.0,
-        "adapter_bytes": 200,
-        "train_seconds": 1.5,
-        "step_ms": 20.0,
-        "waiting_share": 0.0,
-        "padding_share": 0.1,
-        "truncated": {"train": 0},
-        "dropped": {"train": 0},
-        "resumed_from": None,
-    }
-    write_json(folder / "results.json", results)
+    result = RunResult(
+        output=folder,
+        adapter=folder / "adapter",
+        metrics={"dev": split, "test": split},
+        baselines={"dev": Baseline("'neg'", {"accuracy": 0.5, "macro_f1": 0.3, "matthews": 0.0, "loss": 0.7})},
+        metric="accuracy",
+        chosen="best accuracy on dev",
+        chosen_step=4,
+        steps=5,
+        labels=("neg", "pos"),
+        trainable=10,
+        total=100,
+        percent=10.0,
+        adapter_bytes=200,
+        train_seconds=1.5,
+        step_ms=20.0,
+        waiting_share=0.0,
+        padding_share=0.1,
+        truncated={"train": 0},
+        dropped={"train": 0},
+        resumed_from=None,
+        history=rows,
+    )
+    write_result(RunFolder(_run_config(folder)), result)
 
 
 def _run_config(folder: Path) -> TrainConfig:
@@ -271,10 +280,9 @@ def read_run(folder: Path) -> Any:
     """As a command that is started again meets them: it must be able to show what it gives back."""
     from lora_jax.cli.train import _show
 
-    run = RunFolder(_run_config(folder))
-    if (finished := run.finished()) is None:
-        raise RunFolderError(f"{folder} holds no results")
-    result = read_result(run, finished)
+    notes: list[Any] = []
+    if (result := read_result(RunFolder(_run_config(folder)), notes.append)) is None:
+        raise RunFolderError(f"{folder} holds no complete run: {notes}")
     _show(result)
     return {**vars(result), "history": None, "output": None, "adapter": None}
 
@@ -483,16 +491,28 @@ def read_plain_text(folder: Path) -> Any:
 
 _ADAPTER = ("lora_jax_adapter.json", "adapter.safetensors")
 
-# `summed` is the present state: of our own formats, only the tensors of an adapter and of a delta have a checksum.
 KINDS: dict[str, Kind] = {
     "adapter": Kind(
-        write_adapter, read_adapter, (*_ADAPTER, "task.json"), summed=("adapter.safetensors",), check=check_adapter
+        write_adapter,
+        read_adapter,
+        (*_ADAPTER, "task.json"),
+        summed=(*_ADAPTER, "task.json"),
+        check=check_adapter,
     ),
-    "task": Kind(write_a_task, read_task, ("task.json",)),
-    "run": Kind(write_run, read_run, ("results.json", "config.yaml", "metrics.jsonl")),
-    "checkpoint": Kind(write_checkpoint, read_checkpoint, ("**/*",), share=0.3),
-    "token cache": Kind(write_token_cache, _through_the_cache, ("tokens/*",), check=check_token_cache),
-    "comparison": Kind(write_comparison, lambda folder: ResultsFile(folder / "results.jsonl").rows, ("results.jsonl",)),
+    "task": Kind(write_a_task, read_task, ("task.json",), summed=("task.json",)),
+    "run": Kind(
+        write_run, read_run, ("results.json", "config.yaml", "metrics.jsonl", "adapter/*"), summed=("results.json",)
+    ),
+    "checkpoint": Kind(write_checkpoint, read_checkpoint, ("**/*",), summed=("**/*",), share=0.3),
+    "token cache": Kind(
+        write_token_cache, _through_the_cache, ("tokens/*",), summed=("tokens/*",), check=check_token_cache
+    ),
+    "comparison": Kind(
+        write_comparison,
+        lambda folder: ResultsFile(folder / "results.jsonl").rows,
+        ("results.jsonl",),
+        summed=("results.jsonl",),
+    ),
     "config": Kind(write_settings, read_settings, ("config.yaml",), is_named=False),
     "grid": Kind(write_grid, lambda folder: read_grid(folder / "grid.yaml"), ("grid.yaml",)),
     "peft": peft(PLAIN),
@@ -502,21 +522,16 @@ KINDS: dict[str, Kind] = {
         write_delta,
         lambda folder: apply_delta(folder, kit.base(), names=kit.NAMES),
         ("lora_jax_delta.json", "delta.safetensors"),
-        summed=("delta.safetensors",),
+        summed=("lora_jax_delta.json", "delta.safetensors"),
         check=check_delta,
     ),
-    "encoder": Kind(
-        write_encoder, read_base, ("config.json", "model.safetensors"), check=check_base, is_finite=False, share=0.3
-    ),
-    "decoder": Kind(
-        write_decoder, read_base, ("config.json", "model.safetensors"), check=check_base, is_finite=False, share=0.3
-    ),
+    "encoder": Kind(write_encoder, read_base, ("config.json", "model.safetensors"), check=check_base, share=0.3),
+    "decoder": Kind(write_decoder, read_base, ("config.json", "model.safetensors"), check=check_base, share=0.3),
     "base of several files": Kind(
         write_sharded,
         read_base,
         ("config.json", "*.safetensors", "*.index.json"),
         check=check_base,
-        is_finite=False,
         share=0.3,
     ),
     "tokenizer": Kind(

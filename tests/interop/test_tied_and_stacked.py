@@ -196,6 +196,7 @@ def test_a_delta_of_tied_embeddings_reaches_both_names(tmp_path: Path) -> None:
     chex.assert_trees_all_equal(apply_delta(folder, base, names=TIED), tuned)
     description = json.loads((folder / "lora_jax_delta.json").read_text())
     description["tensors"][f"{WORDS}.weight"]["tied"] = [3, {}]
+    del description["checksum"]  # as of an earlier version
     (folder / "lora_jax_delta.json").write_text(json.dumps(description))
     np.testing.assert_array_equal(apply_delta(folder, there)[f"{HEAD}.weight"], array)
 

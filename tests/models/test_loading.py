@@ -338,6 +338,37 @@ def test_an_index_cannot_name_a_link_that_leads_out(folder: Path, tmp_path: Path
         models.load(folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_no_file_is_a_link_that_leads_out(tiny: Path, tmp_path: Path, name: str):
+    shutil.copytree(tiny, tmp_path / "base")
+    file = tmp_path / "base" / name
+    file.rename(tmp_path / "outside")
+    file.symlink_to(tmp_path / "outside")
+    with pytest.raises(FileError, match=rf"The name '{name}' is a link that leaves .*base"):
+        models.load(tmp_path / "base")
+    file.unlink()
+    (tmp_path / "base" / "inside").symlink_to("within")
+    (tmp_path / "outside").rename(tmp_path / "base" / "within")
+    file.symlink_to("inside")  # whatever stays within is fine
+    assert_equal_leaves(models.load(tmp_path / "base"), models.load(tiny))
+
+
+def test_links_into_a_hub_cache(tiny: Path, tmp_path: Path):
+    """As a snapshot has them, also where a link leads to it; and as files fetched elsewhere were once linked."""
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot, fetched = blobs.parent / "snapshots" / "c0ffee", tmp_path / "fetched"
+    for folder in (snapshot, fetched, blobs):
+        folder.mkdir(parents=True)
+    for file in tiny.iterdir():
+        shutil.copy(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+        (fetched / file.name).symlink_to(blobs / file.name)
+    (tmp_path / "link").symlink_to(snapshot)
+    for folder in (snapshot, fetched, tmp_path / "link"):
+        assert_equal_leaves(models.load(folder), models.load(tiny))
+        models.load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

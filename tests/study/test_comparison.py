@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import pytest
 
-from lora_jax.study import Comparison, compare, make_candidate
+from lora_jax import files
+from lora_jax.study import Comparison, compare, costs, make_candidate
 from lora_jax.study.programs import shared_programs
 from lora_jax.study.report import answer, remarks, write_report
 from lora_jax.study.tables import quality_table
@@ -329,7 +331,7 @@ def test_a_comparison_goes_on_that_was_begun_before_an_option_was_there(small, f
     compare(small)
     path = Path(small.output) / "comparison.json"
     content = json.loads(path.read_text())
-    del content["options"]["escape_special_tokens"]
+    del content["options"]["escape_special_tokens"], content["checksum"]
     path.write_text(json.dumps(content))
     assert compare(small).left == 0
     content["options"]["escape_special_tokens"] = True
@@ -342,6 +344,73 @@ def test_rows_of_before_have_no_baseline(small, fake):
     compare(small)
     path = Path(small.output) / "results.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert all(row.pop("baselines") == {} for row in rows)  # the runs here are none
+    assert all(row.pop("checksum") and row.pop("baselines") == {} for row in rows)  # the runs here are none
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compare(small).left == 0
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_another_base_in_its_folder_is_another_comparison(file, small, fake, tmp_path):
+    shutil.copytree(small.options["base"], tmp_path / "base")
+    mine = dataclasses.replace(small, options={**small.options, "base": str(tmp_path / "base")}, seeds=(0,))
+    compare(mine)
+    path = tmp_path / "base" / file
+    if file == "model.safetensors":
+        held = files.read_safetensors(path)
+        held["embeddings.word_embeddings.weight"] = held["embeddings.word_embeddings.weight"] * 2
+        files.write_safetensors(path, held)
+    else:
+        path.write_text(path.read_text().replace('"film"', '"movie"').replace("1e-12", "1e-6"))
+    part = {"model.safetensors": "weights", "config.json": "configuration", "tokenizer.json": "tokenizer"}[file]
+    with pytest.raises(RunFolderError, match=rf"holds another comparison: `base.{part}` is '\w+' there and '\w+' here"):
+        compare(mine)
+    # One of an earlier version doesn't say its base.
+    description = json.loads((Path(mine.output) / "comparison.json").read_text())
+    del description["base"], description["checksum"]
+    (Path(mine.output) / "comparison.json").write_text(json.dumps(description))
+    with pytest.raises(RunFolderError, match=r"the row bitfit\S* is of another comparison: its `base` differs"):
+        compare(mine)
+
+
+def test_rows_of_other_data_are_refused(small, fake):
+    compare(small)
+    path = Path(small.output) / "results.jsonl"
+    first, *others = (json.loads(line) for line in path.read_text().splitlines())
+    first["content"]["dev"] = "0"
+    path.write_text("".join(json.dumps(files.with_checksum(row)) + "\n" for row in (first, *others)))
+    with pytest.raises(RunFolderError, match=r"is of another comparison: its `content` differs"):
+        compare(small)
+
+
+def test_a_description_that_was_changed(small, fake):
+    compare(small)
+    path = Path(small.output) / "comparison.json"
+    path.write_text(path.read_text().replace('"held_out": null', '"held_out": 0.5'))
+    with pytest.raises(files.FileError, match=r"comparison.json isn't what its `checksum` was written for"):
+        compare(small)
+
+
+def test_one_comparison_at_a_time_in_a_folder(small, fake):
+    told = []
+
+    def listen(event):
+        if not told:
+            told.append(event)
+            with pytest.raises(RunFolderError, match=r"study is in use by process \d+"):
+                compare(small)
+
+    compare(small, on_progress=listen)
+    assert told
+    assert fake.ran == EVERYTHING
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "{", '{"a": 1}', '{"checksum": "x"}'])
+def test_costs_that_are_not_as_they_were_measured(content, outcome, settings, tmp_path):
+    """They are measured anew."""
+    path = tmp_path / "costs.json"
+    path.write_text((Path(settings.output) / "costs.json").read_text())
+    assert costs._read(path)
+    path.write_text(content)
+    assert costs._read(path) == {}
+    path.write_text((Path(settings.output) / "costs.json").read_text().replace('"tokens": ', '"tokens": 1'))
+    assert costs._read(path) == {}

@@ -81,3 +81,26 @@ def test_a_line_that_would_break_the_reader_is_named(line, tmp_path):
     path.write_text(line + "\n")
     with pytest.raises(RunFolderError, match=r"results.jsonl, line 1 isn't a row of a comparison"):
         ResultsFile(path)
+
+
+@pytest.mark.parametrize("change", [('"error":null', '"error":"x"'), ('"text"', '"txet"'), ("sha256:", "sha256:0")])
+def test_a_row_that_was_changed_is_named(change, tmp_path):
+    path = tmp_path / "results.jsonl"
+    results = ResultsFile(path)
+    results.append(row("a"))
+    results.append(row("b"))
+    first, second, _ = path.read_text(encoding="utf-8").split("\n")
+    second = second.replace('": ', '":').replace(*change)
+    path.write_text(f"{first}\n{second}\n", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"results.jsonl, line 2 isn't what its `checksum` was written for"):
+        ResultsFile(path)
+
+
+def test_rows_of_earlier_versions_have_no_checksum(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(row("a")) + "\n")
+    results = ResultsFile(path)
+    assert results.rows == {"a": row("a")}
+    results.append(row("b", "broke"))
+    results.forget_failures()
+    assert ResultsFile(path).rows == {"a": row("a")}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import shutil
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -39,14 +42,14 @@ def steps(folder):
 @pytest.mark.parametrize(
     ("scores", "kept", "best"),
     [
-        ([None, None, None], [3], None),
+        ([None, None, None], [2, 3], None),
         ([0.5, 0.9, 0.7], [2, 3], 2),
-        ([0.5, 0.7, 0.9], [3], 3),
+        ([0.5, 0.7, 0.9], [2, 3], 3),
         ([0.9, 0.9, 0.7], [2, 3], 2),  # the later of equals
         ([-3.0, -1.0, None], [2, 3], 2),
     ],
 )
-def test_best_and_last_are_kept(scores, kept, best, tmp_path):
+def test_best_and_last_are_kept_two_at_least(scores, kept, best, tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         for step, score in enumerate(scores, start=1):
             save(checkpoints, step, score)
@@ -95,7 +98,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.last_step == 1
         save(checkpoints, 2)
-    assert steps(tmp_path) == [2]
+    assert steps(tmp_path) == [1, 2]
 
 
 @contextlib.contextmanager
@@ -123,3 +126,56 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
         pytest.raises(CheckpointError, match=r"can't be read: .* Delete its folder"),
     ):
         checkpoints.restore(1, state(0))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["run[1]", "lora[r=8]", "gs:/bucket/run", "gs://bucket/run", "s3:/x", "a*b?", "a\\b", "%20#|&", "a\nb", "größe"],
+)
+def test_names_that_others_read_as_patterns_or_schemes(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name) / "checkpoints"
+    for step in (1, 2, 3):
+        with Checkpoints(folder) as checkpoints:
+            save(checkpoints, step, 1 / step)
+            assert checkpoints.restore(step, state(0)).progress == {"position": step}
+            assert (checkpoints.last_step, checkpoints.best_step) == (step, 1)
+    assert steps(folder) == [1, 3]
+
+
+def test_a_link_that_has_no_plain_name_either(tmp_path, monkeypatch):
+    (tmp_path / "t[mp]").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t[mp]"))
+    with pytest.raises(
+        CheckpointError,
+        match=r"can't be opened: .*characters of .*run\[1\] are read as a pattern or a scheme: rename it",
+    ):
+        Checkpoints(tmp_path / "run[1]")
+    assert not list((tmp_path / "t[mp]").iterdir())
+
+
+def test_scores_are_those_that_were_sealed(tmp_path):
+    """What Orbax keeps beside them chooses nothing."""
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 0.9)
+        save(checkpoints, 2, 0.5)
+    (path,) = (tmp_path / "step_2" / "metrics").glob("metrics")
+    assert json.loads(path.read_text()) == {"score": 0.5}
+    path.write_text('{"score": 0.99}')
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step == 1
+
+
+@pytest.mark.parametrize(("step", "reason"), [(2, "its arrays aren't those that were written"), (3, "it is of step 3")])
+def test_arrays_of_another_checkpoint(step, reason, tmp_path):
+    """They are whole and of the same shapes."""
+    for name, number, value in (("mine", 2, 1.0), ("other", step, 9.0)):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            save(checkpoints, number, value=value)
+    shutil.rmtree(tmp_path / "mine" / "step_2" / "arrays")
+    shutil.copytree(tmp_path / "other" / f"step_{step}" / "arrays", tmp_path / "mine" / "step_2" / "arrays")
+    with (
+        Checkpoints(tmp_path / "mine") as checkpoints,
+        pytest.raises(CheckpointError, match=rf"The checkpoint of step 2 in .* can't be read: {reason}\. Delete"),
+    ):
+        checkpoints.restore(2, state(0))

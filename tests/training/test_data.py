@@ -55,6 +55,18 @@ def test_every_format_gives_the_same_strings(make, tmp_path):
     assert len(examples) == 3
 
 
+@pytest.mark.parametrize("make", [as_tsv, as_csv, as_jsonl, as_parquet])
+@pytest.mark.parametrize("name", ["a[1]", "*", "b::a", "gs:", "a?"])
+def test_a_name_is_no_pattern_and_no_scheme(make, name, tmp_path):
+    """Not of other files beside it, whose rows would be learnt without a word."""
+    given = Path(make(tmp_path))
+    path = given.with_name(name + given.suffix)
+    given.rename(path)
+    given.with_name("b1" + given.suffix).write_bytes(path.read_bytes())
+    given.with_name("ab" + given.suffix).write_bytes(path.read_bytes())
+    assert read_examples(str(path), text="text", label="label").texts == [text for text, _ in ROWS]
+
+
 def test_byte_order_mark_line_ends_and_blank_lines(tmp_path):
     source = write(tmp_path / "a.tsv", b"\xef\xbb\xbftext\tlabel\r\na b\tx\r\n\r\nc\ty\r\n")
     examples = read_examples(source, text="text", label="label")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -26,8 +27,11 @@ from lora_jax.training.checkpoint import Checkpoints
 from lora_jax.training.data import read_examples
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.events import Evaluated, Note, StepDone
+from lora_jax.training.run_folder import RunFolder, held_alone
 from lora_jax.training.setup import prepare
 from lora_jax.training.task import Classification
+
+from .test_checkpoint import threads_left_to_end
 
 
 class Interrupted(Exception):
@@ -72,6 +76,7 @@ def test_the_folder_of_a_run(finished):
         "config.yaml",
         "metrics.jsonl",
         "results.json",
+        "run.json",
     ]
     assert sorted(path.name for path in finished.adapter.iterdir()) == [
         "adapter.safetensors",
@@ -106,7 +111,7 @@ def test_a_complete_run_from_before_waiting_was_measured_is_read(finished, optio
     shutil.copytree(finished.output, tmp_path / "run")
     path = tmp_path / "run" / "results.json"
     saved = json.loads(path.read_text())
-    del saved["waiting_share"]
+    del saved["waiting_share"], saved["adapter_checksum"], saved["checksum"]  # nor were there these
     path.write_text(json.dumps(saved))
     again = train(TrainConfig(**options, output=str(tmp_path / "run")))
     assert again.waiting_share is None
@@ -341,7 +346,7 @@ def test_a_learning_rate_that_explodes(options, tmp_path):
 
 
 @pytest.fixture
-def copied(finished, options, tmp_path):
+def run_again(finished, options, tmp_path):
     folder = Path(shutil.copytree(finished.output, tmp_path / "copy"))
     return folder, TrainConfig(**options, output=str(folder))
 
@@ -358,38 +363,383 @@ def copied(finished, options, tmp_path):
         ({"chosen": ...}, r"results\.json lacks `chosen`"),
     ],
 )
-def test_results_that_no_run_wrote_are_refused(copied, change, message):
-    folder, config = copied
+def test_results_that_no_run_wrote_are_made_anew(run_again, finished, change, message):
+    folder, config = run_again
     results = json.loads((folder / "results.json").read_text())
+    del results["checksum"]
     results = [] if change is None else {k: v for k, v in {**results, **change}.items() if v is not ...}
     (folder / "results.json").write_text(json.dumps(results))
-    with pytest.raises(RunFolderError, match=message):
-        train(config)
+    notes: list[str] = []
+    assert train(config, on_progress=lambda event: notes.append(str(event))).metrics == finished.metrics
+    assert any("made anew from the checkpoint" in note and re.search(message, note) for note in notes)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", b"\xff\xfe\n", r"metrics\.jsonl, line 1 is no row of a run's log"),
-        ("metrics.jsonl", b'{"split": "dev"}\n', r"metrics\.jsonl, line 1 is no row of a run's log"),
-        ("metrics.jsonl", b"[" * 100_000 + b"\n", r"metrics\.jsonl, line 1 is no row of a run's log"),
+        ("metrics.jsonl", b"\xff\xfe\n", r"metrics\.jsonl isn't the log of a run: line 1 is not UTF-8"),
+        (
+            "metrics.jsonl",
+            b'{"split": "dev"}\n',
+            r"metrics\.jsonl isn't the log of a run: line 1 is no object",
+        ),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", r"metrics\.jsonl isn't the log of a run: line 1 is JSON nested"),
         ("config.yaml", b"epoch: 0\n", r"config\.yaml: `epoch` is no option.*Mend the file, or choose another folder"),
         ("config.yaml", b"epochs: 1\nepochs: 2\n", r"config\.yaml.*`epochs` is there twice"),
     ],
 )
-def test_files_of_a_run_that_were_damaged_are_named(copied, name, content, message):
-    folder, config = copied
+def test_files_of_a_run_that_were_damaged_are_named(run_again, name, content, message):
+    folder, config = run_again
     (folder / name).write_bytes(content + (folder / name).read_bytes())
     with pytest.raises(RunFolderError, match=message):
         train(config)
 
 
-def test_what_an_interruption_left_of_the_log_is_left_out(copied):
-    folder, config = copied
+def test_what_an_interruption_left_of_the_log_is_left_out(run_again):
+    folder, config = run_again
     whole = train(config).history
-    for rest in (b'{"step": 4', b"\0" * 40, b'{"step": 4}'[:5] + b"\n\0\0"):
+    for rest in (b'{"step": 4', b"\0" * 40):
         log = folder / "metrics.jsonl"
         kept = log.read_bytes()
         log.write_bytes(kept + rest)
         assert train(config).history == whole
         log.write_bytes(kept)
+
+
+# What a run depends on.
+
+
+def copied(options, folder: Path) -> dict:
+    """The same run, of files that may be changed."""
+    shutil.copytree(options["base"], folder / "base")
+    for split in ("train", "dev", "test"):
+        shutil.copy(options[split], folder / f"{split}.tsv")
+    return {**options, "base": str(folder / "base")} | {s: str(folder / f"{s}.tsv") for s in ("train", "dev", "test")}
+
+
+def edit_text(old: str, new: str):
+    def edit(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return edit
+
+
+def cut(path: Path) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def change_one_weight(path: Path) -> None:
+    held = files.read_safetensors(path)
+    name = max(held, key=lambda name: held[name].size)
+    held[name] = held[name].copy()
+    held[name].reshape(-1)[3] += 1e-3  # none that the fingerprint of an adapter samples
+    files.write_safetensors(path, held)
+
+
+CHANGES = {
+    "a weight of the base": ("base/model.safetensors", change_one_weight, r"another base: the weights of .*base have"),
+    "its settings": ("base/config.json", edit_text("1e-12", "1e-6"), r"another base: the config.json of .*base has"),
+    "its tokenizer": ("base/tokenizer.json", edit_text("film", "movie"), r"another tokenizer: that of .*base has"),
+    "the dev set cut": ("dev.tsv", cut, r"another dev set: .*dev.tsv has changed since"),
+    "a label of dev": ("dev.tsv", edit_text("\tpos", "\tneg"), r"another dev set: .*dev.tsv has changed since"),
+    "a label of train": (
+        "train.tsv",
+        edit_text("\tpos", "\tneg"),
+        r"other training data: .*train.tsv has changed since",
+    ),
+    "a text of test": ("test.tsv", edit_text("good", "great"), r"another test set: .*test.tsv has changed since"),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(options, tmp_path_factory):
+    """A run that was interrupted after a checkpoint, and one before; and the options of both."""
+    folder = tmp_path_factory.mktemp("begun")
+    mine = copied(options, folder)
+    for name, step in (("late", 10), ("early", 3)):
+        with pytest.raises(Interrupted):
+            train(TrainConfig(**mine, output=str(folder / name)), on_progress=interrupt_at(step))
+    return folder, mine
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_has_changed_is_named_and_not_gone_on_with(case, begun):
+    folder, mine = begun
+    name, change, message = CHANGES[case]
+    before = (folder / name).read_bytes()
+    try:
+        change(folder / name)
+        for output in ("late", "early"):
+            held = sorted((path, path.stat().st_mtime_ns) for path in (folder / output).rglob("*") if path.is_file())
+            with pytest.raises(RunFolderError, match=rf"`output` .*{output} holds a run on .*{message}"):
+                train(TrainConfig(**mine, output=str(folder / output)))
+            after = sorted((path, path.stat().st_mtime_ns) for path in (folder / output).rglob("*") if path.is_file())
+            assert after == held
+    finally:
+        (folder / name).write_bytes(before)
+
+
+def test_options_that_were_changed_where_they_are_kept(begun, tmp_path):
+    folder, mine = begun
+    shutil.copytree(folder / "late", tmp_path / "run")
+    edit_text("lr: 0.03", "lr: 0.05")(tmp_path / "run" / "config.yaml")
+    with pytest.raises(RunFolderError, match="holds a run on other options: `lr` has changed since"):
+        train(TrainConfig(**{**mine, "lr": 0.05}, output=str(tmp_path / "run")))
+    edit_text("0.03", "0.05")(tmp_path / "run" / "run.json")
+    with pytest.raises(files.FileError, match=r"run\.json isn't what its `checksum` was written for"):
+        train(TrainConfig(**{**mine, "lr": 0.05}, output=str(tmp_path / "run")))
+
+
+def test_it_goes_on_from_folders_of_earlier_versions(begun, finished, tmp_path):
+    """They have no `run.json`, and progress without a checksum or the meter's window."""
+    folder, mine = begun
+    shutil.copytree(folder / "late", tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    path = tmp_path / "run" / "checkpoints" / "step_8" / "progress" / "metadata"
+    progress = json.loads(path.read_text())["progress"]
+    assert progress["iterator"] == {"next_index": 8}
+    del progress["meter"]["window"]
+    path.write_text(json.dumps(progress))
+    result = train(TrainConfig(**mine, output=str(tmp_path / "run")))
+    assert result.resumed_from == 8
+    assert_same_run(result.output, finished.output)
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_other_versions_are_told(begun, tmp_path):
+    folder, mine = begun
+    shutil.copytree(folder / "late", tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    content["versions"]["jax"] = "0.1"
+    path.write_text(json.dumps(files.with_checksum(content)))
+    notes = []
+
+    def listen(event):
+        if isinstance(event, Note):
+            notes.append(event.message)
+        interrupt_at(9)(event)
+
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**mine, output=str(tmp_path / "run")), on_progress=listen)
+    assert any("its last bits may differ: jax 0.1 is " in note for note in notes)
+    content["formats"]["batches"] = 0
+    path.write_text(json.dumps(files.with_checksum(content)))
+    with pytest.raises(
+        RunFolderError, match="another version of lora_jax: what it makes of the same inputs has changed"
+    ):
+        train(TrainConfig(**mine, output=str(tmp_path / "run")))
+
+
+def test_the_log_is_that_of_a_run_in_one_go(begun, finished, tmp_path):
+    """The first mean after a checkpoint, which may lie within a window, is of the whole window."""
+    folder, mine = begun
+    shutil.copytree(folder / "late", tmp_path / "run")
+    result = train(TrainConfig(**mine, output=str(tmp_path / "run")))
+    rows, whole = (
+        [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in history]
+        for history in (result.history, finished.history)
+    )
+    assert result.resumed_from == 8
+    assert rows == whole
+
+
+# Damage.
+
+
+def checkpoint_files(output: Path, step: int, name: str) -> list[Path]:
+    held = [path for path in (output / "checkpoints" / f"step_{step}").rglob(name) if path.is_file()]
+    assert held
+    return held
+
+
+def reword(path: Path, change, *, sealed: bool) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    if sealed:
+        del content["checksum"]
+    path.write_text(json.dumps(content))
+
+
+DAMAGE = {
+    "arrays gone": lambda output: [path.write_bytes(b"") for path in checkpoint_files(output, 16, "d/*")],
+    "arrays of another step": lambda output: [
+        shutil.rmtree(output / "checkpoints" / "step_16" / "arrays"),
+        shutil.copytree(output / "checkpoints" / "step_8" / "arrays", output / "checkpoints" / "step_16" / "arrays"),
+    ],
+    "progress edited": lambda output: reword(
+        checkpoint_files(output, 16, "progress/metadata")[0],
+        lambda content: content["progress"]["iterator"].update(next_index=3),
+        sealed=False,
+    ),
+    "no progress": lambda output: [
+        path.write_bytes(b"{") for path in checkpoint_files(output, 16, "progress/metadata")
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def twice(options, tmp_path_factory):
+    """A run that was interrupted after its second checkpoint, which is the best too."""
+    output = tmp_path_factory.mktemp("twice") / "run"
+    with pytest.raises(Interrupted):
+        train(TrainConfig(**options, output=str(output)), on_progress=interrupt_at(17))
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_16", "step_8"]
+    return output
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_checkpoint_has_one_before_it(case, twice, options, finished, tmp_path):
+    shutil.copytree(twice, tmp_path / "run")
+    DAMAGE[case](tmp_path / "run")
+    notes: list[str] = []
+    with threads_left_to_end():
+        result = train(
+            TrainConfig(**options, output=str(tmp_path / "run")),
+            on_progress=lambda event: notes.append(event.message) if isinstance(event, Note) else None,
+        )
+    assert any(note.startswith("an earlier checkpoint is taken: that of step 16 is damaged, ") for note in notes)
+    assert "going on from step 8 of 40" in notes
+    assert result.resumed_from == 8
+    assert_same_run(result.output, finished.output)
+    assert result.metrics == finished.metrics
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(twice, options, tmp_path):
+    shutil.copytree(twice, tmp_path / "run")
+    for step in (8, 16):
+        for path in checkpoint_files(tmp_path / "run", step, "progress/metadata"):
+            path.write_bytes(b"{")
+    with threads_left_to_end(), pytest.raises(CheckpointError, match=r"The checkpoint of step 8 in .* can't be read"):
+        train(TrainConfig(**options, output=str(tmp_path / "run")))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_16")
+    with (
+        threads_left_to_end(),
+        pytest.raises(CheckpointError, match=r"Delete its folder step_8 to begin anew, or choose another `--output`"),
+    ):
+        train(TrainConfig(**options, output=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("position", [3, -1, 17, 1e300, "8", None, True])
+def test_a_position_that_is_not_the_checkpoint_s(position, twice, options, tmp_path):
+    """Without its checksum, as one who means a change would leave it."""
+    shutil.copytree(twice, tmp_path / "run")
+    for step in (8, 16):
+        reword(
+            checkpoint_files(tmp_path / "run", step, "progress/metadata")[0],
+            lambda content: content["progress"]["iterator"].update(next_index=position),
+            sealed=True,
+        )
+    with pytest.raises(RunFolderError, match=r"The checkpoint of step 16 .* was changed: it says that it is at batch"):
+        train(TrainConfig(**options, output=str(tmp_path / "run")))
+
+
+LOSSES = {
+    "adapter": lambda run: shutil.rmtree(run / "adapter"),
+    "tensors": lambda run: (run / "adapter" / "adapter.safetensors").unlink(),
+    "tensors cut": lambda run: (run / "adapter" / "adapter.safetensors").write_bytes(b"1234"),
+    "description": lambda run: (run / "adapter" / "lora_jax_adapter.json").write_text("{}"),
+    "a number in it": lambda run: edit_text('"rank": 8', '"rank": 9')(run / "adapter" / "lora_jax_adapter.json"),
+    "task": lambda run: (run / "adapter" / "task.json").unlink(),
+    "labels swapped": lambda run: reword(
+        run / "adapter" / "task.json", lambda content: content["labels"].reverse(), sealed=False
+    ),
+    "no results": lambda run: (run / "results.json").write_text("{}"),
+    "no object": lambda run: (run / "results.json").write_text("[]"),
+    "half of the results": lambda run: (run / "results.json").write_text('{"metrics": {'),
+    "better results": lambda run: reword(
+        run / "results.json", lambda content: content["metrics"]["test"].update(accuracy=1.01), sealed=False
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_what_is_lost_of_a_complete_run_is_made_anew(case, options, finished, tmp_path):
+    shutil.copytree(finished.output, tmp_path / "run")
+    LOSSES[case](tmp_path / "run")
+    notes: list[str] = []
+    config = TrainConfig(**options, output=str(tmp_path / "run"))
+    result = train(config, on_progress=lambda event: notes.append(str(event)))
+    assert any("made anew from the checkpoint" in note for note in notes)
+    assert result.metrics == finished.metrics
+    for name in ("adapter.safetensors", "lora_jax_adapter.json", "task.json"):
+        assert (result.adapter / name).read_bytes() == (finished.adapter / name).read_bytes()
+    assert train(config) == result
+
+
+def test_another_adapter_in_the_place_of_a_run_s_is_left_alone(options, finished, tmp_path):
+    shutil.copytree(finished.output, tmp_path / "run")
+    lj.save_adapter(tmp_path / "run" / "adapter", {"w": jax.numpy.ones(2)}, lj.FullFineTune())
+    before = tensors(tmp_path / "run")
+    with pytest.raises(
+        RunFolderError, match=r"holds another adapter than that of the run in .*run\. Move it elsewhere"
+    ):
+        train(TrainConfig(**options, output=str(tmp_path / "run")))
+    assert tensors(tmp_path / "run").keys() == before.keys()
+
+
+def test_a_complete_run_on_data_that_has_changed(finished, options, tmp_path):
+    mine = copied(options, tmp_path)
+    config = TrainConfig(**{**mine, "epochs": 1}, output=str(tmp_path / "run"))
+    result = train(config)
+    path = tmp_path / "dev.tsv"
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b"\n", b"\r\n"))  # the same rows
+    assert train(config) == result
+    cut(path)
+    with pytest.raises(RunFolderError, match=r"holds a run on another dev set: .*dev.tsv has changed since"):
+        train(config)
+    path.unlink()  # it isn't needed any more
+    assert train(config) == result
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"3\n", b'{"step": 8}\n{\n{"step": 16}\n', b'{"split": "dev"}\n'])
+def test_a_log_that_is_none(content, twice, options, tmp_path):
+    shutil.copytree(twice, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl isn't the log of a run: .*remove it to go on without"):
+        train(TrainConfig(**options, output=str(tmp_path / "run")))
+
+
+def test_a_folder_is_one_process_s_at_a_time(twice, options, tmp_path):
+    shutil.copytree(twice, tmp_path / "run")
+    config = TrainConfig(**options, output=str(tmp_path / "run"))
+    with held_alone(tmp_path / "run"), pytest.raises(RunFolderError, match=r"run is in use by process \d+ on .*: wait"):
+        train(config)
+    told = []
+
+    def listen(event):
+        if isinstance(event, StepDone) and not told:
+            with pytest.raises(RunFolderError, match="is in use by process") as caught:
+                train(config)
+            told.append(caught.value)
+            raise Interrupted
+
+    for output in (tmp_path / "run", tmp_path / "new"):  # one that goes on, and one that begins
+        told.clear()
+        config = TrainConfig(**options, output=str(output))
+        with pytest.raises(Interrupted):
+            train(config, on_progress=listen)
+        assert told
+        assert not (output / ".lora_jax.lock").exists()
+
+
+def test_two_that_begin_in_one_folder(options, tmp_path):
+    """The one that comes second, having read all its data, finds the first's."""
+    config = TrainConfig(**options, output=str(tmp_path / "run"))
+    other = TrainConfig(**{**options, "seed": 1}, output=str(tmp_path / "run"))
+    mine, second = RunFolder(config), RunFolder(other)
+    with mine, second:
+        mine.start(config)
+        with pytest.raises(RunFolderError, match="is in use by process"):
+            second.start(other)
+    with pytest.raises(RunFolderError, match=r"holds another run: `seed` is 0 there and 1 here"), second:
+        second.start(other)
+
+
+@pytest.mark.parametrize("name", ["train", "output", "base"])
+def test_names_that_are_not_utf8(name, options):
+    with pytest.raises(ConfigError, match=rf"`{name}` 'r\\udcff' isn't UTF-8: rename it, or set `PYTHONUTF8=1`"):
+        TrainConfig(**{**options, "output": "run", name: "r\udcff"})

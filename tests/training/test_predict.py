@@ -83,6 +83,7 @@ def test_another_base_is_refused(finished, tmp_path):
         ({"max_length": 0}, r"`max_length` can't be 0"),
         ({"labels": ["a"]}, r"`labels` is \['a'\], and two names or more"),
         ({"labels": None}, r"`labels` can't be None"),
+        ({"labels": ["neg", "pos", "neg"]}, r"`labels` has 'neg' twice, and each is expected once"),
         ({"pooling": "last"}, r"`pooling` can't be 'last'"),
         ({"task": "ranking"}, r"`task` is 'ranking'"),
         ({"base": None}, r"`base` can't be None"),
@@ -109,7 +110,9 @@ def test_a_task_file_is_checked(change, message, finished, tmp_path):
 def test_a_task_file_that_doesn_t_fit_its_adapter_and_base(change, message, finished, tmp_path):
     shutil.copytree(finished.adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "task.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    content = json.loads(path.read_text()) | change
+    del content["checksum"]
+    path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load_predictor(tmp_path / "adapter")
 
@@ -157,3 +160,15 @@ def test_a_tokenizer_with_more_types_than_the_base_is_refused(options, tmp_path)
     train(TrainConfig(**chosen, output=str(tmp_path / "single")))  # one text has one type
     with pytest.raises(files.FileError, match=r"second text of a pair the type 1, and the model has 1 \(`type_vocab"):
         train(TrainConfig(**chosen, text_pair="other", output=str(tmp_path / "pairs")))
+
+
+@pytest.mark.parametrize("change", [{"labels": ["pos", "neg"]}, {"max_length": 31}, {"base": "other"}, {"more": 1}])
+def test_a_task_file_that_was_changed(change, finished, tmp_path):
+    """What each entry by itself may be; the message says how a change that is meant is accepted."""
+    content = json.loads((finished.adapter / "task.json").read_text())
+    (tmp_path / "task.json").write_text(json.dumps(content | change))
+    with pytest.raises(FileError, match=r"task.json isn't what its `checksum` was written for: .* remove the entry"):
+        read_task(tmp_path)
+    del content["checksum"]
+    (tmp_path / "task.json").write_text(json.dumps(content | change))
+    read_task(tmp_path)

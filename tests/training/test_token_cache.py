@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from lora_jax import files
 from lora_jax.training import token_cache
 from lora_jax.training.data import Examples
 from lora_jax.training.token_cache import cache_folder, encode_cached
@@ -103,3 +104,20 @@ def test_default_folder_is_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("LORA_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "lora_jax"
+
+
+def test_a_changed_entry_is_made_anew(folder, calls):
+    """One whose tokens are those of no text, or of another entry, would be learnt from without a word."""
+    first = encode_cached(examples(), tokenizer(), 3)
+    other = encode_cached(examples(("b b", "a c")), tokenizer(), 3)
+    assert not np.array_equal(first.ids, other.ids)
+    entry, second = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    held = files.read_safetensors(entry)
+    held["ids"] = held["ids"].copy()
+    held["ids"][0] += 1
+    files.write_safetensors(entry, held, files.read_metadata(entry))
+    assert_equal(encode_cached(examples(), tokenizer(), 3), first)
+    assert len(calls) == 3
+    entry.write_bytes(second.read_bytes())
+    assert_equal(encode_cached(examples(), tokenizer(), 3), first)
+    assert len(calls) == 4
