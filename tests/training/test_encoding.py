@@ -7,6 +7,9 @@ import resource
 
 import numpy as np
 import pytest
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
 
 import lora_jax as lj
 from lora_jax.training.data import Examples
@@ -74,6 +77,15 @@ def test_a_text_that_is_cut_early_has_the_tokens_that_it_would_have(pairs, token
             assert [b.encoding.ids for b in found] == [encoding.ids for encoding in expected]
             assert [b.encoding.type_ids for b in found] == [encoding.type_ids for encoding in expected]
             assert [b.is_cut for b in found] == [bool(encoding.overflowing) for encoding in expected]
+
+
+def test_a_word_that_the_cut_would_change_is_read_on():
+    """A word of 150 letters is unknown; its first 84, where reading would end, are 84 known pieces."""
+    vocabulary = {"[UNK]": 0, "a": 1, "##a": 2}
+    each = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    each.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    (found,) = encode_beginnings([("b" * 99 + " ") * 3 + "a" * 150 + " a" * 500], each, 12)
+    assert found.encoding.ids == [0] * 4 + [1] * 8
 
 
 def test_megabytes_are_cut_before_they_are_tokenized(tokenizer):
