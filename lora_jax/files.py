@@ -292,7 +292,7 @@ def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> with_checksum({"rank": 8})["checksum"][:20]
-        'sha256:dd1f25c8ef1de'
+        'sha256:fd6fa1f57597d'
     """
     rest = {name: value for name, value in content.items() if name != CHECKSUM}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
