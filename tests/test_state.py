@@ -538,6 +538,7 @@ def test_without_state_an_adapter_is_written_as_before(tmp_path: Path) -> None:
         "tensors",
         "sha256",
         "base",
+        "checksum",
     }
     assert sorted(read_safetensors(folder / "adapter.safetensors")) == ["dense/kernel/a", "dense/kernel/b"]
 

@@ -143,14 +143,15 @@ class LoRA(WeightMethod):
         room = {target.path: min(target.size(IN), target.size(OUT)) for target in targets}
         named = {path for entry in self.rank_overrides for path in matching(entry, targets, "rank_overrides")}
         narrow = {path: most for path, most in room.items() if most < ranks[path] and path not in named}
-        if narrow:
+        if narrow and len(narrow) < len(targets):  # larger than every weight allows: a mistake, told with the first
             warnings.warn(
                 f"`rank` {self.rank} is larger than some weights allow that `targets={self.targets!r}` has found, so "
                 f"there it is less: {listed([f'{path} {most}' for path, most in narrow.items()])}. Say it in "
                 "`rank_overrides`, or name the targets to leave them out",
                 stacklevel=5,
             )
-        return ranks | narrow
+            return ranks | narrow
+        return ranks
 
     def _node(self, target: Target, rank: int, alpha: float, key: jax.Array) -> LowRankWeight:
         fan_in, fan_out = target.size(IN), target.size(OUT)

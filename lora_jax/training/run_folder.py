@@ -161,7 +161,7 @@ class RunFolder:
             try:
                 row = files.parse_json(line, f"line {number}")
             except files.FileError as error:
-                if number <= len(lines):
+                if number <= len(lines) or not rest.isascii():  # as every row is that a run writes
                     raise self._no_log(str(error).rstrip(".")) from None
                 break
             if not isinstance(row, dict) or type(row.get("step")) is not int:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import unittest.mock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ class Kind(NamedTuple):
         read: gives what the folder holds, or refuses.
         files: those that are damaged, as patterns below the folder.
         summed: those of them that a checksum covers: changed, they are refused, or give what the good ones gave.
+        pieces: of what was read, those that a checksum covers each by itself: rows that are lost are done again.
         check: raises `AssertionError` if what was read isn't what the folder says.
         is_finite: whether what is read is held to be finite.
         is_named: whether every refusal names the folder; options of a config may come from flags as well.
@@ -70,6 +71,7 @@ class Kind(NamedTuple):
     read: Callable[[Path], Any]
     files: tuple[str, ...]
     summed: tuple[str, ...] = ()
+    pieces: Callable[[Any], Iterable[Any]] = lambda value: (value,)
     check: Callable[[Path, Any], Any] = lambda folder, value: None
     is_finite: bool = True
     is_named: bool = True
@@ -512,6 +514,7 @@ KINDS: dict[str, Kind] = {
         lambda folder: ResultsFile(folder / "results.jsonl").rows,
         ("results.jsonl",),
         summed=("results.jsonl",),
+        pieces=lambda rows: rows.items(),
     ),
     "config": Kind(write_settings, read_settings, ("config.yaml",), is_named=False),
     "grid": Kind(write_grid, lambda folder: read_grid(folder / "grid.yaml"), ("grid.yaml",)),

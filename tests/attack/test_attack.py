@@ -74,7 +74,7 @@ def test_a_change_that_a_checksum_covers_and_that_is_read_is_a_finding(
     assert found
     assert all("numbers.json was changed, a checksum covers it" in outcome.message for outcome in found)
     assert all(outcome.damage for outcome in found)
-    trial._good_digest.cache_clear()
+    trial._good_digests.cache_clear()
     with_kind(monkeypatch, lambda folder: None, summed=("*.json",))  # the change changes nothing
     assert not any(outcome.is_finding for outcome in outcomes(tmp_path))
 

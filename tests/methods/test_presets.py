@@ -282,16 +282,19 @@ def test_a_capped_adapter_is_saved_and_loaded(tmp_path: Any) -> None:
 
 
 def test_a_convolution_of_few_channels_is_capped_too() -> None:
-    params = {"conv": kernel(3, 1, 2), "w": kernel(2, 9)}
+    params = {"conv": kernel(3, 1, 2), "v": kernel(9, 9), "w": kernel(2, 9)}
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         numbers = ("NWC", "WIO", "NWC")
         x = jax.lax.conv_general_dilated(x, params["conv"]["kernel"], (1,), "SAME", dimension_numbers=numbers)
-        return x @ params["w"]["kernel"]
+        return x @ params["w"]["kernel"] @ params["v"]["kernel"]
 
+    uses = lj.trace_weights(apply, params, jnp.ones((1, 5, 1)))
     with pytest.warns(UserWarning, match=r"it is less: conv/kernel 2, w/kernel 2\. Say"):
-        tree = attach(params, uses=lj.trace_weights(apply, params, jnp.ones((1, 5, 1))), rank=4, alpha=4)
-    assert tree["conv"]["kernel"].rank == 2
+        tree = attach(params, uses=uses, rank=4, alpha=4)
+    assert (tree["conv"]["kernel"].rank, tree["v"]["kernel"].rank) == (2, 4)
+    with pytest.raises(ValueError, match=r"`rank` 10 is larger than `conv/kernel` allows"):  # and than all others
+        attach(params, uses=uses, rank=10, alpha=4)
 
 
 def test_names_given_by_hand_stay_strict() -> None:

@@ -12,7 +12,7 @@ from lora_jax import files
 from lora_jax.training import RunFolderError, TrainConfig
 from lora_jax.training.inputs import base_parts, read_inputs, source_sums
 from lora_jax.training.setup import prepare
-from tests.tiny_decoders import write_tiny_decoder
+from tests.tiny_language import write_language_base
 
 PARTS = {"train", "dev", "test", "labels", "base configuration", "base weights", "tokenizer"}
 
@@ -71,11 +71,11 @@ def test_parts_of_a_large_base_are_read_whole(options, tmp_path):
 
 
 def test_a_language_model_s_inputs(tmp_path):
-    base = write_tiny_decoder(tmp_path / "base", "gpt2")
+    base = write_language_base(tmp_path / "base")
     (tmp_path / "train.jsonl").write_text('{"q": "a b", "a": "c"}\n{"q": "b", "a": "a c"}\n')
     options = {
         "task": "causal-lm",
-        "base": str(base),
+        "base": base,
         "train": str(tmp_path / "train.jsonl"),
         "prompt": "q",
         "completion": "a",

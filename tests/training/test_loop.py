@@ -441,7 +441,7 @@ def change_one_weight(path: Path) -> None:
 CHANGES = {
     "a weight of the base": ("base/model.safetensors", change_one_weight, r"another base: the weights of .*base have"),
     "its settings": ("base/config.json", edit_text("1e-12", "1e-6"), r"another base: the config.json of .*base has"),
-    "its tokenizer": ("base/tokenizer.json", edit_text("film", "movie"), r"another tokenizer: that of .*base has"),
+    "its tokenizer": ("base/tokenizer.json", edit_text("film", "cinema"), r"another tokenizer: that of .*base has"),
     "the dev set cut": ("dev.tsv", cut, r"another dev set: .*dev.tsv has changed since"),
     "a label of dev": ("dev.tsv", edit_text("\tpos", "\tneg"), r"another dev set: .*dev.tsv has changed since"),
     "a label of train": (

@@ -87,7 +87,6 @@ def test_another_base_is_refused(finished, tmp_path):
         ({"pooling": "last"}, r"`pooling` can't be 'last'"),
         ({"task": "ranking"}, r"`task` is 'ranking'"),
         ({"base": None}, r"`base` can't be None"),
-        ({"labels": ["a", "a"]}, r"`labels` has a name twice"),
         ({"new_head": 1}, r"`new_head` can't be 1"),
         ({"prior": [0.5]}, r"`prior` can't be \[0.5\]"),
         ({"prior": [0.5, "x"]}, r"`prior` can't be \[0.5, 'x'\]"),
