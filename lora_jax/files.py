@@ -441,11 +441,7 @@ def safe_join(folder: str | os.PathLike[str], name: str, *, links_within: str | 
         raise FileError(f"The name {name!r:.200} would leave {folder}: a name inside the folder is expected.")
     path = folder / name
     limit = Path(links_within) if links_within is not None else folder
-    try:
-        is_within = path.resolve().is_relative_to(limit.resolve())
-    except (OSError, RuntimeError):  # Python before 3.13 has the latter
-        raise FileError(f"{path} is a link that leads to itself: put the file itself there.") from None
-    if not is_within:
+    if not _resolved(path).is_relative_to(_resolved(limit)):
         raise FileError(f"The name {name!r:.200} is a link that leaves {limit}: put the file itself into the folder.")
     return path
 
@@ -456,11 +452,19 @@ def within_folder(folder: str | os.PathLike[str], name: str) -> Path:
     Files that were fetched into another folder may be links into such a cache as well.
     """
     folder = Path(folder)
-    real, target = folder.resolve(), (folder / name).resolve() if isinstance(name, str) and "\0" not in name else folder
+    real = _resolved(folder)
+    target = _resolved(folder / name) if isinstance(name, str) and "\0" not in name else folder
     if real.parent.name == "snapshots":
         return safe_join(folder, name, links_within=real.parent.parent)
     is_blob = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     return safe_join(folder, name, links_within=target.parent if is_blob and (folder / name).is_symlink() else folder)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # Python before 3.13 has the latter
+        raise FileError(f"{path} is a link that leads to itself: put the file itself there.") from None
 
 
 # ------------------------------------------------------------------------------------ files that belong together

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
-from lora_jax.files import FileError, read_safetensors
+from lora_jax.files import CHECKSUM, FileError, read_safetensors
 from lora_jax.interop import apply_delta, export_delta, export_peft, import_peft, read_peft_config
 from lora_jax.models.families import read_model_config
 from lora_jax.paths import leaves_by_path
@@ -433,6 +433,14 @@ def write_comparison(folder: Path, rng: Rng) -> None:
         results.append(row)
 
 
+def read_comparison(folder: Path) -> Any:
+    """The rows, but for those that have lost their checksum, which are ones of an earlier version."""
+    rows = ResultsFile(folder / "results.jsonl").rows
+    raw = map(json.loads, (folder / "results.jsonl").read_bytes().split(b"\n")[:-1])
+    sealed = {row["id"] for row in raw if CHECKSUM in row}
+    return {name: row for name, row in rows.items() if name in sealed}
+
+
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
@@ -511,7 +519,7 @@ KINDS: dict[str, Kind] = {
     ),
     "comparison": Kind(
         write_comparison,
-        lambda folder: ResultsFile(folder / "results.jsonl").rows,
+        read_comparison,
         ("results.jsonl",),
         summed=("results.jsonl",),
         pieces=lambda rows: rows.items(),
