@@ -31,7 +31,7 @@ from .files import (
 from .fingerprint import differences as fingerprint_differences
 from .fingerprint import fingerprint
 from .masks import label_params
-from .methods import Method
+from .methods import Frozen, Method
 from .methods.base import FROZEN
 from .paths import (
     StateLeaf,
@@ -221,6 +221,11 @@ def load_adapter(
     for name, array in tensors.items():
         if name in used:
             continue
+        if name not in leaves and name in description.get("state", ()):
+            raise AdapterError(
+                f"{folder} was saved with the state `{name}` in its tree, and the base has no such leaf: load it onto "
+                "a tree with its state (of Flax NNX, `nnx.split(model)` in two), and save it again with `state=`"
+            )
         base = _base_leaf(name, leaves, folder)
         if tuple(base.shape) != array.shape:
             raise AdapterError(
@@ -353,7 +358,10 @@ def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict
 
 def _state_arrays(state: Any) -> dict[str, Any]:
     """The arrays of a tree of state by path; of random keys, their data."""
-    arrays = {path: leaf for path, leaf in leaves_by_path(state).items() if hasattr(leaf, "shape")}
+    leaves = leaves_by_path(state)
+    if numbers := [path for path, leaf in leaves.items() if isinstance(leaf, int | float | complex)]:
+        raise AdapterError(f"`state` holds Python numbers, at {listed(numbers)}: make them arrays, `jnp.asarray(...)`")
+    arrays = {path: leaf for path, leaf in leaves.items() if hasattr(leaf, "shape")}
     return {path: jax.random.key_data(leaf) if is_random_key(leaf) else leaf for path, leaf in arrays.items()}
 
 
@@ -392,6 +400,8 @@ def _without_state(method: Method, leaves: Mapping[str, Any]) -> Method:
         if isinstance(getattr(method, field, None), tuple)
     }
     changed = {field: entries for field, entries in named.items() if entries != getattr(method, field)}
+    if changed.get("targets") == ():  # of a method that trained nothing else
+        return Frozen(also_train=changed.get("also_train", method.also_train))
     return dataclasses.replace(method, **changed) if changed else method
 
 
@@ -452,7 +462,7 @@ def _require_agreement(params: Any, method: Method, tensors: Set[str], folder: P
     """What is on disk must be what the method trains: a description may have been edited."""
     try:
         saved = saved_arrays(params, method).keys() - lasting_state(params).keys()
-        settled = method.resolved(leaves_by_path(params))
+        settled = method.resolved(marked_leaves(params))
     except ValueError as error:
         raise AdapterError(f"{folder}: its method does not fit the base: {error}") from None
     differing = sorted(saved ^ tensors)

@@ -117,17 +117,18 @@ def extract_lora(
     head, state = set(probe.head(marked_leaves(base_params))), state_paths(base_params)
     others = [path for path in changed if path not in chosen and path not in head]
     _check_others([path for path in others if path not in state or rest == "error"], before, after, rest)
-    carried = [path for path in before if path in head or (rest == "train" and path in others)]
+    kept = head | (set(others) if rest == "train" else set())
+    carried = [path for path in before if path in kept]
     # The base's dtypes have passed as the targets and the head were chosen; those of the tuned model may be others.
     dtypes.factored(after, chosen, argument="tuned_params")
-    dtypes.trained(after, carried, argument="tuned_params")
+    trained = [path for path in carried if path not in state]  # a file keeps state without its being trained
+    dtypes.trained(after, trained, argument="tuned_params")
 
     fits, replaced = {}, {path: copied(after[path]) for path in carried}
     for path, node in chosen.items():
         replaced[path], fits[path] = _factored(path, node, after[path], rank, energy)
     usual = most_frequent(fit.rank for fit in fits.values())
     params = rebuilt(base_params, replaced)
-    trained = [path for path in carried if path not in state]  # a file keeps state without its being trained
     probe = dataclasses.replace(probe, targets=rooted(list(chosen)), also_train=rooted(trained))
     method = relabelled(probe, params, usual, usual)
     return Extracted(params, method, fits, carried, [] if rest == "train" else others)

@@ -338,7 +338,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def parse_json(data: bytes | str, what: str) -> Any:
-    """JSON from elsewhere: an entry twice, too many values or levels, and endless numbers are refused.
+    """JSON from elsewhere: entries twice, half a character, too many values or levels, endless numbers are refused.
 
     Args:
         data: the JSON.
@@ -355,14 +355,19 @@ def parse_json(data: bytes | str, what: str) -> Any:
     """
     count = _count_values(data, what)
     try:
-        value = json.loads(data.decode() if isinstance(data, bytes) else data, object_pairs_hook=_once_each)
+        text = data.decode() if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=_once_each)
         if count > _DEEPEST and _is_deep(value):
             raise RecursionError
+        if _ESCAPED_HALF.search(text):  # of a pair, as a rule
+            json.dumps(value, ensure_ascii=False).encode()
         return value
     except _RepeatedName as error:
         raise FileError(f"{what} has two entries named '{error}', and one of each name is expected.") from None
     except UnicodeDecodeError as error:
         raise FileError(f"{what} is not UTF-8 (byte {error.start:,}): it is corrupt or another format.") from None
+    except UnicodeEncodeError:
+        raise FileError(f"{what} has half a character, which no text can hold: it is corrupt.") from None
     except json.JSONDecodeError as error:
         raise FileError(
             f"{what} is not JSON ({error.msg}, line {error.lineno}, column {error.colno}): it is corrupt or "
@@ -391,6 +396,9 @@ def _is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class _RepeatedName(Exception):
@@ -477,6 +485,7 @@ def _resolved(path: Path) -> Path:
 _WRITING, _WRITTEN, _LOCK, _PLAN = ".writing-", ".written-", ".lora_jax.lock", ".plan.json"
 _PATIENCE = 300.0  # seconds that a writer or a reader waits for another writer
 _TRIES = 200  # of a reader that meets one writer after the other
+_TOKEN = "[0-9a-f]{12}"  # in a temporary name, of `secrets.token_hex(6)`
 
 
 @contextlib.contextmanager
@@ -628,22 +637,29 @@ def _waiting(folder: Path) -> list[Path]:
     return _folders_in(folder, _WRITTEN)
 
 
-def _folders_in(folder: Path, prefix: str, suffix: str = "") -> list[Path]:
-    """No links, which lead elsewhere."""
+def _folders_in(folder: Path, prefix: str, suffix: str = "", middle: str = ".*") -> list[Path]:
+    """No links, which lead elsewhere.
+
+    Args:
+        folder: that they are in.
+        prefix, suffix: of their names.
+        middle: what stands between, as a regular expression: `.out.` begins the names of what is written for `out.v2`.
+    """
+    name = re.compile(f"{re.escape(prefix)}{middle}{re.escape(suffix)}", re.DOTALL)
     try:
         with os.scandir(folder) as entries:
             return sorted(
                 Path(entry.path)
                 for entry in entries
-                if entry.name.startswith(prefix) and entry.name.endswith(suffix) and entry.is_dir(follow_symlinks=False)
+                if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
             )
     except OSError:
         return []
 
 
-def _remove_left(folder: Path, prefix: str, suffix: str = "") -> None:
+def _remove_left(folder: Path, prefix: str, suffix: str = "", middle: str = ".*") -> None:
     """Removes what killed writers left, while the lock is held."""
-    for left in _folders_in(folder, prefix, suffix):
+    for left in _folders_in(folder, prefix, suffix, middle):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -716,7 +732,7 @@ def new_folder(folder: str | os.PathLike[str], argument: str) -> Iterator[Path]:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             if stack.enter_context(locked(folder.with_name(f".{folder.name}{_LOCK}"))):
-                _remove_left(folder.parent, before, after)
+                _remove_left(folder.parent, before, after, _TOKEN)
             staging.mkdir()
         except BusyError as holder:
             raise FileError(f"`{argument}` {folder} is being written by {holder}: choose another folder.") from None

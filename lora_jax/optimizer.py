@@ -27,12 +27,14 @@ def make_optimizer(
     trainable part alone, no gradient of a frozen leaf is ever computed, and clipping by global norm or
     `optax.MultiSteps` around the optimizer see trained leaves only.
 
-    **Leaves of fewer bits than float32** (biases, norms, a head or all of a bfloat16 model) have a float32 copy in the
-    state, on which `tx` works: its moments, weight decay and schedules are float32, and updates too small for the leaf
-    add up. The leaf is the copy rounded, and is what evaluation sees and `save_adapter` saves. That takes 4 bytes a
-    number, and as many for each of `tx`'s moments. `tx.update` then needs `params`. What is to act in float32 too
-    belongs inside of `tx`: `optax.MultiSteps(...).gradient_transformation()` there adds up float32 gradients, around
-    the optimizer it adds them in the leaf's own dtype. Of float32 leaves there is no copy, and nothing changes.
+    **Leaves of fewer bits than float32** (biases, norms, a head or all of a bfloat16 model) have a float32 copy in
+    the state, on which `tx` works: its moments, weight decay and schedules are float32, and updates too small for
+    the leaf add up. The leaf is the copy rounded, and is what evaluation sees and `save_adapter` saves. That takes
+    4 bytes a number, and as many for each of `tx`'s moments. `tx.update` then needs `params`. What is to act in
+    float32 too belongs inside of `tx`: `optax.MultiSteps(...).gradient_transformation()` there adds up float32
+    gradients, around the optimizer it adds them in the leaf's own dtype. Nothing that changes updates
+    (`optax.scale`, `optax.ema`, `optax.contrib.reduce_on_plateau`) belongs after it in a chain: it would act on the
+    step to the rounded leaf. Of float32 leaves there is no copy, and nothing changes.
 
     LoRA+ trains `B` with a rate `λ` times that of `A`: `rate_ratios={"lora_b": 16.0}` with the paper's `λ`. A ratio
     multiplies the updates of its label, which for any optimizer whose last step is to multiply by the learning rate
@@ -87,6 +89,6 @@ def make_optimizer(
         )
 
     def moves(tree: Any) -> Any:
-        return jax.tree.map(lambda label: label in given, labels_of(tree))
+        return jax.tree.map(lambda label: label != FROZEN and label in given, labels_of(tree))
 
     return with_masters(optax.multi_transform(transforms, labels_of), moves)

@@ -33,6 +33,8 @@ NORM_NAMES = frozenset({"scale", "gamma"})
 _NO_BIAS_ENDS = frozenset(
     {*NORM_NAMES, "proj", "projection", "kernel", "weight", "weights", "w", "table", "embedding", "embeddings", "mask"}
 )
+# What says of a `w_beta` or a `to_gamma` that it makes one, rather than is one.
+_WEIGHTS = frozenset({"w", "weight", "weights", "kernel", "to", "proj", "projection"})
 _PLACES = frozenset({"rel", "relative", "pos", "position", "positional"})
 # `norm`, `LayerNorm_0`, `final_layernorm`, `q_norm`, `norm1`; `ln_1`, `bn1`. Not `normal`.
 _NORM = re.compile(r".*norms?(?![a-z]).*|(.*_)?[lbg]n\d*(_.*)?", re.IGNORECASE)
@@ -242,13 +244,20 @@ def is_bias_name(path: str) -> bool:
     if not named or _PLACES.intersection(named):
         return False
     if named[-1] in BIAS_NAMES:
-        return named[-1] != "b" or len(named) == 1
+        return (named[-1] != "b" or len(named) == 1) and (
+            named[-1].startswith("bias") or not _speaks_of_a_weight(named)
+        )
     return named[0] in ("bias", "biases") and named[-1] not in _NO_BIAS_ENDS
 
 
 def is_scale_name(path: str) -> bool:
-    """Whether a leaf is named as a norm's scale is: `scale`, `gamma`, `ln_scale`."""
-    return bool(NORM_NAMES.intersection(words(leaf_name(path))[-1:]))
+    """Whether a leaf is named as a norm's scale is: `scale`, `gamma`, `ln_scale`; not `w_gamma`, a weight."""
+    named = words(leaf_name(path))
+    return bool(NORM_NAMES.intersection(named[-1:])) and not _speaks_of_a_weight(named)
+
+
+def _speaks_of_a_weight(named: list[str]) -> bool:
+    return not _WEIGHTS.isdisjoint(word.lower() for word in named[:-1])
 
 
 def is_weight_name(path: str) -> bool:
@@ -299,9 +308,15 @@ class _Index:
         self._by_segment: dict[str, list[str]] = {}
         for path in leaves:
             segments = path.split("/")
-            for end in range(1 if below else max(1, len(segments) - 1), len(segments) + 1):
+            ends = range(1 if below else max(1, len(segments) - 1), len(segments) + 1)
+            for end in ends:
                 self._rooted.setdefault("/".join(segments[:end]), []).append(path)
-                self._by_segment.setdefault(segments[end - 1], []).append(path)
+            near = {segments[end - 1] for end in ends}
+            if "~" in path:  # an entry may leave these out
+                short = [segment for segment in segments if not segment.startswith("~")]
+                near.update(short if below else short[-2:])
+            for segment in near:
+                self._by_segment.setdefault(segment, []).append(path)
 
     def matches(self, entry: str) -> set[str]:
         name = entry.strip("/")

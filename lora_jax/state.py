@@ -16,9 +16,9 @@ import jax
 
 from .paths import (
     BIAS_NAMES,
-    NORM_NAMES,
     StateLeaf,
     flatten_with_paths,
+    in_norm,
     is_random_key,
     leaf_name,
     leaves_by_path,
@@ -63,7 +63,6 @@ _STATISTIC = re.compile(
     r"(.*/)?((running|moving)_(mean|var|variance)|num_batches_tracked|\w*_ema/(average|hidden|counter))"
 )
 _CACHE_NAMES = {"cached_key", "cached_value", "cache_index"}
-_NORM_MODULE = re.compile(r"norm|(^|_)bn(\d|_|$)", re.IGNORECASE)
 
 
 def marked_leaves(tree: Any) -> dict[str, Any]:
@@ -89,7 +88,8 @@ def state_paths(tree: Any) -> set[str]:
 def lasting_state(tree: Any) -> dict[str, Any]:
     """The arrays of state that are worth keeping with what was trained, by path: no caches and no random streams."""
     leaves = leaves_by_path(tree)
-    return {path: leaves[path] for path, kind in _kinds(tree).items() if kind.lasts and hasattr(leaves[path], "shape")}
+    arrays = {path: leaves[path] for path, kind in _kinds(tree).items() if kind.lasts}
+    return {path: leaf for path, leaf in arrays.items() if hasattr(leaf, "shape") and not is_random_key(leaf)}
 
 
 def lost_state(tree: Any) -> str | None:
@@ -98,11 +98,11 @@ def lost_state(tree: Any) -> str | None:
     if not lost:
         return None
     return (
-        f"`params` holds state beside parameters: {listed(lost, most=4)}. What a function of `params` changes there is "
-        "lost: statistics stay as they are, and dropout draws the same mask at every call. Split the model in three, "
-        "`graph, params, state = nnx.split(model, nnx.Param, ...)`; let the function take and return `state`, and save "
-        'it with `lj.save_adapter(..., state=state)`: "State" in docs/recipes.md has the lines. If it is to stay as it '
-        "is, filter `lj.StateWarning`"
+        f"`params` holds state beside parameters: {listed(lost, most=4)}. What a module changes there in place, as "
+        "Flax NNX's do, is lost: statistics stay as they are, and dropout draws the same mask at every call. Split the "
+        "model in three, `graph, params, state = nnx.split(model, nnx.Param, ...)`; let the function take and return "
+        '`state`, and save it with `lj.save_adapter(..., state=state)`: "State" in docs/recipes.md has the lines. If '
+        "it is to stay as it is, or the function returns what it changes, filter `lj.StateWarning`"
     )
 
 
@@ -177,10 +177,11 @@ def _collections(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Each path below something that stands beside `params`, with that one's name."""
     paths = list(paths)
     roots = {path[: match.start()] for path in paths for match in re.finditer(r"(?<![^/])params/", path)}
-    for root, path in itertools.product(roots, paths):
-        name = path.removeprefix(root).partition("/")[0]
-        if path.startswith(root) and name != "params":
-            yield path, name
+    for path in paths:
+        for start in (0, *(match.end() for match in re.finditer("/", path))):
+            name = path[start:].partition("/")[0]
+            if path[:start] in roots and name != "params":
+                yield path, name
 
 
 def _modules(paths: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -194,6 +195,6 @@ def _modules(paths: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def _moments(module: str, own: Mapping[str, str]) -> list[str]:
     """Mean and variance of a module that is plainly a normalization, and no distribution that learns them."""
-    is_norm = _NORM_MODULE.search(leaf_name(module)) or own.keys() & (BIAS_NAMES | NORM_NAMES)
+    is_norm = in_norm(f"{module}/mean") or own.keys() & BIAS_NAMES
     variances = [own[name] for name in ("var", "variance") if name in own]
     return [own["mean"], *variances] if is_norm and variances and "mean" in own else []

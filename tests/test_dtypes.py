@@ -135,8 +135,9 @@ def error(found: Any, wanted: Any) -> float:
         (np.asarray(a, np.float64), np.asarray(b, np.float64))
         for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True)
     ]
-    largest = max(np.abs(b).max() for _, b in pairs)
-    return max(np.abs(a - b).max() for a, b in pairs) / largest
+    # NumPy's maximum, which NaN is, and not Python's, which passes over it.
+    largest = np.max([np.abs(b).max() for _, b in pairs])
+    return float(np.max([np.abs(a - b).max() for a, b in pairs]) / largest)
 
 
 def refusal(placement: str, dtype: str, name: str) -> str | None:

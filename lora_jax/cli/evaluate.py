@@ -93,6 +93,7 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
     from lora_jax.training.data import read_examples
     from lora_jax.training.errors import ConfigError
     from lora_jax.training.predict import load_predictor
+    from lora_jax.training.special_text import special_text_note
     from lora_jax.training.task import LabelledTask
 
     from .weights_progress import WeightsProgress
@@ -119,6 +120,9 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
             escape_special_tokens=getattr(args, "escape_special_tokens", None),
             progress=progress,
         )
+    if not predictor.escape_special_tokens:
+        for note in special_text_note([*examples.texts, *(examples.pairs or ())], predictor.special_texts):
+            print(f"note: {note}", file=sys.stderr)
     encoded = predictor.encode(examples.texts, examples.pairs)
     counts = {"rows": encoded.rows, "truncated": encoded.truncated, "max_length": predictor.max_length}
     counts |= {"skipped": examples.skipped}
@@ -134,11 +138,14 @@ def _write_predictions(path: str, examples: Examples, columns: Columns, predicti
     """As `lora-jax predict` writes them, with the label of the data as `given_label`."""
     from lora_jax import files
 
+    from .predict import given_fields
+
     lines = []
     for row, prediction in enumerate(predictions):
         line: dict[str, Any] = {columns.text: examples.texts[row]}
         if columns.text_pair is not None and examples.pairs is not None:
             line[columns.text_pair] = examples.pairs[row]
+        line = given_fields(line, ("given_label", "label", "probability"))
         line |= {"given_label": (examples.labels or [])[row], "label": prediction.label}
         if prediction.probability is not None:
             line["probability"] = prediction.probability

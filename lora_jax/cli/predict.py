@@ -168,7 +168,7 @@ def _complete(
                 note(special_text_note(map(_said, (row[column] for row in chunk)), completer.special.added))
             prompts = _prompts([row[column] for row in chunk], columns, completer)
             for row, completion in zip(chunk, completer.complete(prompts, options), strict=True):
-                yield {**_given(row, ("completion",)), "completion": completion.text}
+                yield {**given_fields(row, ("completion",)), "completion": completion.text}
 
         return answer
 
@@ -196,19 +196,27 @@ def _said(prompt: Any) -> str:
 
 def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[str]:
     from lora_jax.training.chat import render_prompts
-    from lora_jax.training.documents import check_messages
-    from lora_jax.training.special_text import escape
+    from lora_jax.training.documents import WEIGHT, check_messages
+    from lora_jax.training.special_text import check_marks, escape
 
     if columns.messages is None:
         return [value + (columns.separator if columns.prompt is not None else "") for value in values]
     talks = [
-        [{"role": "user", "content": value}] if isinstance(value, str) else check_messages(value, f"prompt {row}")
+        [{"role": "user", "content": value}]
+        if isinstance(value, str)
+        else [
+            {key: entry for key, entry in message.items() if key != WEIGHT}
+            for message in check_messages(value, f"prompt {row}")
+        ]
         for row, value in enumerate(values, start=1)
     ]
     special = completer.special
     if completer.escape_special_tokens:
         talks = [escape(talk, special.added) for talk in talks]
-    return render_prompts(talks, template=special.chat_template, tokens=special.texts, name="the prompts")
+    prompts = render_prompts(talks, template=special.chat_template, tokens=special.texts, name="the prompts")
+    if completer.escape_special_tokens:
+        check_marks(prompts, "the prompts")
+    return prompts
 
 
 def _rows(
@@ -251,6 +259,7 @@ def _parsed(
 
     Bad ones are told of in `left`, or refused where that is `None`.
     """
+    from lora_jax.training.documents import check_messages
     from lora_jax.training.errors import DataError
     from lora_jax.training.table import BadRows
 
@@ -261,7 +270,10 @@ def _parsed(
             continue
         number += 1
         try:
-            row = _parse(raw, number, f"{name}, line {number}", as_json, text, pair, kinds)
+            where = f"{name}, line {number}"
+            row = _parse(raw, number, where, as_json, text, pair, kinds)
+            if row and isinstance(row[text], list):
+                check_messages(row[text], f"{where}: field '{text}'")
         except DataError as error:
             if left is None:
                 raise
@@ -302,7 +314,7 @@ def _parse(
 
 def _labelled(row: Row, prediction: Prediction, saved: TaskFile, *, everything: bool) -> Row:
     ours = ("label", "probability", *(("probabilities",) if everything else ()))
-    result = {**_given(row, ours), "label": prediction.label}
+    result = {**given_fields(row, ours), "label": prediction.label}
     if prediction.probability is not None:
         result["probability"] = prediction.probability
         if everything:
@@ -310,7 +322,7 @@ def _labelled(row: Row, prediction: Prediction, saved: TaskFile, *, everything: 
     return result
 
 
-def _given(row: Row, ours: tuple[str, ...]) -> Row:
+def given_fields(row: Row, ours: tuple[str, ...]) -> Row:
     """The fields of the input; those that have the name of one of ours as `given_...`, until that is free."""
     given: Row = {}
     for key, value in row.items():

@@ -47,6 +47,8 @@ def score_facts(
     facts = {name: format_metrics(dict(metrics))}
     if baseline is not None:
         metric = metric or next(iter(metrics))
+        if metrics[metric] is None:  # on rows of one target, as `choose_metric` has it
+            metric = "loss"
         facts[f"{name} baseline"] = f"{format_metrics(baseline.metrics)}  (always {baseline.answer})"
         if (said := verdict(baseline, metric, metrics[metric])) is not None:
             facts[f"{name} warning"] = said

@@ -61,8 +61,8 @@ def choose(
     weights = {path: leaf for path, leaf in leaves.items() if path not in heads and is_weight(path, leaf)}
     named = [path for path in weights if _means(names, path)]
     if uses is None:
-        found, unusable = named, {}
-        left = [path for path, leaf in weights.items() if path not in named and _may_be_linear(path, leaf)]
+        found, unusable, taken = named, {}, set(named)
+        left = [path for path, leaf in weights.items() if path not in taken and _may_be_linear(path, leaf)]
     else:
         linear = [path for path in weights if _is_linear(path, uses)]
         taken = set() if preset == "all-linear" else set(named)

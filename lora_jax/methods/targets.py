@@ -10,10 +10,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 
-from ..paths import SelectionError, Selector, matches_entry, select, shape_text
+from ..paths import BIAS_NAMES, NORM_NAMES, SelectionError, Selector, leaf_name, matches_entry, select, shape_text
 from ..weights import IN, OUT, STACK, AdaptedWeight
 from . import dtypes
-from .base import Method, is_weight, require, require_selector, rooted
+from .base import Method, is_trainable, is_weight, require, require_selector, rooted
 from .presets import PRESETS, Choice, choose, reasons
 
 # Operations that say which of a weight's axes are in and which are out, if any labels fit.
@@ -66,9 +66,20 @@ class WeightMethod(Method, abstract=True):
 
     def _choice(self, leaves: Mapping[str, Any], uses: Mapping[str, Any] | None) -> Choice:
         if not self.by_preset:
-            return Choice(select(leaves, self.targets, argument="targets", eligible=is_weight, kind="weight"), {})
+            return Choice(
+                select(leaves, self.targets, argument="targets", eligible=self._may_be_named, kind="weight"), {}
+            )
         preset = str(self.targets)
         return choose(preset, self.presets[preset], leaves, set(self.head(leaves)), uses)
+
+    def _may_be_named(self, path: str, leaf: Any) -> bool:
+        """A weight; or what is named like a bias or a scale in part, a `gate_bias`, if its own name is given."""
+        if is_weight(path, leaf) or callable(self.targets) or isinstance(self.targets, str):
+            return is_weight(path, leaf)
+        name = leaf_name(path)
+        if not is_trainable(path, leaf) or len(leaf.shape) < 2 or name in BIAS_NAMES | NORM_NAMES:
+            return False
+        return any(entry.rpartition("/")[2] == name and matches_entry(path, entry) for entry in self.targets)
 
     def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
         found, unusable = self._choice(leaves, uses)

@@ -272,7 +272,7 @@ def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
         ids = _read_object(folder / file).get("eos_token_id")
         for number in ids if isinstance(ids, list) else [ids]:
             if type(number) is int:
-                if abs(number) >= 2**31:
+                if not 0 <= number < 2**31:
                     raise FileError(f"{folder / file}: `eos_token_id` can't be {clipped(number, 40)}.")
                 stops.append(number)
     if not stops:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import lora_jax as lj
 from lora_jax import files
+from lora_jax.training.base_head import choose_head
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.data import Examples
 from lora_jax.training.errors import ConfigError
@@ -28,6 +30,7 @@ class Splits(NamedTuple):
         sources: where a split is read from; those that were drawn here aren't in it.
         held_out: the share of the training rows that became dev; `None` where dev was given.
         fingerprints: of each split's content.
+        left_out: What was left out of the sources, in words.
     """
 
     task: LabelledTask
@@ -35,6 +38,7 @@ class Splits(NamedTuple):
     sources: dict[str, str]
     held_out: float | None
     fingerprints: dict[str, str]
+    left_out: dict[str, str]
 
 
 def read_splits(config: TrainConfig, *, dev_share: float, seed: int) -> Splits:
@@ -54,7 +58,9 @@ def read_splits(config: TrainConfig, *, dev_share: float, seed: int) -> Splits:
     examples = {split: read_labelled(config, source, split) for split, source in sources.items()}
     task = make_task(config.task, examples["train"])
     for rows in examples.values():
-        task.encode(rows)
+        task.encode(rows)  # an unknown label is told before the base is looked at
+    task = choose_head(task, lj.models.checkpoint_head(config.base)).task
+    left_out = {split: rows.left_out for split, rows in examples.items() if rows.left_out is not None}
     held_out = None
     if "dev" not in examples:
         if not 0 < dev_share < 1:
@@ -71,13 +77,15 @@ def read_splits(config: TrainConfig, *, dev_share: float, seed: int) -> Splits:
         examples |= {"train": _rows(train, rest), "dev": _rows(train, chosen)}
         del sources["train"]
         held_out = dev_share
-    return Splits(task, examples, sources, held_out, {name: _fingerprint(rows) for name, rows in examples.items()})
+    fingerprints = {name: _fingerprint(rows) for name, rows in examples.items()}
+    return Splits(task, examples, sources, held_out, fingerprints, left_out)
 
 
 def data_warnings(splits: Splits) -> list[str]:
-    """What may be a mistake in the labels, see `label_notes`."""
+    """The rows that were left out, and what may be a mistake in the labels, see `label_notes`."""
+    left_out = [f"{split}: {told}" for split, told in splits.left_out.items()]
     targets = {split: splits.task.encode(examples) for split, examples in splits.examples.items()}
-    return [note for note in target_notes(splits.task, targets) if note.startswith(WARNING)]
+    return left_out + [note for note in target_notes(splits.task, targets) if note.startswith(WARNING)]
 
 
 def take_rows(examples: Examples, task: LabelledTask, count: int, *, seed: int) -> Examples:

@@ -59,6 +59,8 @@ class Checkpoints:
         )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if odd := next((path for path in self.folder.rglob("*") if not path.is_file() and not path.is_dir()), None):
+                raise ValueError(f"{odd} is neither a file nor a folder. Remove it.")  # Orbax would wait for a pipe
             plain = self._link.enter_context(files.plainly_named(self.folder))
             self._manager = ocp.CheckpointManager(plain, options=options)
         except (OSError, ValueError) as error:
@@ -138,8 +140,6 @@ class Checkpoints:
         """
         expected = _arrays(template) | {"key": jax.random.key_data(jax.random.key(0))}
         abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
-        if odd := self._odd_file(step):
-            raise self._damaged(step, f"{odd} is neither a file nor a folder")
         try:
             loaded = self._manager.restore(
                 step,
@@ -178,11 +178,6 @@ class Checkpoints:
             raise self._damaged(step, _short(error)) from None
         return content if {"progress", "arrays"} <= content.keys() else {"progress": content, "arrays": None}
 
-    def _odd_file(self, step: int) -> Path | None:
-        """What Orbax would wait for without end: a pipe, say."""
-        held = (self.folder / f"step_{step}").rglob("*")
-        return next((path for path in held if not path.is_file() and not path.is_dir()), None)
-
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
         others = [other for other in self.steps if other != step]
         way = f"go on from that of step {others[-1]}" if others else "begin anew"
@@ -200,8 +195,6 @@ class Checkpoints:
 
     def _score(self, step: int) -> float | None:
         """As it is kept under a checksum; what Orbax keeps beside it, where there is none."""
-        if self._odd_file(step):
-            return None
         with contextlib.suppress(Exception):  # what is damaged is refused when it is restored
             args = ocp.args.Composite(progress=ocp.args.JsonRestore())
             content = self._opened(step, self._manager.restore(step, args=args)["progress"])

@@ -274,6 +274,7 @@ def _task_file(source: AdapterSource, labels: Sequence[str] | None) -> TaskFile 
         max_length=min(_MAX_LENGTH, model.config.max_length),
         dtype="float32",
         columns=Columns(),
+        new_head=model.new_head,
     )
 
 

@@ -13,7 +13,7 @@ from .data import Columns, check_texts, read_table
 from .data_files import check_regular
 from .errors import DataError
 from .json_lines import check_writable
-from .special_text import escape, find_lost_marks, special_text_note
+from .special_text import check_marks, escape, special_text_note
 from .table import Table, shown
 
 Format = Literal["text", "completion", "chat"]
@@ -156,11 +156,8 @@ def _conversations(
         name=table.name,
         numbers=table.rows,
     )
-    if escaped and (lost := find_lost_marks("".join(part.text for part in parts) for parts in rendered)):
-        raise DataError(
-            f"{table.name}, row {table.rows[lost - 1]}: the base's chat template writes messages as JSON, where "
-            "`escape_special_tokens` can't tell what is plain text. Take the special tokens out of the messages."
-        )
+    if escaped:
+        check_marks(("".join(part.text for part in parts) for parts in rendered), table.name, table.rows)
     rows = [_weighted(parts, talk) for parts, talk in zip(rendered, talks, strict=True)]
     return Documents(table.name, "chat", rows, notes=tuple(notes)), table
 

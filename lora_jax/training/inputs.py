@@ -84,7 +84,7 @@ def run_inputs(config: TrainConfig, data: Data) -> RunInputs:
     parts = {**data.fingerprints(), "labels": _hash(json.dumps(data.task.labels)), **base_parts(config.base)}
     if config.task == "causal-lm":
         special = lj.models.read_special_tokens(config.base)
-        told = json.dumps([special.texts, special.end, special.chat_template], sort_keys=True)
+        told = json.dumps([special.texts, special.stops, special.chat_template], sort_keys=True)
         parts["tokenizer"] = _hash(parts["tokenizer"], told)
     return RunInputs(
         options=config.to_dict(),

@@ -113,7 +113,7 @@ def token_rows(
         texts=[part.text for parts in documents.rows for part in parts],
         tokenizer=tokenizer,
         settings=(
-            f"language {_VERSION} {max_length} {documents.format} {special.end} "
+            f"language {_VERSION} {max_length} {documents.format} {special.end} {special.stops} "
             + " ".join("".join("01"[part.is_target] for part in parts) for parts in documents.rows)
         ),
         make=lambda: tokenize(documents, tokenizer, special, max_length),

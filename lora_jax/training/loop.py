@@ -65,6 +65,11 @@ def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunRes
             return _complete(finished, listen)
         run = prepare(config, listen)
         changed = folder.require_inputs(run.inputs)
+        if not folder.inputs.exists() and folder.checkpoints.exists() and run.numbers_labels_anew:
+            raise RunFolderError(
+                f"`output` {folder.path} holds a run of an earlier version, which had the labels in another order or "
+                "kept another head. Choose another folder."
+            )
         if finished is not None:  # the files have changed, and their rows haven't
             return _complete(finished, listen)
         if changed:

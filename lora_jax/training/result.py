@@ -105,7 +105,12 @@ def read_result(folder: RunFolder, listen: Listener) -> RunResult | None:
             )
         )
         return None
-    result = RunResult(output=folder.path, adapter=folder.adapter, history=folder.history(), **fields)
+    try:
+        history = folder.history()
+    except RunFolderError as error:
+        listen(Note(message=f"the log of this run is left out: {error}"))
+        history = []
+    result = RunResult(output=folder.path, adapter=folder.adapter, history=history, **fields)
     try:
         found = _adapter_checksum(folder.adapter)
     except (files.FileError, AdapterError, TrainingError) as error:

@@ -26,7 +26,7 @@ from .language import LanguageData
 from .metrics import is_undefined
 from .optimizer import make_optimizer
 from .step import TrainState
-from .task import Task
+from .task import Task, sorted_labels
 
 if TYPE_CHECKING:
     import tokenizers
@@ -114,6 +114,11 @@ class Run(NamedTuple):
     @property
     def steps(self) -> int:
         return self.batches.steps
+
+    @property
+    def numbers_labels_anew(self) -> bool:
+        """Whether an earlier version, which sorted labels and kept any head of their number, would train another."""
+        return self.new_head or self.task.labels != sorted_labels(self.task.labels)
 
 
 def prepare(config: TrainConfig, listen: Listener) -> Run:

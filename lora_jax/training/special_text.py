@@ -7,6 +7,8 @@ text. The marks are noncharacters of Unicode, which no text is exchanged with.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +17,7 @@ from lora_jax.models.tokenizer import refused_if_it_breaks_off
 from lora_jax.models.tokenizer import special_texts as special_texts
 
 from .encoding import Beginning, encode_beginnings, end_of
+from .errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -31,8 +34,10 @@ def special_text_note(texts: Iterable[str], special: Sequence[str]) -> list[str]
         '1 of 2 texts spell out special tokens'
     """
     texts = list(texts)
-    if not special or not (found := [set(_any_of(special).findall(text)) for text in texts]):
+    if not special:
         return []
+    spelled = _any_of(special)
+    found = [set(spelled.findall(text)) for text in texts]
     if not (count := sum(map(bool, found))):
         return []
     names = sorted(set().union(*found))
@@ -51,7 +56,15 @@ def escape(value: Any, special: Sequence[str]) -> Any:
         return [escape(item, special) for item in value]
     if not isinstance(value, str) or not special:
         return value
+    if _OPEN in value or _CLOSE in value:  # what isn't of an earlier call would pair up with marks beyond the text
+        value = _own_marks_only(value)
     return _marked_or(special).sub(lambda found: found[0] if found[2] is None else f"{_OPEN}{found[2]}{_CLOSE}", value)
+
+
+def _own_marks_only(text: str) -> str:
+    """The text without marks that have no partner in it."""
+    pieces = _MARKED.split(text)  # what is marked is every other piece
+    return "".join(f"{_OPEN}{piece}{_CLOSE}" if n % 2 else unescape(piece) for n, piece in enumerate(pieces))
 
 
 def unescape(text: str) -> str:
@@ -74,13 +87,24 @@ def without_control_tokens(text: str, special: Sequence[str]) -> str:
     return unescape(_marked_or(special).sub(lambda found: found[0] if found[2] is None else "", text))
 
 
-def find_lost_marks(texts: Iterable[str]) -> int | None:
-    """The first text, counted from 1, in which a mark is spelled out as `\\ufdd0`, or has lost its partner."""
-    for number, text in enumerate(texts, start=1):
+def check_marks(texts: Iterable[str], name: str, numbers: Iterable[int] | None = None) -> None:
+    """Refuses a rendering in which a mark is spelled out as `\\ufdd0`, or has lost its partner.
+
+    Args:
+        texts: Rendered conversations.
+        name: Of the data, for the message.
+        numbers: Of their rows; `None` for 1, 2, 3, …
+
+    Raises:
+        DataError: The row is named.
+    """
+    for row, text in zip(itertools.count(1) if numbers is None else numbers, texts, strict=False):
         rest = _MARKED.sub("", text)
         if "\\ufdd" in text or _OPEN in rest or _CLOSE in rest:
-            return number
-    return None
+            raise DataError(
+                f"{name}, row {row}: the base's chat template writes messages as JSON, where `escape_special_tokens` "
+                "can't tell what is plain text. Take the special tokens out of the messages."
+            )
 
 
 class Start(NamedTuple):
@@ -155,6 +179,11 @@ def _pieces(text: str, special: Sequence[str]) -> list[tuple[str, bool]]:
 
 def _marked_or(special: Sequence[str]) -> re.Pattern[str]:
     """Finds what is marked, as group 1, and special tokens that aren't, as group 2."""
+    return _compiled_marked_or(tuple(special))
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_marked_or(special: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(f"{_MARKED.pattern}|({_any_of(special).pattern})", re.DOTALL)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -243,8 +243,19 @@ def make_task(kind: str, train: Examples) -> LabelledTask:
     names = {_label_name(value, train.name, row) for row, value in zip(train.numbers, train.labels, strict=True)}
     if len(names) < 2:
         raise DataError(f"{train.name} has only the label {next(iter(names))!r}: two or more are needed to learn from.")
+    return Classification(labels=sorted_labels(names))
+
+
+def sorted_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Labels in their natural order, as a new head has them.
+
+    Example:
+        >>> sorted_labels(["10", "2"]), sorted_labels(["b", "10", "2"])
+        (('2', '10'), ('10', '2', 'b'))
+    """
+    names = list(names)
     numeric = all(_is_integer(name) for name in names)
-    return Classification(labels=tuple(sorted(names, key=int if numeric else None)))
+    return tuple(sorted(names, key=int if numeric else None))
 
 
 def restore_task(kind: str, labels: Sequence[str]) -> Task:

@@ -435,7 +435,8 @@ def write_comparison(folder: Path, rng: Rng) -> None:
 
 def read_comparison(folder: Path) -> Any:
     """The rows, but for those that have lost their checksum, which are ones of an earlier version."""
-    rows = ResultsFile(folder / "results.jsonl").rows
+    if not (rows := ResultsFile(folder / "results.jsonl").rows):
+        return rows
     raw = map(json.loads, (folder / "results.jsonl").read_bytes().split(b"\n")[:-1])
     sealed = {row["id"] for row in raw if CHECKSUM in row}
     return {name: row for name, row in rows.items() if name in sealed}

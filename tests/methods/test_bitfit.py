@@ -165,6 +165,12 @@ def test_a_bias_with_two_axes_is_no_target_of_lora() -> None:
     params = shaped({"kernel": (4, 4), **dict.fromkeys(names, (3, 4))})
     tree = lj.attach(params, lj.LoRA(rank=1, alpha=1, targets=".*"), key=jax.random.key(0))
     assert [name for name, leaf in tree["layer"].items() if hasattr(leaf, "a")] == ["kernel"]
-    for name in names:
+    by_module = lj.attach(params, lj.LoRA(rank=1, alpha=1, targets=("layer",)), key=jax.random.key(0))
+    assert [name for name, leaf in by_module["layer"].items() if hasattr(leaf, "a")] == ["kernel"]
+    for name in names:  # given by its own name, it is what the user says it is
+        tree = lj.attach(params, lj.LoRA(rank=1, alpha=1, targets=(name,)), key=jax.random.key(0))
+        assert [other for other, leaf in tree["layer"].items() if hasattr(leaf, "a")] == [name]
+    plain = shaped({"bias": (3, 4), "scale": (3, 4)})
+    for name in ("bias", "scale"):
         with pytest.raises(lj.SelectionError, match=f"'{name}' matches no weight, only layer/{name}"):
-            lj.attach(params, lj.LoRA(rank=1, alpha=1, targets=(name,)), key=jax.random.key(0))
+            lj.attach(plain, lj.LoRA(rank=1, alpha=1, targets=(name,)), key=jax.random.key(0))
