@@ -519,6 +519,15 @@ def test_json_that_would_take_for_ever_is_refused(tmp_path: Path, content: bytes
     assert time.monotonic() - started < 10
 
 
+def test_half_a_character_is_refused_and_a_pair_is_not(tmp_path: Path):
+    (tmp_path / "x.json").write_text('{"a": "\\ud83d\\ude00"}')
+    assert read_json(tmp_path / "x.json") == {"a": "\U0001f600"}
+    for content in ('{"a": "\\ud83d"}', '{"\\uDE00": 1}', '[["\\ude00\\ud83d"]]'):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(FileError, match=r"x\.json: the file has half a character"):
+            read_json(tmp_path / "x.json")
+
+
 def test_a_header_of_millions_of_values_is_refused(tmp_path: Path):
     path = write_raw(tmp_path / "x.safetensors", b'{"a":[' + b"[]," * 4_000_000 + b"[]]}")
     with pytest.raises(FileError, match=r"x\.safetensors: the header is JSON of some 8,000,0\d\d values"):

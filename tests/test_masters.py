@@ -227,3 +227,12 @@ def test_under_strict_promotion() -> None:
     labels, trainable, _ = split(base("bfloat16"))
     with jax.numpy_dtype_promotion("strict"):
         steps(lj.make_optimizer(optax.sgd(1e-3), labels), trainable, 1)
+
+
+def test_a_transformation_for_frozen_leaves_makes_no_copies_of_them() -> None:
+    params = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}
+    tx = lj.make_optimizer({"frozen": optax.set_to_zero(), "bias": optax.sgd(1.0)}, {"w": FROZEN, "b": "bias"})
+    state = tx.init(params)
+    assert not isinstance(state, Masters)
+    updates: Any = tx.update(jax.tree.map(jnp.ones_like, params), state)[0]
+    assert updates["b"].tolist() == [-1, -1]

@@ -357,6 +357,8 @@ def test_state_is_no_weight_that_a_look_at_the_function_finds() -> None:
         {"params": {"normal": {"mean": jnp.zeros(2), "var": jnp.ones(2), "bias": jnp.zeros(2)}}},
         {"encoder": {"state": jnp.ones(2), "cache": jnp.ones(2), "steps": jnp.ones(2)}},
         {"layer": {"params": jnp.ones(2), "stats": jnp.ones(2)}},
+        {"normal": {"mean": jnp.zeros(2), "var": jnp.ones(2)}},
+        {"prior": {"mean": jnp.zeros(2), "var": jnp.ones(2), "scale": jnp.ones(2)}},
     ],
 )
 def test_parameters_with_a_name_of_state_are_trained(tree: Any) -> None:
@@ -462,10 +464,30 @@ def test_state_that_is_forgotten_or_does_not_fit_is_refused(tmp_path: Path) -> N
         lj.load_adapter(with_state, base, state={"bn": state["bn"] | {"mean": jnp.ones(3)}})
     with pytest.raises(lj.AdapterError, match=r"cannot save: NaN or infinity in /state/bn/mean"):
         lj.save_adapter(tmp_path / "broken", params, LORA, state={"bn": {"mean": jnp.full(4, jnp.nan)}})
+    with pytest.raises(lj.AdapterError, match=r"`state` holds Python numbers, at steps: make them arrays"):
+        lj.save_adapter(tmp_path / "numbers", params, LORA, state={"steps": 7, "mean": jnp.ones(4)})
     description = json.loads((with_state / "lora_jax_adapter.json").read_text())
     (with_state / "lora_jax_adapter.json").write_text(json.dumps(description | {"state": {"bn": 1}}))
     with pytest.raises(lj.AdapterError, match=r"`state` must be a list of tensors' names, got"):
         lj.load_adapter(with_state, base, state=state)
+
+
+@pytest.mark.parametrize("collection", ["state", "buffers", "batch_stats"])
+def test_a_random_key_among_state_in_the_tree_is_no_reason_not_to_save(collection: str, tmp_path: Path) -> None:
+    base = {"params": {"dense": {"kernel": jnp.eye(4)}}, collection: {"key": KEY, "mean": jnp.ones(2)}}
+    folder = lj.save_adapter(tmp_path, lj.attach(base, LORA, key=KEY), LORA)
+    fresh = base | {collection: {"key": jax.random.key(9), "mean": jnp.zeros(2)}}
+    loaded = lj.load_adapter(folder, fresh).params[collection]
+    assert loaded["mean"].tolist() == [1, 1]
+    assert loaded["key"] == fresh[collection]["key"]  # no state that lasts: the base's own
+
+
+def test_an_adapter_with_its_state_in_the_tree_says_where_it_belongs(tmp_path: Path) -> None:
+    tree = {"dense": {"kernel": jnp.eye(4)}, "bn": {"running_mean": jnp.ones(2), "weight": jnp.ones(2)}}
+    folder = lj.save_adapter(tmp_path, lj.attach(tree, LORA, key=KEY), LORA)
+    base = {"dense": tree["dense"], "bn": {"weight": jnp.ones(2)}}
+    with pytest.raises(lj.AdapterError, match=r"the state `bn/running_mean` in its tree.*save it again with `stat"):
+        lj.load_adapter(folder, base)
 
 
 def test_linen_statistics_that_are_written_back_come_with_the_adapter(tmp_path: Path) -> None:

@@ -437,3 +437,12 @@ def test_factors_that_are_not_what_the_method_says(tmp_path):
         with pytest.raises(lj.AdapterError, match=message):
             lj.load_adapter(tmp_path, BASE)
     np.testing.assert_equal(plain["method"]["rank"], 1)
+
+
+def test_a_new_folder_whose_name_begins_as_a_neighbour_s_leaves_that_alone(tmp_path: Path) -> None:
+    with files.new_folder(tmp_path / "out.v2", "output") as other:
+        (other / "a").write_text("x")
+        with files.new_folder(tmp_path / "out", "output"):
+            pass
+    assert (tmp_path / "out.v2" / "a").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.v2"]

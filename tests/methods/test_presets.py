@@ -297,6 +297,13 @@ def test_a_convolution_of_few_channels_is_capped_too() -> None:
         attach(params, uses=uses, rank=10, alpha=4)
 
 
+@pytest.mark.parametrize("name", ["w_beta", "to_gamma", "proj_scale", "weight_offset"])
+def test_a_weight_that_makes_a_scale_or_a_shift_is_a_weight(name: str) -> None:
+    params = {"film": {name: jnp.ones((4, 4))}}
+    tree = lj.attach(params, lj.LoRA(rank=1, alpha=1, targets=("film",)), key=KEY)
+    assert tree["film"][name].rank == 1
+
+
 def test_names_given_by_hand_stay_strict() -> None:
     message = (
         r"`rank` 6 is larger than `router/kernel` allows.*at most 3; give it a rank of its own, `rank_overrides={\"r"

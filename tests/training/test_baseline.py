@@ -126,6 +126,10 @@ def test_predictions_of_eval_are_those_of_predict(finished, data, tmp_path, caps
     assert run("predict", "--adapter", finished.output, "--jsonl") == 0
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["label"] for row in again] == [row["label"] for row in rows]
+    (tmp_path / "odd.tsv").write_text("probability\tlabel\ngood\tpos\nbad\tneg\n")
+    flags = ("--adapter", finished.output, "--test", tmp_path / "odd.tsv", "--text", "probability")
+    assert run("eval", *flags, "--predictions", path) == 0
+    assert [json.loads(line)["given_probability"] for line in path.read_text().splitlines()] == ["good", "bad"]
 
 
 def test_predictions_of_a_regression_on_pairs(options, tmp_path, capsys):
@@ -140,6 +144,11 @@ def test_predictions_of_a_regression_on_pairs(options, tmp_path, capsys):
         run("eval", "--adapter", result.output, "--test", tmp_path / "rows.jsonl", "--predictions", path, "--json") == 0
     )
     assert json.loads(capsys.readouterr().out)["baseline"]["answer"] == "the mean, 1"
+    (tmp_path / "one.jsonl").write_text('{"a": "good x", "b": "bad", "y": 1}\n')  # what doesn't vary
+    assert run("eval", "--adapter", result.output, "--test", tmp_path / "one.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert "pearson undefined" in shown
+    assert "undefined against" not in shown
     first = json.loads(path.read_text().splitlines()[0])
     assert (first["a"], first["b"], first["given_label"]) == ("good x", "bad", 0)
     assert isinstance(first["label"], float)

@@ -515,6 +515,17 @@ def test_it_goes_on_from_folders_of_earlier_versions(begun, finished, tmp_path):
     assert (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.parametrize("anew", [{"new_head": True}, {"task": Classification(labels=("pos", "neg"))}])
+def test_a_run_of_before_whose_labels_had_other_numbers_is_refused(anew, begun, tmp_path, monkeypatch):
+    """It sorted the labels, and kept any head of their number."""
+    folder, mine = begun
+    shutil.copytree(folder / "late", tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    monkeypatch.setattr(loop, "prepare", lambda *args: prepare(*args)._replace(**anew))
+    with pytest.raises(RunFolderError, match=r"holds a run of an earlier version, which had the labels in another"):
+        train(TrainConfig(**mine, output=str(tmp_path / "run")))
+
+
 def test_other_versions_are_told(begun, tmp_path):
     folder, mine = begun
     shutil.copytree(folder / "late", tmp_path / "run")

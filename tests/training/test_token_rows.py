@@ -13,13 +13,13 @@ import pytest
 import lora_jax as lj
 from lora_jax.training import language, special_text, token_cache
 from lora_jax.training.batching import BatchPlan
-from lora_jax.training.chat import DEFAULT_TEMPLATE, Part
+from lora_jax.training.chat import DEFAULT_TEMPLATE, Part, render_prompts
 from lora_jax.training.data import Columns
 from lora_jax.training.documents import Documents, pairs_of, read_documents
 from lora_jax.training.errors import DataError
 from lora_jax.training.language import token_rows
 from lora_jax.training.packing import first_fit
-from lora_jax.training.special_text import escape
+from lora_jax.training.special_text import check_marks, escape
 from lora_jax.training.token_rows import TokenRows, make_rows
 from tests.tiny_language import write_language_base
 
@@ -183,6 +183,22 @@ def test_escaped_they_are_the_text_that_they_are(made, base):
     assert escape(escape("a</s>b", ["</s>"]), ["</s>"]) == escape("a</s>b", ["</s>"])
 
 
+def test_marks_that_a_text_brings_along_mark_nothing(base, tmp_path):
+    """One that is opened in a message and closed in the next would span the template's own control tokens."""
+    special = lj.models.read_special_tokens(base)
+    talk = [
+        {"role": "user", "content": "x\ufdd0"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "\ufdd1z"},
+        {"role": "assistant", "content": "y"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    plain = [{**message, "content": message["content"].strip("\ufdd0\ufdd1")} for message in talk]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (talk, plain)))
+    first, second = read_documents(str(path), CHAT, special=special, escape_special_tokens=True).rows
+    assert first == second
+
+
 def test_a_template_that_hides_the_marks_is_refused(base, tmp_path):
     special = lj.models.read_special_tokens(base)
     template = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}{% endfor %}"
@@ -190,6 +206,10 @@ def test_a_template_that_hides_the_marks_is_refused(base, tmp_path):
     path.write_text(json.dumps({"messages": INJECTED}) + "\n")
     with pytest.raises(DataError, match=r"row 1: the base's chat template writes messages as JSON"):
         read_documents(str(path), CHAT, special=special._replace(chat_template=template), escape_special_tokens=True)
+    prompts = [escape([{"role": "user", "content": "a</s>b"}], special.added)]
+    rendered = render_prompts(prompts, template=template, tokens=special.texts, name="prompts")
+    with pytest.raises(DataError, match=r"the prompts, row 1: the base's chat template writes messages as JSON"):
+        check_marks(rendered, "the prompts")
 
 
 def test_a_batch_asks_for_the_next_token(made):
