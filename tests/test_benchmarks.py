@@ -28,6 +28,7 @@ def content(name: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["matmul", "shared_input", "step", "family", "inference", "memory", "merge", "trace", "gpu"]
 )
@@ -60,6 +61,7 @@ def test_the_readme_says_what_a_step_costs() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["rivals", "end_to_end"])
 def test_it_runs_beside_pytorch(name: str, tmp_path: Path) -> None:

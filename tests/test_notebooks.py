@@ -27,7 +27,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_JAX_NOTEBOOK_EPOCHS", "1")
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     client.execute()
 

@@ -13,8 +13,6 @@ import pytest
 from lora_jax import models
 from lora_jax.files import FileError
 from lora_jax.models import tokenizer as module
-from lora_jax.training.data import Examples
-from lora_jax.training.encoding import encode
 from tests.tiny_bert import WORDS, vocabulary, word_piece
 from tests.tiny_encoders import byte_level
 
@@ -175,8 +173,11 @@ def test_tables_that_contradict_each_other_are_refused(tmp_path: Path, content: 
 )
 def test_what_only_a_text_shows_is_refused_when_it_shows(tmp_path: Path, content: Any) -> None:
     tokenizer = models.load_tokenizer(write(tmp_path, content))
-    with pytest.raises(FileError, match=r"the base has a tokenizer that breaks off \(.*\): its tables contradict"):
-        encode(Examples("texts", ["日本"]), tokenizer, 16)
+    with (
+        pytest.raises(FileError, match=r"the base has a tokenizer that breaks off \(.*\): its tables contradict"),
+        module.refused_if_it_breaks_off("the base"),
+    ):
+        tokenizer.encode_batch(["日本"])
 
 
 def test_a_pipe_in_its_place_is_refused(tmp_path: Path) -> None:

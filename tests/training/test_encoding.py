@@ -12,8 +12,10 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 
 import lora_jax as lj
+from lora_jax.files import FileError
 from lora_jax.training.data import Examples
 from lora_jax.training.encoding import encode, encode_beginnings
+from lora_jax.training.special_text import encode_texts
 from tests.tiny_bert import WORDS
 from tests.tiny_encoders import byte_level
 
@@ -114,3 +116,18 @@ def test_megabytes_are_cut_before_they_are_tokenized(tokenizer):
     assert encoded.truncated == 3
     assert encoded.lengths.tolist() == [128, 3, 3, 3]
     np.testing.assert_array_equal(encoded.ids[:128], encode(Examples("x", ["good " * 200]), tokenizer, 128).ids)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda rows, made: encode(rows, made, 16), lambda rows, made: encode_texts(made, rows.texts)]
+)
+def test_a_tokenizer_that_breaks_off_is_refused(how, tmp_path):
+    from tests.models import test_tokenizer
+
+    nobody = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "B", "type_id": 0}}]}
+    nobody |= {"pair": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}
+    made = lj.models.load_tokenizer(
+        test_tokenizer.write(tmp_path, {**test_tokenizer.WORD_PIECE, "post_processor": nobody})
+    )
+    with pytest.raises(FileError, match=r"the base has a tokenizer that breaks off"):
+        how(Examples("x", ["good film"]), made)
