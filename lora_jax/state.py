@@ -14,16 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .paths import (
-    BIAS_NAMES,
-    StateLeaf,
-    flatten_with_paths,
-    in_norm,
-    is_random_key,
-    leaf_name,
-    leaves_by_path,
-    listed,
-)
+from .paths import BIAS_NAMES, StateLeaf, flatten_with_paths, in_norm, is_random_key, leaf_name, leaves_by_path, listed
 from .weights import is_adapted
 
 

@@ -1,5 +1,6 @@
 """The transform that lets an unmodified function compute with adapted weights."""
 
+from .transform import adapt as adapt
 from .uses import Explanation as Explanation
 from .uses import Use as Use
 from .uses import explain as explain
@@ -7,4 +8,3 @@ from .uses import trace_weights as trace_weights
 from .walk import Encounter as Encounter
 from .walk import MaterializeError as MaterializeError
 from .walk import MaterializeWarning as MaterializeWarning
-from .walk import adapt as adapt

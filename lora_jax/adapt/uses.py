@@ -12,7 +12,8 @@ from ..methods.base import is_weight
 from ..paths import flatten_with_paths, require_arrays
 from ..state import state_paths
 from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, register
-from .walk import Encounter, is_array, new_walker, walk_function
+from .transform import is_array, new_walker, walk_function
+from .walk import Encounter
 
 # The axis is gone at the point of use: the function took one member of it, by an index.
 _GONE = "?"

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters import AdapterError, require_held
-from ..changes import changed_leaves
+from ..adapters.changes import changed_leaves
+from ..adapters.fingerprint import differences, fingerprint
 from ..files import (
     TensorInfo,
     read_json,
@@ -28,11 +29,10 @@ from ..files import (
     write_json,
     write_safetensors,
 )
-from ..fingerprint import differences, fingerprint
 from ..paths import flatten_with_paths, leaves_by_path, nearest
 from ..weights import is_adapted, placement
 from .layout import leaf_layout
-from .names import Names, NameTable, kind
+from .module_names import Names, NameTable, kind
 
 DESCRIPTION, TENSORS = "lora_jax_delta.json", "delta.safetensors"
 FORMAT, VERSION = "lora_jax delta", 1

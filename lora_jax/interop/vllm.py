@@ -9,9 +9,9 @@ from typing import Any
 
 from ..adapters import AdapterError
 from ..files import read_safetensors_header
-from .patterns import PatternError, Patterns
-from .peft_config import read_peft_config, scale_of, variants, weights_file
-from .peft_keys import FactorKey, LeafKey, parse_key
+from .peft.adapter_config import read_peft_config, scale_of, variants, weights_file
+from .peft.keys import FactorKey, LeafKey, parse_key
+from .peft.patterns import PatternError, Patterns
 
 # What `--max-lora-rank` accepts; 16 unless it is set.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

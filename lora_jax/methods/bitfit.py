@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..paths import BIAS_NAMES, in_norm, is_bias_name, is_scale_name, leaf_name, listed, shape_text, words
 from .base import is_trainable
-from .selection import Selection
+from .leaf_sets import Selection
 
 # Words of a name that speak of a bias, be the leaf one or not.
 _BIAS_WORDS = BIAS_NAMES - {"b"} | {"betas", "offsets", "shift", "intercept"}

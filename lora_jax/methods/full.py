@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from .base import is_trainable
-from .selection import Selection
+from .leaf_sets import Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..paths import BIAS_NAMES, NORM_NAMES, in_norm, leaf_name
 from .base import is_trainable
-from .selection import Selection
+from .leaf_sets import Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

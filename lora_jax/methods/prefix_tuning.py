@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ..paths import flatten_with_paths, path_key
 from ..weights import register
 from .base import is_number, require
-from .inserted import InsertedArray, InsertingMethod, Insertion, Sublayer, sublayers
+from .inserted_arrays import InsertedArray, InsertingMethod, Insertion, Sublayer, sublayers
 
 _DEVIATION = 0.02
 _SHARED = ("table", "hidden_kernel", "hidden_bias")

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..paths import require_key
 from ..weights import is_traced
-from .cache import Cache
 from .model import Model
-from .next_token import forbid_repeats, keep_probable
+from .nn.cache import Cache
+from .sampling import forbid_repeats, keep_probable
 
 # Stands for -∞ in sums of log-probabilities.
 _NEVER = -1e9

@@ -15,16 +15,16 @@ import numpy as np
 
 from ..files import FileError
 from ..paths import leaves_by_path, path_key
-from .checkpoint import Located, locate_tensors, read_tensors
-from .config import ModelConfig
-from .decoder import DecoderConfig
-from .encoder import Remat
-from .families import family_of, read_model_config
+from .checkpoint.hub import find_base
+from .checkpoint.reporting import Progress
+from .checkpoint.weight_files import Located, locate_tensors, read_tensors
+from .families.registry import family_of, read_model_config
 from .family import HEAD, WORDS, Family, Task
-from .heads import Pooling
-from .hub import find_base
 from .model import Model, check_options, difference, skeleton
-from .progress import Progress
+from .model_config import ModelConfig
+from .nn.decoder import DecoderConfig
+from .nn.encoder import Remat
+from .nn.heads import Pooling
 from .reading import read_leaves
 from .stacking import is_stacked, layer_path
 

@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..interop.names import Names
+from ..interop.module_names import Names
 from ..paths import leaves_by_path, require_key, with_leaves
 from ..weights import is_adapted, is_traced
-from .cache import Cache, empty_cache
-from .config import ModelConfig
-from .decoder import DecoderConfig
-from .encoder import Remat
-from .families import family_of
+from .families.registry import family_of
 from .family import Family, Task
-from .heads import Pooling
-from .inserted import insert, split_inserted
-from .layers import wide
+from .model_config import ModelConfig
+from .nn.cache import Cache, empty_cache
+from .nn.decoder import DecoderConfig
+from .nn.encoder import Remat
+from .nn.heads import Pooling
+from .nn.insertion import insert, split_inserted
+from .nn.layers import wide
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,14 +13,14 @@ import numpy as np
 from ..files import read_text, replacing, write_json, write_safetensors, write_text
 from ..paths import leaves_by_path, listed
 from ..weights import is_adapted
-from .checkpoint import INDEX, locate_tensors, read_config, read_tensors
-from .config import label_names
-from .families import family_of
-from .hub import find_base
-from .inserted import split_inserted
+from .checkpoint.hub import find_base
+from .checkpoint.reporting import ByteCount, Progress
+from .checkpoint.shards import HostTensor, index, is_weights_file, shard, size_in_bytes
+from .checkpoint.weight_files import INDEX, locate_tensors, read_config, read_tensors
+from .families.registry import family_of
 from .model import Model, difference
-from .progress import ByteCount, Progress
-from .shards import HostTensor, index, is_weights_file, shard, size_in_bytes
+from .model_config import label_names
+from .nn.insertion import split_inserted
 from .stacking import is_stacked, layer_path
 
 _CONFIG = "config.json"
