@@ -23,6 +23,7 @@ from .adapters.truncate import truncate_lora as truncate_lora
 from .attach import attach as attach
 from .attach import detach as detach
 from .dropout import with_dropout as with_dropout
+from .errors import LoraJaxError as LoraJaxError
 from .masks import ParamCount as ParamCount
 from .masks import Partition as Partition
 from .masks import combine as combine

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from .errors import ArgumentError, ArgumentTypeError, LoraJaxError
 from .text import clipped
 from .weights import is_adapted
 
@@ -41,7 +42,7 @@ _NORM = re.compile(r".*norms?(?![a-z]).*|(.*_)?[lbg]n\d*(_.*)?", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
-class SelectionError(ValueError):
+class SelectionError(LoraJaxError):
     """A selector that matches nothing, or something that it may not match."""
 
 
@@ -117,7 +118,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     table = dict(zip(paths, leaves, strict=True))
     if len(table) != len(paths):
         twice = sorted(path for path, count in collections.Counter(paths).items() if count > 1)
-        raise ValueError(f"these leaf paths stand for more than one leaf: {listed(twice)}; rename one of the keys")
+        raise ArgumentError(f"these leaf paths stand for more than one leaf: {listed(twice)}; rename one of the keys")
     return table
 
 
@@ -131,7 +132,7 @@ def require_arrays(paths: Sequence[str], leaves: Sequence[Any]) -> None:
         if _is_foreign_array(leaf):
             cls = type(leaf)
             keras = " (of a Keras variable, `leaf.value`)" if hasattr(cls, "value") else ""
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"the leaf at `{path}` must be a JAX or NumPy array, got a {cls.__module__.partition('.')[0]} "
                 f"{cls.__name__}: convert such leaves first, `jax.tree.map(jnp.asarray, params)`{keras}"
             )
@@ -158,7 +159,7 @@ def require_key(key: Any, argument: str = "key") -> None:
     older = dtype == np.uint32 and shape is not None and len(shape) == 1  # `jax.random.PRNGKey`
     if not typed and not older:
         shown = f"an array {dtype} {shape}" if shape is not None and dtype is not None else repr(key)
-        raise TypeError(f"`{argument}` must be one random key, such as `jax.random.key(0)`, got {shown:.200}")
+        raise ArgumentTypeError(f"`{argument}` must be one random key, such as `jax.random.key(0)`, got {shown:.200}")
 
 
 def with_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
@@ -174,7 +175,9 @@ def with_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
     if not new:
         return tree
     if not isinstance(tree, dict):
-        raise ValueError(f"{next(iter(new))} can't be inserted into a {type(tree).__name__}: nested dicts are expected")
+        raise ArgumentError(
+            f"{next(iter(new))} can't be inserted into a {type(tree).__name__}: nested dicts are expected"
+        )
     below: dict[str, dict[str, Any]] = {}
     for path, leaf in new.items():
         name, _, rest = path.partition("/")
@@ -184,7 +187,7 @@ def with_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
         if "" not in leaves:
             result[name] = with_leaves(tree.get(name, {}), leaves)
         elif name in tree or len(leaves) > 1:
-            raise ValueError(f"there is something at {name!r} already")
+            raise ArgumentError(f"there is something at {name!r} already")
         else:
             result[name] = leaves[""]
     return result

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..errors import ArgumentError
 from ..matmul import STRATEGIES, Strategy
 from ..paths import flatten_with_paths
 from ..weights import is_adapted, merge_on_entry
@@ -112,9 +113,9 @@ def adapt(
         [[1.0, 1.0, 1.0]]
     """
     if on_materialize not in ("warn", "error", "silent"):
-        raise ValueError(f'`on_materialize` must be "warn", "error" or "silent", got {on_materialize!r}')
+        raise ArgumentError(f'`on_materialize` must be "warn", "error" or "silent", got {on_materialize!r}')
     if matmul is not None and matmul not in STRATEGIES:
-        raise ValueError(f"`matmul` must be one of {STRATEGIES} or None, got {matmul!r}")
+        raise ArgumentError(f"`matmul` must be one of {STRATEGIES} or None, got {matmul!r}")
 
     @functools.wraps(fn)
     def adapted(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+from ..errors import LoraJaxError
 from ..matmul import Strategy
 from ..weights import AdaptedWeight, Unfactorable
 from . import jax_compat
@@ -19,7 +20,7 @@ class MaterializeWarning(UserWarning):
     """A weight had to be merged inside the function: right, but slower and larger than the factored form."""
 
 
-class MaterializeError(ValueError):
+class MaterializeError(LoraJaxError):
     """As `MaterializeWarning`, for `on_materialize="error"`."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ArgumentError
 from ..paths import leaves_by_path
 from ..weights import is_adapted, wider
 
@@ -32,14 +33,14 @@ def changed_leaves(params: Any, base_params: Any, *, argument: str = "params") -
     _refuse_adapted("base_params", before)
     if leaves.keys() != before.keys():
         differing = sorted(leaves.keys() ^ before.keys())
-        raise ValueError(f"`{argument}` and `base_params` are no trees of one model, at {', '.join(differing[:5])}")
+        raise ArgumentError(f"`{argument}` and `base_params` are no trees of one model, at {', '.join(differing[:5])}")
     return [path for path in leaves if _differ(path, leaves[path], before[path])]
 
 
 def _refuse_adapted(argument: str, leaves: Mapping[str, Any]) -> None:
     adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if adapted:
-        raise ValueError(
+        raise ArgumentError(
             f"`{argument}` has factors, at {', '.join(adapted[:5])}, and plain arrays are compared: fold them in with "
             "`lj.merge_params` first, or take them off with `lj.detach`"
         )
@@ -51,9 +52,9 @@ def _differ(path: str, new: Any, old: Any) -> bool:
     if not hasattr(new, "shape") or not hasattr(old, "shape"):
         if new == old:
             return False
-        raise ValueError(f"`{path}` has changed, and is no array")
+        raise ArgumentError(f"`{path}` has changed, and is no array")
     if tuple(new.shape) != tuple(old.shape):
-        raise ValueError(f"`{path}` has the shape {tuple(new.shape)}, and the base's has {tuple(old.shape)}")
+        raise ArgumentError(f"`{path}` has the shape {tuple(new.shape)}, and the base's has {tuple(old.shape)}")
     new, old = np.asarray(new), np.asarray(old)
     if new.dtype != old.dtype and all(jnp.issubdtype(array.dtype, jnp.floating) for array in (new, old)):
         wide = wider(wider(new.dtype, old.dtype), jnp.float32)

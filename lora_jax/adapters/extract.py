@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..attach import attach
+from ..errors import ArgumentError
 from ..masks import copied
 from ..methods import LoRA, LoRAWeight, dtypes
 from ..methods.base import is_trainable, rooted
@@ -94,7 +95,7 @@ def extract_lora(
     """
     check_wanted(rank, energy)
     if rest not in ("train", "drop", "error"):
-        raise ValueError(f'`rest` must be "train", "drop" or "error", got {rest!r}')
+        raise ArgumentError(f'`rest` must be "train", "drop" or "error", got {rest!r}')
     changed = changed_leaves(tuned_params, base_params, argument="tuned_params")
     before, after = leaves_by_path(base_params), leaves_by_path(tuned_params)
     # Rank 1 for the moment: what counts is which weights are targets, and the labels of their axes.
@@ -102,7 +103,7 @@ def extract_lora(
     nodes = leaves_by_path(attach(base_params, probe, key=jax.random.key(0), uses=uses))
     chosen = {path: nodes[path] for path in changed if is_adapted(nodes[path])}
     if not chosen:
-        raise ValueError(
+        raise ArgumentError(
             f"none of the targets has changed between `base_params` and `tuned_params`; what has: {_some(changed)}"
         )
     head, state = set(probe.head(marked_leaves(base_params))), state_paths(base_params)
@@ -127,14 +128,14 @@ def extract_lora(
 
 def _check_others(others: list[str], before: Mapping[str, Any], after: Mapping[str, Any], rest: Rest) -> None:
     if rest == "error" and others:
-        raise ValueError(
+        raise ArgumentError(
             f"`tuned_params` has other values at {_some(others)}, which no factors stand for: name them in "
             '`also_train`, or pass `rest="train"` to take them over in full or `rest="drop"` to leave them out'
         )
     fixed = [path for path in others if not (_can_learn(path, before[path]) and _can_learn(path, after[path]))]
     if rest == "train" and fixed:
         kinds = ", ".join(dict.fromkeys(str(after[path].dtype) for path in fixed))
-        raise ValueError(
+        raise ArgumentError(
             f"{_some(fixed)} changed, and can't be trained, since it is {kinds}, which is no real floating type of 16 "
             'bits or more: pass `rest="drop"` to leave it as the base has it'
         )
@@ -155,7 +156,7 @@ def _factored(
         wide = wider(wider(base.dtype, new.dtype), np.float32)
         delta = new.astype(wide) - base.astype(wide)
         if not np.isfinite(delta).all():
-            raise ValueError(f"`{path}` holds NaN or infinity, in `base_params` or in `tuned_params`")
+            raise ArgumentError(f"`{path}` holds NaN or infinity, in `base_params` or in `tuned_params`")
         *factors, spectrum = _balanced_factors(delta.astype(np.float64), most)
         for array, kept in zip(factors, (a, b), strict=True):
             kept.append(array)

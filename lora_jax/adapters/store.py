@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ArgumentError, LoraJaxError
 from ..files import (
     CHECKSUM,
     read_json,
@@ -42,7 +43,6 @@ from ..paths import (
     with_leaves,
 )
 from ..state import lasting_state, marked_leaves, state_paths
-from ..text import ClippedError
 from ..weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 from .fingerprint import differences as fingerprint_differences
 from .fingerprint import fingerprint
@@ -58,7 +58,7 @@ FORMAT, VERSION = "lora_jax adapter", 1
 CheckBase = Literal["error", "warn", "ignore"]
 
 
-class AdapterError(ClippedError):
+class AdapterError(LoraJaxError):
     """An adapter that does not fit: another base, missing or misshapen tensors, values that are not finite."""
 
 
@@ -193,7 +193,7 @@ def load_adapter(
     """
     folder = Path(folder)
     if check_base not in ("error", "warn", "ignore"):
-        raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
+        raise ArgumentError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
     _finish_earlier_save(folder)
     description, tensors = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read(folder))
     require_held(tensors, folder)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ArgumentError
 from ..methods import LoRA, LoRAWeight
 from ..methods.base import is_number
 from ..methods.lora.starts import FROM_WEIGHT
@@ -84,11 +85,11 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
     """
     check_wanted(rank, energy)
     if not isinstance(method, LoRA):
-        raise ValueError(f"`method` is {type(method).__name__}, and only LoRA has factors of a rank")
+        raise ArgumentError(f"`method` is {type(method).__name__}, and only LoRA has factors of a rank")
     leaves = leaves_by_path(params)
     nodes = {path: leaf for path, leaf in leaves.items() if is_adapted(leaf)}
     if not nodes:
-        raise ValueError("`params` has no factors: pass the tree from `lj.attach`, not a merged one")
+        raise ArgumentError("`params` has no factors: pass the tree from `lj.attach`, not a merged one")
     fits, replaced = {}, {}
     for path, node in nodes.items():
         _require_plain(path, node)
@@ -105,23 +106,23 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
 
 def check_wanted(rank: Any, energy: Any) -> None:
     if rank is None and energy is None:
-        raise ValueError("say how much to keep: pass `rank`, or `energy` (the share of Σσ², such as 0.9), or both")
+        raise ArgumentError("say how much to keep: pass `rank`, or `energy` (the share of Σσ², such as 0.9), or both")
     if rank is not None and not (is_number(rank, int) and rank >= 1):
-        raise ValueError(f"`rank` must be an integer of at least 1, got {rank!r}")
+        raise ArgumentError(f"`rank` must be an integer of at least 1, got {rank!r}")
     if energy is not None and not (is_number(energy, float) and 0 < energy <= 1):
-        raise ValueError(f"`energy` must be a share in (0, 1], got {energy!r}")
+        raise ArgumentError(f"`energy` must be a share in (0, 1], got {energy!r}")
 
 
 def _require_plain(path: str, node: Any) -> None:
     if type(node) is not LoRAWeight:
-        raise ValueError(f"`{path}` is a {type(node).__name__}, and only LoRA's factors can be given another rank")
+        raise ArgumentError(f"`{path}` is a {type(node).__name__}, and only LoRA's factors can be given another rank")
     if any(array is None for array in (node.base, node.a, node.b)):
-        raise ValueError(f"`params` lacks the base or a factor of `{path}`: pass `lj.combine(trainable, frozen)`")
+        raise ArgumentError(f"`params` lacks the base or a factor of `{path}`: pass `lj.combine(trainable, frozen)`")
     kinds = {str(array.dtype) for array in (node.base, node.a, node.b) if jnp.iscomplexobj(array)}
     if kinds:
-        raise ValueError(f"`{path}` is {', '.join(sorted(kinds))}, and only real factors can be given another rank")
+        raise ArgumentError(f"`{path}` is {', '.join(sorted(kinds))}, and only real factors can be given another rank")
     if is_traced(node):
-        raise ValueError(f"`{path}` is abstract, and a rank can't depend on values under `jax.jit`: call it outside")
+        raise ArgumentError(f"`{path}` is abstract, and a rank can't depend on values under `jax.jit`: call it outside")
 
 
 def _truncated(path: str, node: LoRAWeight, rank: int | None, energy: float | None) -> tuple[LoRAWeight, LowRankFit]:
@@ -129,7 +130,7 @@ def _truncated(path: str, node: LoRAWeight, rank: int | None, energy: float | No
     a, b = (np.asarray(array, np.float64) for array in (node.a, node.b))
     for name, array in (("a", a), ("b", b)):
         if not np.isfinite(array).all():
-            raise ValueError(f"the factor `{name}` of `{path}` holds NaN or infinity; load an earlier checkpoint")
+            raise ArgumentError(f"the factor `{name}` of `{path}` holds NaN or infinity; load an earlier checkpoint")
     members = math.prod(a.shape[:stack])
     left, sigma, right = svd_of_product(a.reshape(members, node.rank, -1), b.reshape(members, node.rank, -1))
     floor = (_FLOAT32_EPS**2) * np.square(sigma).sum(-1)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_jax.errors import ArgumentError
+
 from .options import add_base_argument
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def _merge_and_classify(result: RunResult, folder: Path) -> None:
         }
     )
     if agree < len(texts):
-        raise ValueError(f"The merged model disagrees with the adapted one on {len(texts) - agree} test messages.")
+        raise ArgumentError(f"The merged model disagrees with the adapted one on {len(texts) - agree} test messages.")
     print()
     for sentence, prediction in zip(SENTENCES, merged.predict(SENTENCES), strict=True):
         print(f"{prediction.label:>10}  {100 * (prediction.probability or 0):3.0f} %  {sentence}")

@@ -27,7 +27,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from ..text import ClippedError, clipped
+from ..errors import LoraJaxError
+from ..text import clipped
 from .locks import BusyError, in_use, is_abandoned, locked
 
 Result = TypeVar("Result")
@@ -59,7 +60,7 @@ _MOST_VALUES = 4_000_000
 _DEEPEST = 100  # levels of JSON
 
 
-class FileError(ClippedError):
+class FileError(LoraJaxError):
     """A file that cannot be read or written; the message names the file, what is wrong with it, and the way out."""
 
 

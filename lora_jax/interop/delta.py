@@ -15,6 +15,7 @@ import numpy as np
 from ..adapters import AdapterError, require_held
 from ..adapters.changes import changed_leaves
 from ..adapters.fingerprint import differences, fingerprint
+from ..errors import ArgumentError
 from ..files import (
     TensorInfo,
     read_json,
@@ -163,7 +164,7 @@ def apply_delta(
         See `export_delta`.
     """
     if check_base not in ("error", "warn", "ignore"):
-        raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
+        raise ArgumentError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
     folder = Path(folder)
     description, header, tensors = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read(folder))
     if names is None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ArgumentError
 from ..paths import SelectionError, Selector, StateLeaf, is_weight_name, select
 from ..weights import is_adapted
 from . import dtypes
@@ -101,7 +102,7 @@ def require_selector(value: Any, argument: str) -> None:
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ArgumentError(message)
 
 
 def is_number(value: Any, kind: type) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 
+from ..errors import ArgumentError
 from ..paths import BIAS_NAMES, NORM_NAMES, SelectionError, Selector, leaf_name, matches_entry, select, shape_text
 from ..weights import IN, OUT, STACK, AdaptedWeight
 from . import dtypes
@@ -167,4 +168,4 @@ def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
         why, way_out = "", f"pass `uses=lj.trace_weights(fn, params, ...)`, or {by_hand}"
     else:
         why, way_out = " (`uses` has no entry for it: the function doesn't use it)", f"give them yourself, {by_hand}"
-    raise ValueError(f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown{why}: {way_out}")
+    raise ArgumentError(f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown{why}: {way_out}")

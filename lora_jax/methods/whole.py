@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
+from ..errors import ArgumentError
 from ..paths import SelectionError, Selector, select
 from ..weights import AdaptedWeight
 from . import dtypes
@@ -36,7 +37,7 @@ class WholeWeight(AdaptedWeight):
 
     def _with(self, *_: Any) -> Any:
         # Every change of layout ends here.
-        raise ValueError(
+        raise ArgumentError(
             f"a {type(self).__name__} can't be moved or taken apart, since its random numbers belong to the leaf as a "
             "whole: fold it in first, with `lj.merge_params`"
         )

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self
 
+from ..errors import ArgumentError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(abc.ABC):
@@ -40,7 +42,7 @@ class ModelConfig(abc.ABC):
 
     def with_biases(self) -> Self:
         """The same with a bias on every linear layer, for families that have layers without."""
-        raise ValueError(
+        raise ArgumentError(
             f"`zero_biases` is for models whose layers lack biases, and those of a {self.model_type} have them all: "
             "leave it out."
         )
@@ -62,7 +64,7 @@ class ModelConfig(abc.ABC):
             raise unknown_model_type(model_type, [cls.model_type])
         cls._check_variant(config)
         if missing := [name for name in _sizes(cls) if name not in config]:
-            raise ValueError(f"the configuration lacks {', '.join(f'`{name}`' for name in missing)}.")
+            raise ArgumentError(f"the configuration lacks {', '.join(f'`{name}`' for name in missing)}.")
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
     @classmethod
@@ -73,32 +75,32 @@ class ModelConfig(abc.ABC):
     def _check_size(self, name: str) -> None:
         size = getattr(self, name)
         if type(size) is not int or not 0 < size < 2**31:
-            raise ValueError(f"`{name}` must be a positive integer, not {size!r:.50}.")
+            raise ArgumentError(f"`{name}` must be a positive integer, not {size!r:.50}.")
 
     def _check_heads(self, width: str, heads: str) -> None:
         if getattr(self, width) % getattr(self, heads):
-            raise ValueError(
+            raise ArgumentError(
                 f"`{width}` ({getattr(self, width)}) must be a multiple of `{heads}` ({getattr(self, heads)})."
             )
 
     def _check_choice(self, name: str, choices: Iterable[str]) -> None:
         value = getattr(self, name)
         if value not in (known := list(choices)):
-            raise ValueError(f"`{name}` {value!r:.50} is unknown; known are {', '.join(known)}.")
+            raise ArgumentError(f"`{name}` {value!r:.50} is unknown; known are {', '.join(known)}.")
 
     def _check_rate(self, name: str) -> None:
         rate = getattr(self, name)
         if not (_is_number(rate) and 0 <= rate < 1):
-            raise ValueError(f"`{name}` must be a number from 0 to below 1, not {rate!r:.50}.")
+            raise ArgumentError(f"`{name}` must be a number from 0 to below 1, not {rate!r:.50}.")
 
     def _check_flag(self, name: str) -> None:
         if not isinstance(value := getattr(self, name), bool):
-            raise ValueError(f"`{name}` must be true or false, not {value!r:.50}.")
+            raise ArgumentError(f"`{name}` must be true or false, not {value!r:.50}.")
 
     def _check_positive(self, name: str) -> None:
         number = getattr(self, name)
         if not _is_number(number) or number <= 0:
-            raise ValueError(f"`{name}` must be a positive number, not {number!r:.50}.")
+            raise ArgumentError(f"`{name}` must be a positive number, not {number!r:.50}.")
 
 
 def model_type_of(config: Mapping[str, Any]) -> object:
@@ -108,7 +110,7 @@ def model_type_of(config: Mapping[str, Any]) -> object:
         ValueError: it is no JSON object.
     """
     if not isinstance(config, Mapping):
-        raise ValueError(f"a model's configuration must be a JSON object, not {type(config).__name__}.")
+        raise ArgumentError(f"a model's configuration must be a JSON object, not {type(config).__name__}.")
     return config.get("model_type")
 
 

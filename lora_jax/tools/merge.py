@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lora_jax as lj
 from lora_jax import files
+from lora_jax.errors import ArgumentError
 
 from .source import load_source
 
@@ -39,13 +40,13 @@ def merge_adapter(
     files.require_new_folder(output, "output")  # told before the model is loaded
     source = load_source(adapter, base=base, progress=progress)
     if source.method.inserts:
-        raise ValueError(
+        raise ArgumentError(
             f"{source.folder} is of {type(source.method).__name__}, which puts new arrays into the layers: no weights "
             "of the base's own compute the same, so there is nothing to fold them into. Keep the adapter beside its "
             "base: `lora-jax predict` and `lora_jax.load_adapter` use it as it is."
         )
     if source.model.pooling == "mean":
-        raise ValueError(
+        raise ArgumentError(
             f"{source.folder} was trained with `pooling` mean: its head sees the mean over the tokens, and no class "
             "of transformers does. It would load the folder, give the head the first token, and answer otherwise. "
             "Keep the adapter beside its base for `lora-jax predict`; `lora-jax convert --to delta` writes the values, "

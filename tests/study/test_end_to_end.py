@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lora_jax.study.grid.default_grid import PRESETS
+from lora_jax.study.grid.paper_presets import PRESETS
 from lora_jax.study.report.charts import make_charts
 from lora_jax.study.report.page import write_report
 from lora_jax.study.report.tables import Table, make_tables, markdown

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lora_jax.errors import LoraJaxError
+
 _SPECIAL = frozenset(".^$*+?{}[]|()\\")
 _ANY = ""
 
@@ -20,7 +22,7 @@ class _Name(NamedTuple):
     anchored: bool
 
 
-class PatternError(ValueError):
+class PatternError(LoraJaxError):
     """A key that is a real regular expression, and so is not run."""
 
 

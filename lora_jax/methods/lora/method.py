@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax.errors import ArgumentError
 from lora_jax.paths import listed, path_key, shape_text
 from lora_jax.weights import IN, OUT, AdaptedWeight, not_finite
 
@@ -130,7 +131,7 @@ class LoRA(WeightMethod):
         names = (*(("a", "b") if self.init in FROM_WEIGHT else ()), *self.node.starts_from_weight)
         started = {(path, name): getattr(node, name) for path, node in nodes.items() for name in names}
         for path, name in not_finite(started):
-            raise ValueError(
+            raise ArgumentError(
                 f"the start of `{path}`'s `{name}` isn't finite, for the weight holds NaN, infinity, or numbers whose "
                 f"squares exceed {nodes[path].dtype}'s or float32's range: mend the weight"
                 + (f', or choose another `init` than "{self.init}"' if self.init in FROM_WEIGHT else "")

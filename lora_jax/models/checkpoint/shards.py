@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.errors import ArgumentError
 from lora_jax.files import TensorInfo
 
 from .weight_files import WEIGHTS
@@ -71,7 +72,9 @@ def size_in_bytes(size: int | str) -> int:
     else:
         count = size if type(size) is int else 0
     if count < 1:
-        raise ValueError(f'`max_shard_size` must be a number of bytes, or such as "5GB" or "200MB", not {size!r:.50}.')
+        raise ArgumentError(
+            f'`max_shard_size` must be a number of bytes, or such as "5GB" or "200MB", not {size!r:.50}.'
+        )
     return count
 
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lora_jax.errors import ArgumentError
+
 from ..checkpoint.name_table import NameTable
 from ..family import Family, encoder_architectures
 from ..model_config import ModelConfig
@@ -79,10 +81,10 @@ class BertConfig(ModelConfig):
     def _check_variant(cls, config: Mapping[str, Any]) -> None:
         positions = config.get("position_embedding_type", "absolute")
         if positions != "absolute":
-            raise ValueError(f"`position_embedding_type` is {positions!r:.50}, and only 'absolute' is implemented.")
+            raise ArgumentError(f"`position_embedding_type` is {positions!r:.50}, and only 'absolute' is implemented.")
         for name in ("is_decoder", "add_cross_attention"):
             if config.get(name):
-                raise ValueError(f"`{name}` is true, and only encoders are implemented.")
+                raise ArgumentError(f"`{name}` is true, and only encoders are implemented.")
 
 
 class Bert(nnx.Module):

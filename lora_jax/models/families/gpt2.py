@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lora_jax.errors import ArgumentError
+
 from ..checkpoint.name_table import NameTable
 from ..family import Family, decoder_architectures
 from ..nn.cache import Cache
@@ -80,7 +82,7 @@ class Gpt2Config(DecoderConfig):
     @classmethod
     def _check_variant(cls, config: Mapping[str, Any]) -> None:
         if config.get("add_cross_attention"):
-            raise ValueError("`add_cross_attention` is true, and only decoders without an encoder are implemented.")
+            raise ArgumentError("`add_cross_attention` is true, and only decoders without an encoder are implemented.")
 
 
 class Gpt2(Decoder):

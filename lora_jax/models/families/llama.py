@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lora_jax.errors import ArgumentError
+
 from ..checkpoint.name_table import NameTable
 from ..family import Family, decoder_architectures
 from ..nn.cache import Cache
@@ -80,7 +82,9 @@ class LlamaConfig(DecoderConfig):
             self._check_size(name)
         self._check_heads("num_attention_heads", "num_key_value_heads")
         if self.head_width % 2:
-            raise ValueError(f"`head_dim` must be even, not {self.head_dim}: rotary positions turn pairs of features.")
+            raise ArgumentError(
+                f"`head_dim` must be even, not {self.head_dim}: rotary positions turn pairs of features."
+            )
         self._check_choice("hidden_act", ACTIVATIONS)
         self._check_positive("rms_norm_eps")
         self._check_rate("attention_dropout")
@@ -196,17 +200,17 @@ class Qwen2Config(LlamaConfig):
         if self.sliding_window is not None:
             self._check_size("sliding_window")
         if type(self.max_window_layers) is not int or self.max_window_layers < 0:
-            raise ValueError(f"`max_window_layers` must be a number of layers, not {self.max_window_layers!r:.50}.")
+            raise ArgumentError(f"`max_window_layers` must be a number of layers, not {self.max_window_layers!r:.50}.")
         kinds = self.layer_types
         if kinds is None:
             return
         if len(kinds) != self.num_hidden_layers or any(kind not in _KINDS for kind in kinds):
-            raise ValueError(
+            raise ArgumentError(
                 f"`layer_types` must be one of {', '.join(map(repr, _KINDS))} for each of the "
                 f"{self.num_hidden_layers} layers, not {list(kinds)!r:.200}."
             )
         if _SLIDING in kinds and (not self.use_sliding_window or self.sliding_window is None):
-            raise ValueError(
+            raise ArgumentError(
                 f"`layer_types` has {_SLIDING!r}, and there is no window: `use_sliding_window` is "
                 f"{self.use_sliding_window} and `sliding_window` {self.sliding_window}."
             )
@@ -215,7 +219,7 @@ class Qwen2Config(LlamaConfig):
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         if isinstance(config, Mapping) and (kinds := config.get("layer_types")) is not None:
             if not isinstance(kinds, list | tuple):
-                raise ValueError(f"`layer_types` must be a list, not {kinds!r:.50}.")
+                raise ArgumentError(f"`layer_types` must be a list, not {kinds!r:.50}.")
             config = {**config, "layer_types": tuple(kinds)}
         return super().from_dict(config)
 
@@ -254,7 +258,7 @@ _FULL, _SLIDING = _KINDS = ("full_attention", "sliding_attention")
 def _refuse_biases(config: Mapping[str, Any], names: tuple[str, ...], model_type: str) -> None:
     for name in names:
         if config.get(name):
-            raise ValueError(f"`{name}` is true, and a {model_type} has no such biases in transformers.")
+            raise ArgumentError(f"`{name}` is true, and a {model_type} has no such biases in transformers.")
 
 
 class Llama(Decoder):

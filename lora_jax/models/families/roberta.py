@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lora_jax.errors import ArgumentError
+
 from ..checkpoint.name_table import NameTable
 from ..family import encoder_architectures
 from ..nn.encoder import Embeddings, Encoder, Remat
@@ -36,12 +38,12 @@ class RobertaConfig(BertConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
+            raise ArgumentError(
                 f"`pad_token_id` must be a token, from 0 to {self.vocab_size - 1:,}, not {self.pad_token_id!r:.50}: "
                 "positions are counted from it."
             )
         if self.max_length < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"`max_position_embeddings` ({self.max_position_embeddings}) must be more than `pad_token_id` + 1 "
                 f"({self.pad_token_id + 1}), where the positions of tokens begin."
             )

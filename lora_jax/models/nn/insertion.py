@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lora_jax.errors import ArgumentError
+
 from .layers import ACTIVATIONS
 
 _ADAPTER = {"down/kernel": 2, "down/bias": 1, "up/kernel": 2, "up/bias": 1}
@@ -105,10 +107,10 @@ def _check_module(module: str, shapes: Mapping[str, tuple[int, ...]], expected: 
     layer, sublayer = parent.rsplit("/", 1)
     end = expected.get(f"{parent}/output/kernel" if sublayer == "attention" else f"{parent}/down/kernel")
     if end is None:
-        raise ValueError(f"`params` has {module}, and the model has no {layer}/{sublayer}.")
+        raise ArgumentError(f"`params` has {module}, and the model has no {layer}/{sublayer}.")
     wanted = _ADAPTER if kind == "adapter" else _PREFIX
     if missing := [name for name in wanted if name not in shapes]:
-        raise ValueError(f"`params` has a part of {module} and lacks {', '.join(missing)}.")
+        raise ArgumentError(f"`params` has a part of {module} and lacks {', '.join(missing)}.")
     stack, width = end[:-2], end[-1]
     if kind == "adapter":
         size = shapes["down/bias"][-1] if shapes["down/bias"] else 0
@@ -124,7 +126,7 @@ def _check_module(module: str, shapes: Mapping[str, tuple[int, ...]], expected: 
         ends = dict.fromkeys(("key", "value"), (length, key))
     for name, shape in shapes.items():
         if shape != (*stack, *ends[name]):
-            raise ValueError(f"`params` has {module}/{name} of shape {shape}, and {(*stack, *ends[name])} fits.")
+            raise ArgumentError(f"`params` has {module}/{name} of shape {shape}, and {(*stack, *ends[name])} fits.")
 
 
 def insert(model: nnx.Module, inserted: Mapping[str, Mapping[str, Any]]) -> None:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.errors import ArgumentError
+
 from .layers import wide
 
 KINDS = ("default", "linear", "llama3")
@@ -46,13 +48,13 @@ class Rope:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"`rope_type` {self.kind!r:.50} isn't implemented; {', '.join(map(repr, KINDS))} are.")
+            raise ArgumentError(f"`rope_type` {self.kind!r:.50} isn't implemented; {', '.join(map(repr, KINDS))} are.")
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_length"):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-                raise ValueError(f"`{_THEIRS.get(name, name)}` must be a positive number, not {number!r:.50}.")
+                raise ArgumentError(f"`{_THEIRS.get(name, name)}` must be a positive number, not {number!r:.50}.")
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
+            raise ArgumentError(
                 f"`high_freq_factor` ({self.high_freq_factor}) must be more than `low_freq_factor` "
                 f"({self.low_freq_factor})."
             )
@@ -73,17 +75,17 @@ class Rope:
         name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
         entries = config.get(name) or {}
         if not isinstance(entries, Mapping) or any(isinstance(value, Mapping) for value in entries.values()):
-            raise ValueError(f"`{name}` must be one object of numbers for all layers, not {entries!r:.80}.")
+            raise ArgumentError(f"`{name}` must be one object of numbers for all layers, not {entries!r:.80}.")
         partial = entries.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial not in (None, 1):
-            raise ValueError(f"`partial_rotary_factor` is {partial!r:.50}, and only all features are turned here.")
+            raise ArgumentError(f"`partial_rotary_factor` is {partial!r:.50}, and only all features are turned here.")
         theta = entries.get("rope_theta", config.get("rope_theta"))
         kind = entries.get("rope_type", entries.get("type", "default"))
         chosen: dict[str, Any] = {"kind": kind} if theta is None else {"kind": kind, "theta": theta}
         needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
         for entry in needed.get(kind, ()) if isinstance(kind, str) else ():
             if entry not in entries:
-                raise ValueError(f"`{name}` of type {kind!r} lacks `{entry}`.")
+                raise ArgumentError(f"`{name}` of type {kind!r} lacks `{entry}`.")
             chosen[entry] = entries[entry]
         if kind == "llama3":
             length = "original_max_position_embeddings"

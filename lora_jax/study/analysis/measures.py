@@ -15,6 +15,7 @@ import numpy as np
 
 from lora_jax.adapters.truncate import svd_of_product
 from lora_jax.depth import Place, layer_places, layer_sizes
+from lora_jax.errors import ArgumentError
 from lora_jax.methods import LoRAWeight
 from lora_jax.methods.base import is_trainable
 from lora_jax.paths import is_bias_name, leaves_by_path, listed
@@ -161,7 +162,7 @@ def bias_changes(base_params: Any, params: Any) -> BiasChanges:
         if is_bias_name(path)
     }
     if not values:
-        raise ValueError("the tree has no leaf named like a bias (`bias`, `b`, `beta`, `offset`)")
+        raise ArgumentError("the tree has no leaf named like a bias (`bias`, `b`, `beta`, `offset`)")
     places = layer_places(values)
     count = {name: sum(place.stack == name for place in places.values()) for name in layer_sizes(places)}
     stack = max(count, key=lambda name: count[name]) if count else ""
@@ -197,7 +198,7 @@ def change_svd(base: Any, leaf: Any) -> ChangeSVD:
         return _low_rank_svd(leaf)
     axes = leaf.axes if is_adapted(leaf) else IN + OUT
     if len(axes) != len(leaf.shape) or not {IN, OUT} <= set(axes):
-        raise ValueError(f"a leaf of shape {tuple(leaf.shape)} labelled {axes!r} is no matrix with in and out axes")
+        raise ArgumentError(f"a leaf of shape {tuple(leaf.shape)} labelled {axes!r} is no matrix with in and out axes")
     left, values, right = np.linalg.svd(_matrices(_difference(base, leaf), axes), full_matrices=False)
     return ChangeSVD(left, values, right)
 
@@ -230,7 +231,7 @@ def subspace_similarity(first: Any, second: Any) -> np.ndarray:
     """
     first, second = _float64(first), _float64(second)
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(f"factors of shapes {first.shape} and {second.shape} have no rows of one length to compare")
+        raise ArgumentError(f"factors of shapes {first.shape} and {second.shape} have no rows of one length to compare")
     u, v = (np.linalg.svd(matrix, full_matrices=False)[2] for matrix in (first, second))
     overlap = np.square(u @ v.T).cumsum(0).cumsum(1)
     i, j = np.indices(overlap.shape) + 1
@@ -251,7 +252,7 @@ def adapter_similarities(params: Any, others: Any, *, factor: str = "a") -> dict
     common = [path for path in first if path in second]
     if not common:
         held = [listed(list(leaves), most=5) or "none" for leaves in (first, second)]
-        raise ValueError(
+        raise ArgumentError(
             f"the two have no weight in common that LoRA has trained: the first has {held[0]}, the other {held[1]}"
         )
     grids = {}
@@ -313,7 +314,7 @@ def _pairs(base_params: Any, params: Any) -> dict[str, tuple[Any, Any]]:
     after = {path: leaf for path, leaf in leaves_by_path(params).items() if not is_adapted(leaf) or leaf.has_base}
     if before.keys() != after.keys():
         differing = sorted(before.keys() ^ after.keys())
-        raise ValueError(
+        raise ArgumentError(
             f"`base_params` and `params` are no trees of one model; they differ at {', '.join(differing[:5])}"
         )
     wide = [_widened(leaf) if is_adapted(leaf) else leaf for leaf in after.values()]
@@ -349,7 +350,7 @@ def _matrices(array: np.ndarray, axes: str) -> np.ndarray:
 def _difference(before: Any, after: Any) -> np.ndarray:
     if not is_adapted(after):
         if np.shape(before) != np.shape(after):
-            raise ValueError(f"a leaf has the shape {np.shape(after)}, and the base's {np.shape(before)}")
+            raise ArgumentError(f"a leaf has the shape {np.shape(after)}, and the base's {np.shape(before)}")
         return _float64(after) - _float64(before)
     wide = _widened(after)
     return _float64(wide.merge()) - _float64(wide.base)

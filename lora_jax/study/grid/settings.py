@@ -20,7 +20,7 @@ from lora_jax.training.run.folder import held_alone
 from lora_jax.training.run.inputs import base_parts
 
 from .candidates import Candidate, default_candidates
-from .default_grid import PRESETS
+from .paper_presets import PRESETS
 from .plan import PlannedRun
 from .splits import Splits, read_splits, take_rows, write_rows
 

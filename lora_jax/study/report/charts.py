@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.text import printable
 
-from ..grid.default_grid import PRESETS, Preset
+from ..grid.paper_presets import PRESETS, Preset
 from ..runs.comparison import Outcome
 from ..runs.quality import Quality
 from ..runs.summary import Summary

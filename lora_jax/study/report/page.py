@@ -11,7 +11,7 @@ from typing import Any
 from lora_jax import files
 from lora_jax.text import printable
 
-from ..grid.default_grid import PRESETS
+from ..grid.paper_presets import PRESETS
 from ..grid.splits import data_warnings
 from ..runs.comparison import Outcome
 from ..runs.quality import Quality

@@ -9,7 +9,7 @@ from lora_jax.text import csv_text, printable
 from lora_jax.training.metrics import better
 from lora_jax.training.run.progress import format_bytes
 
-from ..grid.default_grid import PRESETS
+from ..grid.paper_presets import PRESETS
 from ..runs.comparison import Outcome
 from ..runs.costs import BATCHES
 from ..runs.quality import Quality

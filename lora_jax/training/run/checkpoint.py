@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lora_jax import files
+from lora_jax.errors import ArgumentError
 from lora_jax.masters import Masters
 
 from ..errors import CheckpointError, DamagedCheckpointError, NotFiniteError
@@ -60,7 +61,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if odd := next((path for path in self.folder.rglob("*") if not path.is_file() and not path.is_dir()), None):
-                raise ValueError(f"{odd} is neither a file nor a folder. Remove it.")  # Orbax would wait for a pipe
+                raise ArgumentError(f"{odd} is neither a file nor a folder. Remove it.")  # Orbax would wait for a pipe
             plain = self._link.enter_context(files.plainly_named(self.folder))
             self._manager = ocp.CheckpointManager(plain, options=options)
         except (OSError, ValueError) as error:
