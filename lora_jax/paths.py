@@ -17,7 +17,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from .errors import ArgumentError, ArgumentTypeError, LoraJaxError
-from .text import clipped
+from .text import listed
 from .weights import is_adapted
 
 _COMPARED = 200  # characters of a path, and
@@ -433,9 +433,3 @@ def nearest(name: str, paths: Iterable[str], count: int = 5) -> list[str]:
 
     scored = heapq.nsmallest(count, ((-likeness(path), path) for path in paths))
     return [path for score, path in scored if -score > 0.5]
-
-
-def listed(items: Sequence[str], most: int = 8) -> str:
-    """The first of `items`, long ones without their middle, and how many more there are."""
-    rest = len(items) - most
-    return ", ".join(map(clipped, items[:most])) + (f" and {rest} more" if rest > 0 else "")

@@ -106,6 +106,28 @@ def clipped(text: object, length: int = 200) -> str:
     return text[: kept - kept // 2] + _MIDDLE + text[len(text) - kept // 2 :]
 
 
+def listed(items: Iterable[object], most: int = 8, *, form: str = "{}") -> str:
+    """The first of several items for a message, and how many more there are.
+
+    Args:
+        items: Names, paths or other short texts; long ones lose their middle.
+        most: Number of items to show.
+        form: Format of each, such as `"`{}`"`.
+
+    Example:
+        >>> listed(["query", "key", "value", "output"], 2, form="'{}'")
+        "'query', 'key' and 2 more"
+    """
+    names = list(items)
+    rest = len(names) - most
+    return ", ".join(form.format(clipped(name)) for name in names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def error_line(error: BaseException, length: int = 300) -> str:
+    """The message of another library's error, on one line; the name of its class where it has none."""
+    return clipped(" ".join(str(error).split()) or type(error).__name__, length)
+
+
 def nearest_name(name: object, known: Iterable[str]) -> str | None:
     """The known name that looks most like `name`, if any looks like it; of many or long ones the beginnings decide.
 

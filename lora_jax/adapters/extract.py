@@ -18,11 +18,13 @@ from ..methods import LoRA, LoRAWeight, dtypes
 from ..methods.base import is_trainable, rooted
 from ..paths import Selector, leaves_by_path
 from ..state import marked_leaves, state_paths
+from ..text import listed
 from ..weights import IN, OUT, STACK, is_adapted, wider
 from .changes import changed_leaves
 from .truncate import LowRankFit, check_wanted, fit_of, most_frequent, rank_for, rebuilt, relabelled, with_factors
 
 Rest = Literal["train", "drop", "error"]
+_CODE = "`{}`"
 _FLOAT64_EPS = float(np.finfo(np.float64).eps)
 
 
@@ -104,7 +106,8 @@ def extract_lora(
     chosen = {path: nodes[path] for path in changed if is_adapted(nodes[path])}
     if not chosen:
         raise ArgumentError(
-            f"none of the targets has changed between `base_params` and `tuned_params`; what has: {_some(changed)}"
+            "None of the targets differs between `base_params` and `tuned_params`; what does: "
+            f"{listed(changed, form=_CODE) or 'nothing'}."
         )
     head, state = set(probe.head(marked_leaves(base_params))), state_paths(base_params)
     others = [path for path in changed if path not in chosen and path not in head]
@@ -129,15 +132,15 @@ def extract_lora(
 def _check_others(others: list[str], before: Mapping[str, Any], after: Mapping[str, Any], rest: Rest) -> None:
     if rest == "error" and others:
         raise ArgumentError(
-            f"`tuned_params` has other values at {_some(others)}, which no factors stand for: name them in "
+            f"`tuned_params` has other values at {listed(others, form=_CODE)}, which no factors stand for: name them in "
             '`also_train`, or pass `rest="train"` to take them over in full or `rest="drop"` to leave them out'
         )
     fixed = [path for path in others if not (_can_learn(path, before[path]) and _can_learn(path, after[path]))]
     if rest == "train" and fixed:
         kinds = ", ".join(dict.fromkeys(str(after[path].dtype) for path in fixed))
         raise ArgumentError(
-            f"{_some(fixed)} changed, and can't be trained, since it is {kinds}, which is no real floating type of 16 "
-            'bits or more: pass `rest="drop"` to leave it as the base has it'
+            f"{listed(fixed, form=_CODE)} changed, and can't be trained, since it is {kinds}, which is no real floating "
+            'type of 16 bits or more: pass `rest="drop"` to leave it as the base has it'
         )
 
 
@@ -192,8 +195,3 @@ def _members(node: LoRAWeight, array: Any) -> Iterator[np.ndarray]:
     matrices = np.asarray(array).transpose(*stack, *inside, *outside)
     sizes = (math.prod(node.shape[axis] for axis in axes) for axes in (stack, inside, outside))
     return iter(matrices.reshape(*sizes))
-
-
-def _some(paths: list[str], most: int = 8) -> str:
-    rest = len(paths) - most
-    return ", ".join(f"`{path}`" for path in paths[:most]) + (f" and {rest} more" if rest > 0 else "") or "nothing"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_jax.text import json_line
+from lora_jax.text import json_line, listed
 
 from .arrivals import arriving_lines, chunks
 from .options import (
@@ -291,7 +291,7 @@ def _parse(
     raw: bytes, number: int, where: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
 ) -> Row | None:
     from lora_jax.training.data.json_lines import check_writable, parse_object
-    from lora_jax.training.data.table import shown, some_names
+    from lora_jax.training.data.table import shown
     from lora_jax.training.errors import DataError
 
     try:
@@ -307,7 +307,7 @@ def _parse(
         if column is not None and not isinstance(row.get(column), kinds):
             raise DataError(
                 f"{where}: field '{column}' holds {shown(row.get(column))}, and a text is expected. The fields are "
-                f"{some_names(list(row))}; choose with `--text`, `--text-pair`, `--prompt` or `--messages`."
+                f"{listed(row, 20)}; choose with `--text`, `--text-pair`, `--prompt` or `--messages`."
             )
     return row
 

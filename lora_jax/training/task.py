@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lora_jax.text import nearest_name
+from lora_jax.text import listed, nearest_name
 
 from .data.table import shown
 from .errors import ConfigError, DataError
@@ -122,7 +122,7 @@ class Classification(LabelledTask):
                 hint = f" (nearest: {near!r:.200})" if near else ""
                 raise DataError(
                     f"{examples.name}, row {row} has the label {name!r:.200}{hint}, which the training data "
-                    f"doesn't have: {_some(self.labels)}."
+                    f"doesn't have: {listed(self.labels, 12, form='{!r}')}."
                 )
             targets[place] = index[name]
         return targets
@@ -294,8 +294,3 @@ def _number(value: Any, name: str, row: int) -> float:
 
 def _is_integer(name: str) -> bool:
     return name.removeprefix("-").isdecimal() and name.isascii()
-
-
-def _some(labels: Sequence[str], limit: int = 12) -> str:
-    shown = ", ".join(repr(label) for label in labels[:limit])
-    return shown + (f" and {len(labels) - limit} more" if len(labels) > limit else "")

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lora_jax.models import CheckpointHead
+from lora_jax.text import listed
 
 from ..task import Classification, LabelledTask
-from .label_names import folded, shown
+from .label_names import folded
 
 
 class HeadChoice(NamedTuple):
@@ -55,12 +56,12 @@ def choose_head(task: LabelledTask, head: CheckpointHead | None) -> HeadChoice:
         return HeadChoice(
             task,
             True,
-            f"{_NEW}: it has {_outputs(head)}, and the training rows have the labels {shown(task.labels, quoted=True)}"
+            f"{_NEW}: it has {_outputs(head)}, and the training rows have the labels {listed(task.labels, form='{!r}')}"
             + (". To go on with the trained one, name the labels of the data as the base does" if head.labels else ""),
         )
-    note = f"the base's trained head is kept, with the labels in its order: {shown(labels, quoted=True)}"
+    note = f"the base's trained head is kept, with the labels in its order: {listed(labels, form='{!r}')}"
     if head.labels is not None and head.labels != labels:
-        note += f" (which the base calls {shown(head.labels, quoted=True)})"
+        note += f" (which the base calls {listed(head.labels, form='{!r}')})"
     return HeadChoice(dataclasses.replace(task, labels=labels), False, note)
 
 
@@ -82,5 +83,5 @@ def _in_order(labels: Sequence[str], head: CheckpointHead) -> tuple[str, ...] | 
 
 def _outputs(head: CheckpointHead) -> str:
     if head.labels is not None and head.outputs > 1:
-        return f"the labels {shown(head.labels, quoted=True)}"
+        return f"the labels {listed(head.labels, form='{!r}')}"
     return "one output" if head.outputs == 1 else f"{head.outputs} outputs without names"

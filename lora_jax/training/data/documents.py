@@ -11,7 +11,6 @@ from lora_jax import files
 from ..errors import DataError
 from ..examples import Columns
 from .chat import Part, render_conversations
-from .formats import check_regular
 from .json_lines import check_writable
 from .sources import check_texts, read_table
 from .special_text import check_marks, escape, special_text_note
@@ -217,7 +216,6 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _read_text(path: Path) -> str:
-    check_regular(path)
     try:
         with files.open_regular(path) as file:
             text = file.read().decode("utf-8-sig")

@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import stat
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.files import FileError, open_regular
+from lora_jax.text import error_line, listed
+
 from ..errors import DataError
 from .json_lines import parse_object
-from .table import BadRows, Table, require_columns, some_names
+from .table import BadRows, Table, require_columns
 
 Wanted = Mapping[str, str | None]
 
@@ -48,8 +50,12 @@ def read_file(path: Path, wanted: Wanted, *, skip_bad_rows: bool = False) -> Tab
         DataError: A file that can't be read, isn't a regular one, or lacks a column. Rows that can't be parsed are
             noted in the table.
     """
-    check_regular(path)
-    if not path.stat().st_size:
+    try:
+        with open_regular(path) as file:
+            is_empty = not file.read(1)
+    except FileError as error:
+        raise DataError(str(error)) from None
+    if is_empty:
         raise DataError(f"{path} is empty: a file with at least one row is expected.")
     bad = BadRows(str(path), skip=skip_bad_rows)
     try:
@@ -59,22 +65,6 @@ def read_file(path: Path, wanted: Wanted, *, skip_bad_rows: bool = False) -> Tab
     if not table.rows and not bad:
         raise DataError(f"{path} has no rows: at least one is expected.")
     return table
-
-
-def check_regular(path: Path) -> None:
-    """Refuses what isn't a file with an end: a pipe or a device can be read for ever.
-
-    Raises:
-        DataError: A pipe, a device, a socket, or nothing that can be looked at.
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise DataError(f"{path} doesn't exist.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}.") from error
-    if not stat.S_ISREG(mode):
-        raise DataError(f"{path} is not a regular file: save the rows to one first.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- lines
@@ -207,7 +197,7 @@ def _read_fields(path: Path, rows: Iterator[_Fields], wanted: Wanted, bad: BadRo
     row = 0
     for row, (line, fields, fault, ends) in enumerate(rows, start=1):
         if fault is None and not least <= len(fields) <= len(header):
-            fault = f" (line {line}) has {len(fields)} fields, and the header has {len(header)}: {some_names(header)}"
+            fault = f" (line {line}) has {len(fields)} fields, and the header has {len(header)}: {listed(header, 20)}"
         if fault is None:
             numbers.append(row)
             lines.append(line)
@@ -285,7 +275,7 @@ def _read_parquet(path: Path, wanted: Wanted, bad: BadRows) -> Table:
         require_columns(str(path), wanted, schema.names)
         held = file.read(columns=columns)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} can't be read as .parquet: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path} can't be read as .parquet: {error_line(error)}") from error
     rows = range(1, held.num_rows + 1)
     values = {column: _values(held.column(column), bad) for column in columns}
     for column, names in _class_names(schema).items():

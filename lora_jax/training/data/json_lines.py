@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from lora_jax.files.json_files import RepeatedNameError, unique_names
+
 from ..errors import DataError
 
 # One that isn't closed goes to the end: every character is looked at once, whatever a line holds.
@@ -28,12 +30,12 @@ def parse_object(line: str, where: str) -> dict[str, Any]:
     if len(line) > _LONG and (_STRINGS.sub("", line).count(",") > _MOST_VALUES):
         raise DataError(f"{where} has more than {_MOST_VALUES:,} values: this is no row of texts.")
     try:
-        value: Any = json.loads(line, object_pairs_hook=_once_each)
+        value: Any = json.loads(line, object_pairs_hook=unique_names)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where} is not JSON ({error.msg}, column {error.colno}): one object a line is expected."
         ) from None
-    except _RepeatedName as error:
+    except RepeatedNameError as error:
         raise DataError(f"{where} has the name '{error}' more than once in an object.") from None
     except RecursionError:
         raise DataError(f"{where} is nested too deeply: an object of texts and numbers is expected.") from None
@@ -68,16 +70,3 @@ def check_writable(value: Any, where: str, *, allow_nan: bool = False) -> None:
         raise DataError(f"{where} can't be written as JSON: {error}.") from None
     except RecursionError:
         raise DataError(f"{where} is nested too deeply.") from None
-
-
-class _RepeatedName(Exception):
-    """No `ValueError`, as which it would pass for a number that can't be read."""
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise _RepeatedName(f"{twice:.80}")
-    return names

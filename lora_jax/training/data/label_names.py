@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.text import listed
+
 WARNING = "warning: "
 FEW = 5  # training rows; of fewer, a label is learnt by heart or not at all
-_SHOWN = 8
 # A comma stands in prose, too: it counts only where what it separates is found again.
 _SEPARATORS = {"|": True, ";": True, ",": False}
 _BRACKETS = re.compile(r"[\s\[\](){}'\"]+")
@@ -47,17 +48,17 @@ def label_notes(labels: Sequence[str], counts: Mapping[str, np.ndarray]) -> list
     """
     train = counts["train"]
     order = sorted(range(len(labels)), key=lambda place: (-train[place], place))
-    notes = [f"labels: {shown([f'{labels[place]!r} {train[place]:,}' for place in order], most=12)}"]
+    notes = [f"labels: {listed([f'{labels[place]!r} {train[place]:,}' for place in order], most=12)}"]
     if alike := _alike(labels):
         notes.append(
             f"{WARNING}labels that differ only in case, spaces or Unicode form are learnt as different ones: "
-            f"{shown([' and '.join(map(repr, names)) for names in alike])}. Spell them alike if they mean the same."
+            f"{listed([' and '.join(map(repr, names)) for names in alike])}. Spell them alike if they mean the same."
         )
     for separator in _SEPARATORS:
         if several := _several(labels, separator):
             verb = "labels hold" if len(several) > 1 else "label holds"
             notes.append(
-                f"{WARNING}{len(several):,} {verb} `{separator}` ({shown(several, most=3, quoted=True)}), as several "
+                f"{WARNING}{len(several):,} {verb} `{separator}` ({listed(several, most=3, form='{!r}')}), as several "
                 "labels of one row would. Each such text is learnt as one label of its own: give each row one label, "
                 "or train once for each."
             )
@@ -65,21 +66,15 @@ def label_notes(labels: Sequence[str], counts: Mapping[str, np.ndarray]) -> list
     if rare:
         notes.append(
             f"{WARNING}{len(rare):,} of {len(labels):,} labels {'have' if len(rare) > 1 else 'has'} fewer than {FEW} "
-            f"training rows: {shown(rare)}"
+            f"training rows: {listed(rare)}"
         )
     for split, found in counts.items():
         if absent := [labels[place] for place in range(len(labels)) if not found[place]]:
             notes.append(
                 f"{WARNING}{split} has no row of {len(absent):,} of {len(labels):,} labels: "
-                f"{shown(absent, quoted=True)}. Its scores say nothing of them."
+                f"{listed(absent, form='{!r}')}. Its scores say nothing of them."
             )
     return notes
-
-
-def shown(names: Sequence[str], *, most: int = _SHOWN, quoted: bool = False) -> str:
-    """The first of many names, and how many more there are."""
-    first = [repr(name) if quoted else name for name in names[:most]]
-    return ", ".join(first) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _alike(labels: Iterable[str]) -> list[list[str]]:

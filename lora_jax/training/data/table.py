@@ -6,11 +6,12 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_jax.text import listed
+
 from ..errors import DataError
 
 _SHOWN = 20  # bad rows that a message names
 _MOST = 1000  # bad rows after which reading stops, where they aren't left out
-_SHOWN_NAMES = 20
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
@@ -157,16 +158,9 @@ def require_columns(source: str, wanted: Mapping[str, str | None], names: Iterab
         if not count:
             *flags, last = (f"`{flag}`" for flag in wanted)
             raise DataError(
-                f"{source} has no column '{column}'; its columns are {some_names(names)}.{hint} Choose with "
+                f"{source} has no column '{column}'; its columns are {listed(names, 20)}.{hint} Choose with "
                 f"{', '.join(flags)}{' and ' if flags else ''}{last}."
             )
-
-
-def some_names(names: Sequence[str]) -> str:
-    """Column names for a message, which neither their number nor their length floods."""
-    shown = ", ".join(name if len(name) <= 80 else f"{name[:80]}…" for name in names[:_SHOWN_NAMES])
-    more = len(names) - _SHOWN_NAMES
-    return shown + (f" and {more:,} more" if more > 0 else "")
 
 
 def shown(value: Any) -> str:
