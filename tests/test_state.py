@@ -462,7 +462,7 @@ def test_state_that_is_forgotten_or_does_not_fit_is_refused(tmp_path: Path) -> N
         lj.load_adapter(with_state, base, state={"bn": state["bn"] | {"var": jnp.ones(4)}})
     with pytest.raises(lj.AdapterError, match=r"state `bn/mean` has the shape \(4,\), and that of `state` has \(3,\)"):
         lj.load_adapter(with_state, base, state={"bn": state["bn"] | {"mean": jnp.ones(3)}})
-    with pytest.raises(lj.AdapterError, match=r"cannot save: NaN or infinity in /state/bn/mean"):
+    with pytest.raises(lj.AdapterError, match=r"cannot be saved: NaN or infinity in /state/bn/mean"):
         lj.save_adapter(tmp_path / "broken", params, LORA, state={"bn": {"mean": jnp.full(4, jnp.nan)}})
     with pytest.raises(lj.AdapterError, match=r"`state` holds Python numbers, at steps: make them arrays"):
         lj.save_adapter(tmp_path / "numbers", params, LORA, state={"steps": 7, "mean": jnp.ones(4)})

@@ -133,15 +133,15 @@ def extract_lora(
 def _check_others(others: list[str], before: Mapping[str, Any], after: Mapping[str, Any], rest: Rest) -> None:
     if rest == "error" and others:
         raise ArgumentError(
-            f"`tuned_params` has other values at {listed(others, form=_CODE)}, which no factors stand for: name them in "
-            '`also_train`, or pass `rest="train"` to take them over in full or `rest="drop"` to leave them out'
+            f"`tuned_params` has other values at {listed(others, form=_CODE)}, which no factors stand for: name "
+            'them in `also_train`, or pass `rest="train"` to take them over in full or `rest="drop"` to leave them out'
         )
     fixed = [path for path in others if not (_can_learn(path, before[path]) and _can_learn(path, after[path]))]
     if rest == "train" and fixed:
         kinds = ", ".join(dict.fromkeys(str(after[path].dtype) for path in fixed))
         raise ArgumentError(
-            f"{listed(fixed, form=_CODE)} changed, and can't be trained, since it is {kinds}, which is no real floating "
-            'type of 16 bits or more: pass `rest="drop"` to leave it as the base has it'
+            f"{listed(fixed, form=_CODE)} changed, and can't be trained, since it is {kinds}, which is no real "
+            'floating type of 16 bits or more: pass `rest="drop"` to leave it as the base has it'
         )
 
 

@@ -31,4 +31,5 @@ from .tensors import read_safetensors as read_safetensors
 from .tensors import read_safetensors_header as read_safetensors_header
 from .tensors import write_safetensors as write_safetensors
 from .writing import write_bytes as write_bytes
+from .writing import write_figure as write_figure
 from .writing import write_text as write_text

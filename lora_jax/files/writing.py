@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 from collections.abc import Callable
 from io import BufferedWriter
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from .locks import in_use, is_abandoned
 from .reading import FileError
@@ -34,6 +36,23 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         FileError: A full disk, a missing folder, or another failure to write. An earlier file is then unchanged.
     """
     write_atomically(Path(path), lambda file: file.write(data), needed=len(data))
+
+
+class _Figure(Protocol):
+    """A Matplotlib figure."""
+
+    def savefig(self, fname: BinaryIO, *, format: str, **options: object) -> None: ...
+
+
+def write_figure(path: Path, figure: _Figure, **options: object) -> None:
+    """Writes a figure atomically, in the format of the path's ending; `options` are those of `savefig`.
+
+    Raises:
+        FileError: See `write_bytes`.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), **options)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_atomically(path: Path, write: Callable[[BufferedWriter], object], *, needed: int) -> None:

@@ -111,7 +111,7 @@ class Predictor:
         return Prediction(self.task.labels[best], float(probabilities[best]), tuple(map(float, probabilities)))
 
 
-class LoadedAdapter(NamedTuple):
+class RunAdapter(NamedTuple):
     """An adapter on its base.
 
     Attributes:
@@ -129,9 +129,9 @@ class LoadedAdapter(NamedTuple):
     folder: Path
 
 
-def load_adapter(
+def load_run_adapter(
     folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
-) -> LoadedAdapter:
+) -> RunAdapter:
     """Loads the adapter of a run and the base that it belongs to.
 
     Args:
@@ -158,7 +158,7 @@ def load_adapter(
             f"{limit:,} positions. The adapter belongs to another base, or the file was changed."
         )
     adapter = lj.load_adapter(folder, model.params)
-    return LoadedAdapter(model, adapter.params, adapter.method, saved, folder)
+    return RunAdapter(model, adapter.params, adapter.method, saved, folder)
 
 
 def _has_head(folder: Path) -> bool:
@@ -177,14 +177,14 @@ def load_predictor(
     """What `lora-jax predict` uses: the adapter of a run, ready to classify.
 
     Args:
-        folder, base, progress: As for `load_adapter`.
+        folder, base, progress: As for `load_run_adapter`.
         escape_special_tokens: See `Predictor`; as in training if `None`.
 
     Example:
         predictor = load_predictor("out")
         predictor.predict(["where is my order?"])[0].label
     """
-    loaded = load_adapter(folder, base=base, progress=progress)
+    loaded = load_run_adapter(folder, base=base, progress=progress)
     task = loaded.task_file.task
     if not isinstance(task, LabelledTask):
         raise TrainingError(f"`adapter` {folder} is of a {task.kind}, which has no labels: `load_completer` is for it.")

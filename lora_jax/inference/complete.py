@@ -24,7 +24,7 @@ from lora_jax.training.examples import Columns
 from lora_jax.training.run.evaluate import check_outputs, make_forward, predict_outputs
 from lora_jax.training.task import CausalLM
 
-from .classify import load_adapter
+from .classify import load_run_adapter
 
 if TYPE_CHECKING:
     import tokenizers
@@ -193,7 +193,7 @@ def load_completer(
         completer = load_completer("out")
         completer.complete(["name[Blue Spice], eatType[pub]\\n"])[0].text
     """
-    loaded = load_adapter(folder, base=base, progress=progress)
+    loaded = load_run_adapter(folder, base=base, progress=progress)
     saved = loaded.task_file
     if saved.task.kind != "causal-lm":
         raise TrainingError(f"`adapter` {folder} is of a {saved.task.kind}: `load_predictor` is for it.")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..adapters import AdapterError, require_held
+from ..adapters import AdapterError, require_dtypes
 from ..adapters.changes import changed_leaves
-from ..adapters.fingerprint import differences, fingerprint
-from ..errors import ArgumentError
+from ..adapters.fingerprint import CheckBase, check_fingerprint, fingerprint, require_check_base
 from ..files import (
     TensorInfo,
     read_json,
@@ -135,7 +133,7 @@ def apply_delta(
     names: Names | None = None,
     uses: Mapping[str, Any] | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
-    check_base: Literal["error", "warn", "ignore"] = "error",
+    check_base: CheckBase = "error",
 ) -> Any:
     """Puts a delta's values in place of a base's, in a tree of ours or in a mapping of Hugging Face names.
 
@@ -163,8 +161,7 @@ def apply_delta(
     Example:
         See `export_delta`.
     """
-    if check_base not in ("error", "warn", "ignore"):
-        raise ArgumentError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
+    require_check_base(check_base)
     folder = Path(folder)
     description, header, tensors = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read(folder))
     if names is None:
@@ -211,14 +208,16 @@ def apply_delta(
         if check_base != "ignore":
             replaced[name] = _array(name, here[place]) if layout is None else layout.export(here[place])
     if check_base != "ignore":
-        _check_base(folder, description, replaced, check_base)
+        entries = {name: entry for name, entry in description["tensors"].items() if entry.get("base") is not None}
+        saved = {name: {"shape": entry["shape"], "sample": entry["base"]} for name, entry in entries.items()}
+        check_fingerprint(folder, saved, fingerprint({name: replaced[name] for name in saved}), check_base)
 
     without_checksum(description, folder / DESCRIPTION)  # after all that can say more of what is wrong
     if names is None:
         listed = description["tensors"]
         tied = {other: tensors[name] for name in tensors for other in _names(listed[name].get("tied")) if other in here}
         return {**here, **tensors, **tied}
-    require_held(tensors, folder)
+    require_dtypes(tensors, folder)
     new = {path: _leaf(layout.restore(tensors[name]), here[path]) for name, (path, layout) in places.items() if layout}
     _, _, treedef = flatten_with_paths(target)
     return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in here.items()])
@@ -288,19 +287,3 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInf
                 f"{entry.get('dtype')!r:.50} {entry.get('shape')!r:.50}: copy both files again"
             )
     return description, header
-
-
-def _check_base(folder: Path, description: Mapping[str, Any], replaced: Mapping[str, Any], check: str) -> None:
-    saved = {
-        name: {"shape": entry["shape"], "sample": entry["base"]}
-        for name, entry in description["tensors"].items()
-        if entry.get("base") is not None
-    }
-    found = differences(saved, fingerprint({name: array for name, array in replaced.items() if name in saved}))
-    if not found:
-        return
-    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-    message = f"{folder} was made on another base: {'; '.join(found[:5])}{more}"
-    if check == "error":
-        raise AdapterError(f'{message}. Load the base that it was trained on, or pass `check_base="warn"`')
-    warnings.warn(message, stacklevel=3)

@@ -22,7 +22,7 @@ from lora_jax.paths import leaves_by_path
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.examples import Columns
 from lora_jax.training.task import KINDS, restore_task
-from lora_jax.training.task_file import TaskFile, write_task
+from lora_jax.training.task_file import TaskFile, save_task_adapter
 
 from .inspect import Group, trained_groups
 from .source import AdapterSource, Kind, load_source
@@ -184,11 +184,11 @@ def _label_notice(source: AdapterSource) -> list[str]:
 
 
 def _write_own(source: AdapterSource, folder: Path, labels: Sequence[str] | None) -> list[str]:
-    lj.save_adapter(folder, source.params, source.method)
     task_file = _task_file(source, labels)
     if task_file is None:
-        return ["It has no task.json, as it is for no task of `lora-jax predict`: `lj.load_adapter` reads it."]
-    write_task(folder, task_file)
+        lj.save_adapter(folder, source.params, source.method)
+        return ["It has no task.json, since `lora-jax predict` has no such task: `lj.load_adapter` reads it."]
+    save_task_adapter(folder, source.params, source.method, task_file)
     return []
 
 

@@ -1,4 +1,4 @@
-"""Folders that an earlier version wrote load, and its interrupted run ends as it would have ended then: see README.md."""
+"""Folders of an earlier version load, and its interrupted run ends as it would have ended then: see README.md."""
 
 from __future__ import annotations
 

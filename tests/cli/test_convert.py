@@ -153,7 +153,7 @@ def test_a_foreign_folder_stays_as_it_is(finished, tmp_path, capsys):
         (("--to", "peft", "--adapter", "gone"), "`adapter` gone doesn't exist"),
         (("--to", "peft", "--adapter", "."), "holds no adapter: neither a run's task.json, nor lora_jax_adapter.json"),
         (("--to", "peft", "--adapter", "BASE"), "is a whole model and no adapter. `lora-jax convert --base BASE"),
-        (("--to", "peft", "--tuned", "BASE", "--base", "BASE", "--rank", "2"), "none of the targets has changed"),
+        (("--to", "peft", "--tuned", "BASE", "--base", "BASE", "--rank", "2"), "None of the targets differs"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, base, tmp_path, capsys, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax import files
 from lora_jax.methods import Method
 from lora_jax.paths import is_bias_name, leaves_by_path
 from lora_jax.state import marked_leaves
@@ -140,5 +141,5 @@ def _bias_rows(biases: BiasChanges) -> list[tuple[Any, ...]]:
 def _write(folder: Path, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
     path = folder / f"{name}.csv"
     cells = ([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    path.write_text(csv_text(header, cells, line_end="\r\n"), encoding="utf-8", newline="")
+    files.write_text(path, csv_text(header, cells, line_end="\r\n"))
     return path

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_jax import files
 from lora_jax.text import printable
 
 from .measures import BiasChanges, LayerChange
@@ -112,8 +113,8 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     """Writes `name.png` and `name.svg`."""
     paths = [Path(folder) / f"{name}.{ending}" for ending in ("png", "svg")]
     with _style():
-        figure.savefig(paths[0], dpi=160, bbox_inches="tight")
-        figure.savefig(paths[1], bbox_inches="tight", metadata={"Date": None})
+        files.write_figure(paths[0], figure, dpi=160, bbox_inches="tight")
+        files.write_figure(paths[1], figure, bbox_inches="tight", metadata={"Date": None})
     return paths
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lora_jax import files
 from lora_jax.text import printable
 
 from ..grid.paper_presets import PRESETS, Preset
@@ -72,11 +74,11 @@ def make_charts(outcome: Outcome) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def save(chart: Chart, folder: Any) -> None:
+def save(chart: Chart, folder: Path) -> None:
     """Writes `NAME.svg` and `NAME.png`."""
     with _style():
-        chart.figure.savefig(folder / f"{chart.name}.svg", metadata={"Date": None})
-        chart.figure.savefig(folder / f"{chart.name}.png", dpi=200)
+        files.write_figure(folder / f"{chart.name}.svg", chart.figure, metadata={"Date": None})
+        files.write_figure(folder / f"{chart.name}.png", chart.figure, dpi=200)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ..config import TrainConfig
 from ..data.batching import AnyBatch, padding_share
 from ..errors import DamagedCheckpointError, NotFiniteError, RunFolderError
 from ..metrics import better
-from ..task_file import TaskFile, write_task
+from ..task_file import TaskFile, save_task_adapter
 from .checkpoint import Checkpoint, Checkpoints
 from .evaluate import make_forward, predict_outputs
 from .events import Evaluated, Event, Listener, Note, StepDone
@@ -259,9 +259,9 @@ class _Progress:
             self.listen(Evaluated(step=step, split="test", metrics=metrics["test"], baseline=baseline))
 
         params = lj.combine(chosen.state.trainable, run.frozen)
-        lj.save_adapter(folder.adapter, *config.method.folded(params))
-        write_task(
+        save_task_adapter(
             folder.adapter,
+            *config.method.folded(params),
             TaskFile(
                 base=config.base,
                 task=run.task,
