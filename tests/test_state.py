@@ -464,7 +464,7 @@ def test_state_that_is_forgotten_or_does_not_fit_is_refused(tmp_path: Path) -> N
         lj.load_adapter(with_state, base, state={"bn": state["bn"] | {"mean": jnp.ones(3)}})
     with pytest.raises(lj.AdapterError, match=r"cannot be saved: NaN or infinity in /state/bn/mean"):
         lj.save_adapter(tmp_path / "broken", params, LORA, state={"bn": {"mean": jnp.full(4, jnp.nan)}})
-    with pytest.raises(lj.AdapterError, match=r"`state` holds Python numbers, at steps: make them arrays"):
+    with pytest.raises(lj.AdapterError, match=r"`state` has Python numbers, at steps: make them arrays"):
         lj.save_adapter(tmp_path / "numbers", params, LORA, state={"steps": 7, "mean": jnp.ones(4)})
     description = json.loads((with_state / "lora_jax_adapter.json").read_text())
     (with_state / "lora_jax_adapter.json").write_text(json.dumps(description | {"state": {"bn": 1}}))
