@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
 
+import lora_jax as lj
 from lora_jax import files
 from lora_jax.cli import demo
 from lora_jax.cli.main import main, make_parser
+from lora_jax.errors import ArgumentError, ArgumentTypeError
 from lora_jax.training import load_predictor
 from lora_jax.training.config import TrainConfig, read_yaml
+from lora_jax.training.errors import ConfigError, DataError
 
 COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "analyze", "demo")
 
@@ -381,15 +388,100 @@ def test_traceback_on_request(tmp_path):
         run("train", "--train", tmp_path / "gone.tsv", "--output", "x", "--traceback")
 
 
-def test_defects_are_not_hidden(monkeypatch):
+@pytest.mark.parametrize(
+    "defect",
+    [
+        lambda: int("x"),
+        lambda: list(zip([1], [], strict=True)),
+        lambda: {}["key"],
+        lambda: len(3),
+        lambda: os.close(-1),
+        lambda: (_ for _ in ()).throw(ZeroDivisionError),
+    ],
+)
+def test_a_defect_in_the_library_has_its_traceback(defect, monkeypatch):
+    """Whatever its class, and though the innermost frame is the library's."""
+    from lora_jax.tools import inspect
+
+    # As if it stood in the library's own code.
+    planted = types.FunctionType(defect.__code__, vars(inspect))
+    monkeypatch.setattr(inspect, "inspect_adapter", lambda *_: planted())
+    monkeypatch.setattr("lora_jax.tools.source.folder_kind", lambda *_: "adapter")
+    vars(inspect).setdefault("os", os)
+    with pytest.raises((ValueError, KeyError, TypeError, OSError, ZeroDivisionError)):
+        run("inspect", "--adapter", "x")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_in_a_thread_is_seen(monkeypatch):
+    from lora_jax.cli import inspect
+
+    seen = []
+
+    class Left:
+        def __del__(self):
+            int("left")
+
+    def broken(args):
+        thread = threading.Thread(target=lambda: int("x"))
+        thread.start()
+        thread.join()
+        Left()
+        gc.collect()
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: seen.append(str(args.exc_value)))
+    monkeypatch.setattr(inspect, "run", broken)
+    assert run("inspect") == 0
+    assert seen == [f"invalid literal for int() with base 10: '{text}'" for text in ("x", "left")]
+
+
+def test_what_orbax_s_threads_say_of_a_failed_save_is_left_out(monkeypatch):
     from lora_jax.cli import inspect
 
     def broken(args):
-        raise ZeroDivisionError
+        theirs = {"__name__": "orbax.checkpoint.handler"}
+        exec("def save():\n    raise OSError('disk full')", theirs)
+        thread = threading.Thread(target=theirs["save"])
+        thread.start()
+        thread.join()
 
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
     monkeypatch.setattr(inspect, "run", broken)
-    with pytest.raises(ZeroDivisionError):
-        run("inspect")
+    assert run("inspect") == 0
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lj.LoraJaxError("a message"),
+        ArgumentError("a message"),
+        ArgumentTypeError("a message"),
+        lj.AdapterError("a message"),
+        lj.SelectionError("a message"),
+        files.FileError("a message"),
+        files.BusyError("a message"),
+        ConfigError("a message"),
+        DataError("a message"),
+        FileNotFoundError(errno.ENOENT, "a message"),
+        PermissionError(errno.EACCES, "a message"),
+        OSError(errno.ENOSPC, "a message"),
+    ],
+)
+def test_what_is_raised_on_purpose_is_one_line(error, monkeypatch, capsys):
+    from lora_jax.cli import inspect
+
+    def refuse(args):
+        raise error
+
+    monkeypatch.setattr(inspect, "run", refuse)
+    assert run("inspect") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lora-jax inspect: error: ")
+    assert "a message" in said
+    assert said.count("\n") == 1
 
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
