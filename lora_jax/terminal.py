@@ -13,7 +13,7 @@ def literal(text: object, **options: Any) -> Text:
     """A text as rich shows it letter by letter; `[red]`, `:smile:` and escape sequences are read, not obeyed.
 
     Args:
-        text: from wherever it is.
-        **options: of rich's `Text`.
+        text: From wherever it is.
+        **options: Of rich's `Text`.
     """
     return Text(printable(text), **options)

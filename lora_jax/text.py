@@ -27,8 +27,8 @@ def printable(text: object, *, lines: bool = False) -> str:
     r"""A text with its control characters written out.
 
     Args:
-        text: from wherever it is.
-        lines: whether line ends may stay.
+        text: From wherever it is.
+        lines: Whether line ends may stay.
 
     Example:
         >>> print(printable("good\x1b[2J\nbad"), printable("größer, 大きい"))
@@ -59,9 +59,9 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, line_end:
     r"""A CSV file that a spreadsheet shows and doesn't compute: before what would be a formula stands an apostrophe.
 
     Args:
-        columns: names.
-        rows: cells: texts, numbers, `None` for nothing. Numbers stay numbers, in a text too.
-        line_end: of each line.
+        columns: Names.
+        rows: Cells: texts, numbers, `None` for nothing. Numbers stay numbers, in a text too.
+        line_end: Of each line.
 
     Example:
         >>> print(csv_text(("path", "change"), [("=1+1", -0.5), ("-2", None)]), end="")

@@ -263,9 +263,9 @@ def test_what_is_no_target_can_be_left_out_or_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "say how much to keep: pass `rank`, or `energy`"),
-        ({"rank": 0}, "`rank` must be an integer of at least 1, got 0"),
-        ({"rank": True}, "`rank` must be an integer of at least 1, got True"),
+        ({}, "Neither `rank` nor `energy` is given"),
+        ({"rank": 0}, "`rank` must be a positive integer, got 0"),
+        ({"rank": True}, "`rank` must be a positive integer, got True"),
         ({"energy": 0.0}, r"`energy` must be a share in \(0, 1\], got 0.0"),
         ({"energy": 90}, r"`energy` must be a share in \(0, 1\], got 90"),
         ({"energy": float("nan")}, r"`energy` must be a share in \(0, 1\], got nan"),

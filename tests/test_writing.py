@@ -391,7 +391,7 @@ KINDS = {
 def test_killed_at_every_step_of_a_write(kind, tmp_path, monkeypatch):
     save, load, names, least = KINDS[kind]
     monkeypatch.setattr(locks, "_YOUNG", -1.0)  # what a kill left of a single file goes with the next write
-    found = []
+    found, step = [], 0
     for step in range(1000):
         folder = tmp_path / f"{step}" / "out"
         save(folder, 1.0)
@@ -438,6 +438,7 @@ def test_others_never_read_files_of_two_writes(tmp_path):
 
 def test_a_kill_while_another_s_write_is_put_in_its_place(tmp_path):
     """A reader may be killed too, at whatever step."""
+    step = 0
     for step in range(100):
         folder = tmp_path / f"{step}"
         save_parts(folder, 1.0)

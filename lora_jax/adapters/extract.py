@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ..paths import leaves_by_path
 from ..selection import Selector
 from ..state import marked_leaves, state_paths
 from ..text import listed
+from ..types import Leaf, Params, Uses
 from ..weights import IN, OUT, STACK, is_adapted, wider
 from .changes import changed_leaves
 from .truncate import LowRankFit, check_wanted, fit_of, most_frequent, rank_for, rebuilt, relabelled, with_factors
@@ -33,14 +34,14 @@ class Extracted(NamedTuple):
     """From `extract_lora`.
 
     Attributes:
-        params: the base with factors at the targets that have changed.
-        method: which labels them.
-        fits: one for each weight with factors.
-        carried: leaves that are taken over in full: `also_train`, and with `rest="train"` all others that have changed.
-        dropped: leaves that have changed and stay as the base has them.
+        params: The base with factors at the targets that have changed.
+        method: Which labels them.
+        fits: One for each weight with factors.
+        carried: Leaves that are taken over in full: `also_train`, and with `rest="train"` all others that have changed.
+        dropped: Leaves that have changed and stay as the base has them.
     """
 
-    params: Any
+    params: Params
     method: LoRA
     fits: dict[str, LowRankFit]
     carried: list[str]
@@ -48,15 +49,15 @@ class Extracted(NamedTuple):
 
 
 def extract_lora(
-    base_params: Any,
-    tuned_params: Any,
+    base_params: Params,
+    tuned_params: Params,
     *,
     targets: Selector,
     rank: int | None = None,
     energy: float | None = None,
     also_train: Selector = (),
     rest: Rest = "train",
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
 ) -> Extracted:
     """A LoRA out of two full models: for each target that has changed, the truncated SVD of `W_tuned − W_base`.
 
@@ -66,26 +67,26 @@ def extract_lora(
     `rest` says what becomes of it, and the result names it.
 
     Args:
-        base_params: the model before.
-        tuned_params: the model after, in the same structure.
-        targets: which weights get factors, as in `LoRA`.
-        rank: the highest rank; a weight that has less room gets what it has room for, and is then exact.
-        energy: the share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
+        base_params: The model before.
+        tuned_params: The model after, in the same structure.
+        targets: Which weights get factors, as in `LoRA`.
+        rank: The highest rank; a weight that has less room gets what it has room for, and is then exact.
+        energy: The share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
             that is given too. 1 keeps all that can be told from the rounding of the weights, so a fine-tuning of rank
             `r` gives factors of rank `r`.
-        also_train: leaves that are taken over in full, as in `LoRA`.
-        rest: what to do with other leaves that have changed (biases, norms, embeddings, a head): `"train"` takes them
+        also_train: Leaves that are taken over in full, as in `LoRA`.
+        rest: What to do with other leaves that have changed (biases, norms, embeddings, a head): `"train"` takes them
             over in full, in the method's `also_train` (batch statistics and other state in the tree alone, since no
             method trains them); `"drop"` leaves them as the base has them; `"error"` refuses.
-        uses: from `trace_weights`, where a target has more than two axes.
+        uses: From `trace_weights`, where a target has more than two axes.
 
     Returns:
         `Extracted(params, method, fits, carried, dropped)`.
 
     Raises:
-        ValueError: neither `rank` nor `energy`, or one out of range; trees of two models, or with factors; no target
+        ValueError: Neither `rank` nor `energy`, or one out of range; trees of two models, or with factors; no target
             has changed; a leaf has changed that is neither array nor float; values that are not finite.
-        SelectionError: see `attach`; what is to be factored or carried is complex in the tuned model.
+        SelectionError: See `attach`; what is to be factored or carried is complex in the tuned model.
 
     Example:
         >>> base = {"dense": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
@@ -130,7 +131,7 @@ def extract_lora(
     return Extracted(params, method, fits, carried, [] if rest == "train" else others)
 
 
-def _check_others(others: list[str], before: Mapping[str, Any], after: Mapping[str, Any], rest: Rest) -> None:
+def _check_others(others: list[str], before: Mapping[str, Leaf], after: Mapping[str, Leaf], rest: Rest) -> None:
     if rest == "error" and others:
         raise ArgumentError(
             f"`tuned_params` has other values at {listed(others, form=_CODE)}, which no factors stand for: name "
@@ -145,12 +146,12 @@ def _check_others(others: list[str], before: Mapping[str, Any], after: Mapping[s
         )
 
 
-def _can_learn(path: str, leaf: Any) -> bool:
+def _can_learn(path: str, leaf: Leaf) -> bool:
     return is_trainable(path, leaf) and dtypes.why_not_trained(leaf) is None
 
 
 def _factored(
-    path: str, node: LoRAWeight, tuned: Any, rank: int | None, energy: float | None
+    path: str, node: LoRAWeight, tuned: Leaf, rank: int | None, energy: float | None
 ) -> tuple[LoRAWeight, LowRankFit]:
     """The node's factors of rank 1 replaced by those of the difference."""
     full = min(math.prod(node.shape[axis] for axis in node.places(label)) for label in (IN, OUT))
@@ -190,7 +191,7 @@ def _balanced_factors(delta: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndar
     return root * u, inverse * (u @ delta), sigma
 
 
-def _members(node: LoRAWeight, array: Any) -> Iterator[np.ndarray]:
+def _members(node: LoRAWeight, array: Leaf) -> Iterator[np.ndarray]:
     """The `(in, out)` matrices of a weight: one, or as many as its stack has members."""
     inside, outside, stack = (node.places(label) for label in (IN, OUT, STACK))
     matrices = np.asarray(array).transpose(*stack, *inside, *outside)

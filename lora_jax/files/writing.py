@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from io import BufferedWriter
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from .locks import in_use, is_abandoned
 from .reading import FileError
@@ -41,7 +41,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 class _Figure(Protocol):
     """A Matplotlib figure."""
 
-    def savefig(self, fname: BinaryIO, *, format: str, **options: object) -> None: ...
+    def savefig(self, fname: BinaryIO, /, *, format: str, **options: Any) -> None: ...
 
 
 def write_figure(path: Path, figure: _Figure, **options: object) -> None:

@@ -29,6 +29,7 @@ from ..files import (
     write_safetensors,
 )
 from ..paths import flatten_with_paths, leaves_by_path, nearest
+from ..types import Leaf, Params, Uses
 from ..weights import is_adapted, placement
 from .layout import leaf_layout
 from .module_names import Names, NameTable, kind
@@ -36,15 +37,18 @@ from .module_names import Names, NameTable, kind
 DESCRIPTION, TENSORS = "lora_jax_delta.json", "delta.safetensors"
 FORMAT, VERSION = "lora_jax delta", 1
 
+# Its entries are checked as far as they are used; what they hold is JSON.
+Description = dict[str, Any]
+
 
 def export_delta(
     folder: str | os.PathLike[str],
-    params: Any,
-    base_params: Any,
+    params: Params,
+    base_params: Params,
     *,
     names: Names,
     base_name: str | None = None,
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
     absent: Collection[str] = (),
 ) -> Path:
@@ -55,23 +59,23 @@ def export_delta(
     that applying them is exact) and `lora_jax_delta.json` (shapes, checksum, a fingerprint of the values replaced).
 
     Args:
-        folder: made if it doesn't exist.
-        params: the trained tree, of plain arrays: BitFit's, or `lj.merge_params` of another.
-        base_params: the base, in the same structure.
+        folder: Made if it doesn't exist.
+        params: The trained tree, of plain arrays: BitFit's, or `lj.merge_params` of another.
+        base_params: The base, in the same structure.
         names: `{leaf path: Hugging Face module}`; what has changed must be in it.
-        base_name: a name of the base, to be kept in the description.
-        uses: from `trace_weights`, if weights of more than two axes, or stored `(out, in)`, have changed.
-        fan_in_fan_out: modules that store a weight as `(in, out)` there, see `export_peft`.
-        absent: leaves that the base as others have it lacks, such as a head that was drawn: written whether they have
+        base_name: A name of the base, to be kept in the description.
+        uses: From `trace_weights`, if weights of more than two axes, or stored `(out, in)`, have changed.
+        fan_in_fan_out: Modules that store a weight as `(in, out)` there, see `export_peft`.
+        absent: Leaves that the base as others have it lacks, such as a head that was drawn: written whether they have
             changed or not, and what they replace isn't held against anything.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: the trees differ in structure or shapes, or in nothing; an adapted weight; a changed leaf has no
+        AdapterError: The trees differ in structure or shapes, or in nothing; an adapted weight; a changed leaf has no
             name, values that are not finite, or a layout there that isn't told (see `fan_in_fan_out`).
-        FileError: the files cannot be written.
+        FileError: The files cannot be written.
 
     Example:
         >>> import lora_jax as lj, tempfile
@@ -128,13 +132,13 @@ def export_delta(
 
 def apply_delta(
     folder: str | os.PathLike[str],
-    target: Any,
+    target: Params,
     *,
     names: Names | None = None,
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
     check_base: CheckBase = "error",
-) -> Any:
+) -> Params:
     """Puts a delta's values in place of a base's, in a tree of ours or in a mapping of Hugging Face names.
 
     With `names`, `target` is a parameter tree. Without, it is a flat mapping from Hugging Face names to arrays, NumPy's
@@ -143,20 +147,20 @@ def apply_delta(
     `model.load_state_dict({name: torch.as_tensor(value) for name, value in result.items()})`.
 
     Args:
-        folder: written by `export_delta`.
-        target: the base.
+        folder: Written by `export_delta`.
+        target: The base.
         names: `{leaf path: Hugging Face module}` for a tree; `None` for a mapping of Hugging Face names.
-        uses, fan_in_fan_out: as they were given to `export_delta`; for a tree only.
-        check_base: what to do when the values to be replaced are not those that were: `"error"`, `"warn"` or
+        uses, fan_in_fan_out: As they were given to `export_delta`; for a tree only.
+        check_base: What to do when the values to be replaced are not those that were: `"error"`, `"warn"` or
             `"ignore"`. Names and shapes must fit in any case.
 
     Returns:
         A new tree, or a new dict, in which the changed entries are new and all others the same objects.
 
     Raises:
-        AdapterError: another base; a tensor without a place here, misshapen, not finite, or (for a tree) float64 where
+        AdapterError: Another base; a tensor without a place here, misshapen, not finite, or (for a tree) float64 where
             JAX has no 64-bit numbers; a description that this version cannot read.
-        FileError: a file is missing, truncated or corrupt, or leads out of the folder.
+        FileError: A file is missing, truncated or corrupt, or leads out of the folder.
 
     Example:
         See `export_delta`.
@@ -170,7 +174,7 @@ def apply_delta(
                 f"`target` is a {type(target).__name__}: pass a mapping of Hugging Face names, or a tree with `names`"
             )
         places = {name: (name, None) for name in header}
-        here: Mapping[str, Any] = target
+        here: Mapping[str, Leaf] = target
     else:
         here = leaves_by_path(target)
         adapted = [path for path, leaf in here.items() if is_adapted(leaf)]
@@ -223,11 +227,11 @@ def apply_delta(
     return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in here.items()])
 
 
-def _names(value: Any) -> list[str]:
+def _names(value: object) -> list[str]:
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(name: str, value: Leaf) -> np.ndarray:
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:  # a bfloat16 tensor of PyTorch, or one on a GPU
@@ -237,7 +241,7 @@ def _array(name: str, value: Any) -> np.ndarray:
         ) from None
 
 
-def _leaf(array: np.ndarray, base: Any) -> jax.Array:
+def _leaf(array: np.ndarray, base: Leaf) -> jax.Array:
     sharding = placement(base)
     # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
     new = jnp.array(array, copy=True)
@@ -254,7 +258,7 @@ def _require_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
         raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, np.ndarray]]:
+def _read(folder: Path) -> tuple[Description, dict[str, TensorInfo], dict[str, np.ndarray]]:
     description, header = _read_description(folder)
     tensors = read_safetensors(folder / TENSORS, header)
     _require_finite(tensors, f"{folder / TENSORS} is not usable")
@@ -263,7 +267,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str
     return description, header, tensors
 
 
-def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _read_description(folder: Path) -> tuple[Description, dict[str, TensorInfo]]:
     path = within_folder(folder, DESCRIPTION)
     description = read_json(path)
     if not isinstance(description, dict) or description.get("format") != FORMAT:

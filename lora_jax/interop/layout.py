@@ -7,8 +7,7 @@ split into heads. Axes of one label are joined in the order in which the leaf ha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from ..adapters import AdapterError
 from ..methods.lora.weight import LowRankWeight
 from ..methods.targets import by_convention
 from ..paths import is_weight_name, leaf_name, shape_text, words
+from ..types import Leaf, Uses
 from ..weights import IN, OUT, STACK
 
 # Words of a leaf's name that say that it may be a table of embeddings.
@@ -26,9 +26,9 @@ class Layout(NamedTuple):
     """One leaf's place in both worlds.
 
     Attributes:
-        here: its shape in the tree.
-        order: the leaf's axes in the order in which the Hugging Face tensor has them.
-        there: the tensor's shape.
+        here: Its shape in the tree.
+        order: The leaf's axes in the order in which the Hugging Face tensor has them.
+        there: The tensor's shape.
     """
 
     here: tuple[int, ...]
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
             return ""
         return ". If its module stores (in, out), as GPT-2's `Conv1D` does, name it in `fan_in_fan_out`"
 
-    def export(self, array: Any) -> np.ndarray:
+    def export(self, array: Leaf) -> np.ndarray:
         """The Hugging Face tensor of a leaf."""
         return np.asarray(array).transpose(self.order).reshape(self.there)
 
@@ -51,17 +51,17 @@ class Layout(NamedTuple):
         return split.transpose(np.argsort(self.order))
 
 
-def is_embedding(path: str, uses: Mapping[str, Any] | None) -> bool:
+def is_embedding(path: str, uses: Uses | None) -> bool:
     """Whether a leaf is a table of embeddings, which both sides keep as `(rows, d)`."""
     use = (uses or {}).get(path)
     return leaf_name(path) == "embedding" or (use is not None and use.op == "gather")
 
 
-def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
+def axis_labels(path: str, leaf: Leaf, uses: Uses | None) -> str:
     """The labels of a weight's axes, from `uses` or by the convention `(in, out)`.
 
     Raises:
-        AdapterError: they are unknown, or PEFT has no place for such a weight: a stack of layers, a convolution.
+        AdapterError: They are unknown, or PEFT has no place for such a weight: a stack of layers, a convolution.
     """
     use = (uses or {}).get(path)
     shape = tuple(leaf.shape)
@@ -93,16 +93,16 @@ def require_no_stack(path: str, labels: str) -> None:
         )
 
 
-def leaf_layout(path: str, leaf: Any, uses: Mapping[str, Any] | None, *, in_out: bool | None = False) -> Layout:
+def leaf_layout(path: str, leaf: Leaf, uses: Uses | None, *, in_out: bool | None = False) -> Layout:
     """How the whole leaf lies in a checkpoint.
 
     Args:
-        path, leaf: the leaf, or an adapted weight, whose base is meant.
-        uses: from `trace_weights`, for weights of more than two axes and those stored `(out, in)`.
-        in_out: whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does; `None` if nobody has said.
+        path, leaf: The leaf, or an adapted weight, whose base is meant.
+        uses: From `trace_weights`, for weights of more than two axes and those stored `(out, in)`.
+        in_out: Whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does; `None` if nobody has said.
 
     Raises:
-        AdapterError: as `axis_labels`; or the leaf is square, so that its shape doesn't show a mistake, and `in_out` is
+        AdapterError: As `axis_labels`; or the leaf is square, so that its shape doesn't show a mistake, and `in_out` is
             `None`, or its name is a table's and `uses` doesn't tell what it is.
     """
     shape = tuple(leaf.shape)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from ..adapters import AdapterError
 from ..paths import is_bias_name, nearest
+from ..types import Leaf
 
 WEIGHT, BIAS = "weight", "bias"
 
@@ -22,7 +22,7 @@ class ModuleNames(dict[str, str | tuple[str, ...]]):
 
     Args:
         names: `{leaf path: Hugging Face module}`.
-        fan_in_fan_out: those modules, by their names or by what follows a dot in them; empty if all are
+        fan_in_fan_out: Those modules, by their names or by what follows a dot in them; empty if all are
             `torch.nn.Linear`, whose weight is `(out, in)`.
 
     Example:
@@ -45,12 +45,12 @@ class NameTable:
     Args:
         names: `{leaf path: Hugging Face module}`; leaves that stay as they are may be missing. A leaf that is several
             modules there, as an embedding tied to the output is, has them in a tuple, the embedding first.
-        leaves: the tree's leaves by path.
-        fan_in_fan_out: modules that store a weight as `(in, out)` there, by their names or by what follows a dot in
+        leaves: The tree's leaves by path.
+        fan_in_fan_out: Modules that store a weight as `(in, out)` there, by their names or by what follows a dot in
             them; what `names` says of it if `None`.
 
     Raises:
-        AdapterError: no such table, a path that the tree does not have, two leaves of one name; `fan_in_fan_out` is no
+        AdapterError: No such table, a path that the tree does not have, two leaves of one name; `fan_in_fan_out` is no
             list of names, has one that means no module, or contradicts `names`.
 
     Example:
@@ -63,7 +63,7 @@ class NameTable:
         ('model.embed', 'words/embedding', ('lm_head',))
     """
 
-    def __init__(self, names: Names, leaves: Mapping[str, Any], fan_in_fan_out: Sequence[str] | None = None) -> None:
+    def __init__(self, names: Names, leaves: Mapping[str, Leaf], fan_in_fan_out: Sequence[str] | None = None) -> None:
         if not isinstance(names, Mapping) or not all(_modules_of(name) for name in names.values()):
             raise AdapterError(
                 "`names` must map leaf paths to Hugging Face module names, such as "
@@ -170,11 +170,12 @@ class NameTable:
         return ", ".join(segments[name] for name in nearest(module.replace(".", "/"), segments)) or "none"
 
 
-def _modules_of(value: Any) -> tuple[str, ...]:
+def _modules_of(value: object) -> tuple[str, ...]:
     """One name or several; nothing where it is neither."""
     several = (value,) if isinstance(value, str) else value
-    good = isinstance(several, tuple | list) and all(isinstance(name, str) and name for name in several)
-    return tuple(several) if good else ()
+    if not isinstance(several, tuple | list) or not all(isinstance(name, str) and name for name in several):
+        return ()
+    return tuple(several)
 
 
 def kind(path: str) -> str:
@@ -186,8 +187,8 @@ def selects(entries: Collection[str], module: str) -> bool:
     """Whether a list of names means a module, by PEFT's rule: the whole name, or what follows a dot in it.
 
     Args:
-        entries: the names, best a set: then a long list costs no more than a short one.
-        module: a module's name.
+        entries: The names, best a set: then a long list costs no more than a short one.
+        module: A module's name.
 
     Example:
         >>> selects({"query"}, "layer.0.query"), selects({"query"}, "layer.0.subquery")

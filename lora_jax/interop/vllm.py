@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from ..adapters import AdapterError
 from ..errors import ArgumentError
 from ..files import read_safetensors_header
-from .peft.adapter_config import read_peft_config, scale_of, variants, weights_file
+from .peft.adapter_config import PeftConfig, read_peft_config, scale_of, variants, weights_file
 from .peft.keys import FactorKey, LeafKey, parse_key
 from .peft.patterns import PatternError, Patterns
 
@@ -24,16 +23,16 @@ def vllm_problems(
     """Why vLLM wouldn't serve an adapter, or would serve another function than PEFT's; each as one sentence.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`. No tensor is read.
-        max_lora_rank: what vLLM is started with, one of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
-        modules: the last segments of the modules that the served model can adapt, `{"q_proj", "v_proj", …}`; targets
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`. No tensor is read.
+        max_lora_rank: What vLLM is started with, one of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
+        modules: The last segments of the modules that the served model can adapt, `{"q_proj", "v_proj", …}`; targets
             aren't checked if `None`, since they depend on the model.
 
     Returns:
         The problems; empty if there are none.
 
     Raises:
-        AdapterError, FileError: the folder can't be read, see `read_peft_config` and `import_peft`.
+        AdapterError, FileError: The folder can't be read, see `read_peft_config` and `import_peft`.
         ValueError: `max_lora_rank` is none that vLLM takes.
 
     Example:
@@ -94,7 +93,7 @@ def vllm_problems(
     return problems
 
 
-def _scales(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
+def _scales(config: PeftConfig, ranks: Mapping[str, int]) -> list[str]:
     """Modules that vLLM would scale by another number than PEFT: it has one number for all, by `lora_alpha` and `r`."""
     set_here = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
     if not set_here:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lora_jax import files, interop
 from lora_jax.adapters import AdapterError
-from lora_jax.interop.peft.adapter_config import CONFIG, weights_file
+from lora_jax.interop.peft.adapter_config import CONFIG, PeftConfig, weights_file
 from lora_jax.interop.peft.keys import PREFIX, FactorKey, parse_key
 from lora_jax.training.errors import TrainingError
 
@@ -30,20 +30,20 @@ class PeftReport(NamedTuple):
     """A PEFT folder.
 
     Attributes:
-        folder: where its files are.
-        file_bytes: of its tensors.
-        config: its `adapter_config.json`, without the entries that are set to nothing.
-        targets: what has factors.
-        whole: tensors that are no factors: what was trained in full, and what PEFT saves along.
-        tensors: name, shape and norm of each.
-        refusal: why `import_peft` doesn't take it; `None` if it does, or if that can't be told.
-        unchecked: what of that couldn't be checked, since the base isn't here; `None` if all was.
-        vllm: see `lj.interop.vllm_problems`.
+        folder: Where its files are.
+        file_bytes: Of its tensors.
+        config: Its `adapter_config.json`, without the entries that are set to nothing.
+        targets: What has factors.
+        whole: Tensors that are no factors: what was trained in full, and what PEFT saves along.
+        tensors: Name, shape and norm of each.
+        refusal: Why `import_peft` doesn't take it; `None` if it does, or if that can't be told.
+        unchecked: What of that couldn't be checked, since the base isn't here; `None` if all was.
+        vllm: See `lj.interop.vllm_problems`.
     """
 
     folder: Path
     file_bytes: int
-    config: dict[str, Any]
+    config: PeftConfig
     targets: list[Target]
     whole: list[str]
     tensors: list[Tensor]
@@ -56,12 +56,12 @@ def inspect_peft(folder: str | Path, *, base: str | None = None, max_lora_rank: 
     """Reads a PEFT folder of any kind, also one that can't be imported.
 
     Args:
-        folder: holds `adapter_config.json`.
-        base: where its base is, if not where it says: names and shapes are held against it.
-        max_lora_rank: what vLLM is started with.
+        folder: Holds `adapter_config.json`.
+        base: Where its base is, if not where it says: names and shapes are held against it.
+        max_lora_rank: What vLLM is started with.
 
     Raises:
-        FileError: a file is missing, corrupt or too large to be honest.
+        FileError: A file is missing, corrupt or too large to be honest.
     """
     folder = Path(folder)
     files.settle(folder)

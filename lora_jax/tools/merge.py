@@ -22,18 +22,18 @@ def merge_adapter(
     """Folds an adapter into its base and writes the merged model for `transformers`.
 
     Args:
-        adapter: a run's folder, the `adapter` folder in it, or one that `lj.save_adapter` or PEFT wrote.
-        output: a new or empty folder.
-        base: where the base is now, if not where it was.
-        max_shard_size: see `lj.models.save_pretrained`.
-        progress: told of the weights read, and then of those written; see `lj.models.load`.
+        adapter: A run's folder, the `adapter` folder in it, or one that `lj.save_adapter` or PEFT wrote.
+        output: A new or empty folder.
+        base: Where the base is now, if not where it was.
+        max_shard_size: See `lj.models.save_pretrained`.
+        progress: Told of the weights read, and then of those written; see `lj.models.load`.
 
     Returns:
         `output`.
 
     Raises:
         FileError: `output` holds files.
-        ValueError: an adapter that can't be folded in, since it inserts arrays; one whose head sees the mean over the
+        ValueError: An adapter that can't be folded in, since it inserts arrays; one whose head sees the mean over the
             tokens, which transformers has no class for; see `load_source` for others.
     """
     output = Path(output)

@@ -49,6 +49,7 @@ def test_an_adapter_with_state() -> None:
 
 def test_a_peft_folder() -> None:
     params, method = lj.interop.import_peft(HERE / "peft", BASE, names=NAMES)
+    assert isinstance(method, lj.LoRA)
     assert method.rank == 2
     assert_as_then("lora", lj.merge_params(params))
 

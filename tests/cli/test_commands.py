@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -394,7 +395,7 @@ def test_traceback_on_request(tmp_path):
         lambda: int("x"),
         lambda: list(zip([1], [], strict=True)),
         lambda: {}["key"],
-        lambda: len(3),
+        lambda: max(1, None),  # pyright: ignore[reportCallIssue, reportArgumentType]
         lambda: os.close(-1),
         lambda: (_ for _ in ()).throw(ZeroDivisionError),
     ],
@@ -404,10 +405,9 @@ def test_a_defect_in_the_library_has_its_traceback(defect, monkeypatch):
     from lora_jax.tools import inspect
 
     # As if it stood in the library's own code.
-    planted = types.FunctionType(defect.__code__, vars(inspect))
+    planted = types.FunctionType(defect.__code__, {**vars(inspect), "os": os})
     monkeypatch.setattr(inspect, "inspect_adapter", lambda *_: planted())
     monkeypatch.setattr("lora_jax.tools.source.folder_kind", lambda *_: "adapter")
-    vars(inspect).setdefault("os", os)
     with pytest.raises((ValueError, KeyError, TypeError, OSError, ZeroDivisionError)):
         run("inspect", "--adapter", "x")
 
@@ -440,7 +440,7 @@ def test_what_orbax_s_threads_say_of_a_failed_save_is_left_out(monkeypatch):
     from lora_jax.cli import inspect
 
     def broken(args):
-        theirs = {"__name__": "orbax.checkpoint.handler"}
+        theirs: dict[str, Any] = {"__name__": "orbax.checkpoint.handler"}
         exec("def save():\n    raise OSError('disk full')", theirs)
         thread = threading.Thread(target=theirs["save"])
         thread.start()

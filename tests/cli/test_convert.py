@@ -72,6 +72,14 @@ def test_there_and_back_the_factors_are_the_same_bytes(finished, as_peft, base, 
     assert first == second
 
 
+def test_labels_that_are_the_bases_are_told(as_peft, tmp_path, capsys):
+    convert("--adapter", as_peft, "--to", "lora_jax", "--labels", "neg", "pos", "--output", tmp_path / "named")
+    assert "doesn't name its labels" not in capsys.readouterr().out
+    convert("--adapter", as_peft, "--to", "lora_jax", "--output", tmp_path / "unnamed")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "The adapter doesn't name its labels. They are placeholders: 'LABEL_0', 'LABEL_1'." in told
+
+
 def test_a_table_tells_what_was_converted(finished, tmp_path, capsys):
     convert("--adapter", finished.output, "--to", "peft", "--output", tmp_path / "out")
     text = capsys.readouterr().out
@@ -112,7 +120,7 @@ def test_bitfit_becomes_a_delta_that_fits_any_head(bitfit, base, tmp_path, capsy
     # Another base is noticed still.
     other = write_tiny_bert(tmp_path / "other", seed=9, layers=1, hidden=16, heads=2, positions=32)
     model = lj.models.load(other, task="classification", num_labels=2)
-    with pytest.raises(lj.AdapterError, match="was made on another base"):
+    with pytest.raises(lj.AdapterError, match="was trained on another base"):
         lj.interop.apply_delta(tmp_path / "delta", model.params, names=model.names)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_jax.adapters import AdapterError
 from lora_jax.files import TensorInfo
 from lora_jax.methods.base import is_trainable
 from lora_jax.paths import shape_text
+from lora_jax.types import Leaf, Uses
 from lora_jax.weights import IN, OUT
 
 from ..layout import Layout, axis_labels, factor_sizes, is_embedding, leaf_layout
 from ..module_names import BIAS, WEIGHT, NameTable, kind
-from .adapter_config import CONFIG, is_saved, listed_targets
+from .adapter_config import CONFIG, PeftConfig, is_saved, listed_targets
 from .keys import FactorKey, LeafKey, factor_key, leaf_key, parse_key
 from .patterns import PatternError, Patterns
 
@@ -52,10 +53,10 @@ class Planner:
         self,
         file: Path,
         header: Mapping[str, TensorInfo],
-        config: Mapping[str, Any],
+        config: PeftConfig,
         table: NameTable,
-        leaves: Mapping[str, Any],
-        uses: Mapping[str, Any] | None,
+        leaves: Mapping[str, Leaf],
+        uses: Uses | None,
     ) -> None:
         self.file, self.header, self.config, self.table = file, header, config, table
         self.leaves, self.uses = leaves, uses

@@ -258,10 +258,11 @@ class _Progress:
             baseline = run.baselines.get("test")
             self.listen(Evaluated(step=step, split="test", metrics=metrics["test"], baseline=baseline))
 
-        params = lj.combine(chosen.state.trainable, run.frozen)
+        params, method = config.method.folded(lj.combine(chosen.state.trainable, run.frozen))
         save_task_adapter(
             folder.adapter,
-            *config.method.folded(params),
+            params,
+            method,
             TaskFile(
                 base=config.base,
                 task=run.task,
