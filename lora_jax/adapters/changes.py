@@ -1,4 +1,4 @@
-"""Which leaves differ between two trees of one model: the base, and what training made of it."""
+"""Comparing two trees of one model: which leaves training has changed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..paths import leaves_by_path
+from ..text import listed
 from ..types import Leaf, Params
 from ..weights import is_adapted, wider
 
@@ -33,7 +34,7 @@ def changed_leaves(params: Params, base_params: Params, *, argument: str = "para
     _refuse_adapted("base_params", before)
     if leaves.keys() != before.keys():
         differing = sorted(leaves.keys() ^ before.keys())
-        raise ArgumentError(f"`{argument}` and `base_params` are no trees of one model, at {', '.join(differing[:5])}")
+        raise ArgumentError(f"`{argument}` and `base_params` are no trees of one model, at {listed(differing, 5)}.")
     return [path for path in leaves if _differ(path, leaves[path], before[path])]
 
 

@@ -1,4 +1,4 @@
-"""A LoRA out of two full models: the best low-rank factors of what fine-tuning changed."""
+"""Extracting a LoRA from two full models: the best low-rank factors of what fine-tuning changed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Extracted(NamedTuple):
     """From `extract_lora`.
 
     Attributes:
-        params: The base with factors at the targets that have changed.
-        method: Which labels them.
+        params: Base with factors at the targets that have changed.
+        method: Method that labels them.
         fits: One for each weight with factors.
         carried: Leaves that are taken over in full: `also_train`, and with `rest="train"` all others that have changed.
         dropped: Leaves that have changed and stay as the base has them.
@@ -63,22 +63,22 @@ def extract_lora(
 
     The difference is taken in float32 (float64 where the weights are) and decomposed in float64 on the host, one leaf
     at a time, of a stack one member: memory is taken for a few copies of one leaf. `ΔW ≈ U Σ Vᵀ` becomes `a = √Σ Uᵀ`
-    `(r, in…)` and `b = √Σ Vᵀ (r, out…)`, with the scale 1. What full fine-tuning changed elsewhere isn't lost unseen:
-    `rest` says what becomes of it, and the result names it.
+    `(r, in…)` and `b = √Σ Vᵀ (r, out…)`, with the scale 1. `rest` says what becomes of
+    other leaves that fine-tuning changed, and the result names them.
 
     Args:
-        base_params: The model before.
-        tuned_params: The model after, in the same structure.
-        targets: Which weights get factors, as in `LoRA`.
-        rank: The highest rank; a weight that has less room gets what it has room for, and is then exact.
-        energy: The share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
+        base_params: Model before fine-tuning.
+        tuned_params: Model after fine-tuning, in the same structure.
+        targets: Weights that get factors, as in `LoRA`.
+        rank: Highest rank; a smaller weight gets its full rank, and is then exact.
+        energy: Share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
             that is given too. 1 keeps all that can be told from the rounding of the weights, so a fine-tuning of rank
             `r` gives factors of rank `r`.
         also_train: Leaves that are taken over in full, as in `LoRA`.
-        rest: What to do with other leaves that have changed (biases, norms, embeddings, a head): `"train"` takes them
+        rest: Treatment of other leaves that have changed (biases, norms, embeddings, a head): `"train"` takes them
             over in full, in the method's `also_train` (batch statistics and other state in the tree alone, since no
             method trains them); `"drop"` leaves them as the base has them; `"error"` refuses.
-        uses: From `trace_weights`, where a target has more than two axes.
+        uses: Result of `trace_weights`, needed where a target has more than two axes.
 
     Returns:
         `Extracted(params, method, fits, carried, dropped)`.

@@ -28,10 +28,10 @@ class LowRankFit(NamedTuple):
     """How much of a weight's change `ΔW` its new factors hold.
 
     Attributes:
-        full_rank: Of what was approximated: the rank of the factors before, or `min(in, out)`.
-        rank: Of the new factors.
+        full_rank: Rank before: that of the old factors, or `min(in, out)`.
+        rank: Rank of the new factors.
         error: `‖ΔW − ΔW'‖ / ‖ΔW‖`, Frobenius norms; 0 where `ΔW` is zero. All members of a stack together.
-        energy: The kept share of `Σσ²`, which is `1 − error²`.
+        energy: Kept share of `Σσ²`, which is `1 − error²`.
     """
 
     full_rank: int
@@ -57,10 +57,10 @@ def truncate_lora(params: Params, method: Method, *, rank: int | None = None, en
     old ones. It is computed in float64 on the host: factors are thin.
 
     Args:
-        params: An adapted tree.
-        method: The `LoRA` that labels it.
-        rank: The highest rank. A weight whose rank is no higher keeps its factors, bit for bit.
-        energy: The share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
+        params: Adapted tree.
+        method: `LoRA` that labels it.
+        rank: Highest rank. A weight whose rank is no higher keeps its factors, bit for bit.
+        energy: Share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
             that is given too. 1 keeps all that float32 can tell from rounding. In a stack each member keeps the share.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Delta files: the leaves that training changed, under Hugging Face names. What BitFit exchanges."""
+"""Delta files: the leaves that training changed, under Hugging Face names. The exchange format for BitFit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..paths import flatten_with_paths, leaves_by_path, nearest
 from ..types import Leaf, Params, Uses
 from ..weights import is_adapted, placement
 from .layout import leaf_layout
-from .module_names import Names, NameTable, kind
+from .module_names import ModuleTable, Names, kind
 
 DESCRIPTION, TENSORS = "lora_jax_delta.json", "delta.safetensors"
 FORMAT, VERSION = "lora_jax delta", 1
@@ -59,12 +59,12 @@ def export_delta(
     that applying them is exact) and `lora_jax_delta.json` (shapes, checksum, a fingerprint of the values replaced).
 
     Args:
-        folder: Made if it doesn't exist.
-        params: The trained tree, of plain arrays: BitFit's, or `lj.merge_params` of another.
-        base_params: The base, in the same structure.
-        names: `{leaf path: Hugging Face module}`; what has changed must be in it.
-        base_name: A name of the base, to be kept in the description.
-        uses: From `trace_weights`, if weights of more than two axes, or stored `(out, in)`, have changed.
+        folder: Folder to write to; made if it doesn't exist.
+        params: Trained tree of plain arrays: BitFit's, or the result of `lj.merge_params`.
+        base_params: Base parameters, in the same structure.
+        names: `{leaf path: Hugging Face module}`; every leaf that has changed must be in it.
+        base_name: Name of the base for the description.
+        uses: Result of `trace_weights`, needed if weights of more than two axes, or stored `(out, in)`, have changed.
         fan_in_fan_out: Modules that store a weight as `(in, out)` there, see `export_peft`.
         absent: Leaves that the base as others have it lacks, such as a head that was drawn: written whether they have
             changed or not, and what they replace isn't held against anything.
@@ -95,7 +95,7 @@ def export_delta(
         raise AdapterError(str(error)) from None
     leaves, before = leaves_by_path(params), leaves_by_path(base_params)
     changed = [path for path in leaves if path in {*changed, *absent}]
-    table = NameTable(names, leaves, fan_in_fan_out)
+    table = ModuleTable(names, leaves, fan_in_fan_out)
     if not changed:
         raise AdapterError("`params` and `base_params` are equal: there is nothing to write")
     tensors, replaced, tied = {}, {}, {}
@@ -147,11 +147,11 @@ def apply_delta(
     `model.load_state_dict({name: torch.as_tensor(value) for name, value in result.items()})`.
 
     Args:
-        folder: Written by `export_delta`.
-        target: The base.
+        folder: Folder that `export_delta` wrote.
+        target: Base parameters.
         names: `{leaf path: Hugging Face module}` for a tree; `None` for a mapping of Hugging Face names.
-        uses, fan_in_fan_out: As they were given to `export_delta`; for a tree only.
-        check_base: What to do when the values to be replaced are not those that were: `"error"`, `"warn"` or
+        uses, fan_in_fan_out: Same as for `export_delta`; only for a tree.
+        check_base: Reaction to replaced values that differ from those of the export: `"error"`, `"warn"` or
             `"ignore"`. Names and shapes must fit in any case.
 
     Returns:
@@ -180,7 +180,7 @@ def apply_delta(
         adapted = [path for path, leaf in here.items() if is_adapted(leaf)]
         if adapted:
             raise AdapterError(f"`target` has factors, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`")
-        table = NameTable(names, here, fan_in_fan_out)
+        table = ModuleTable(names, here, fan_in_fan_out)
         places = {}
         for name, info in header.items():
             module, _, part = name.rpartition(".")

@@ -26,9 +26,9 @@ class Layout(NamedTuple):
     """One leaf's place in both worlds.
 
     Attributes:
-        here: Its shape in the tree.
-        order: The leaf's axes in the order in which the Hugging Face tensor has them.
-        there: The tensor's shape.
+        here: Shape in the tree.
+        order: Axes of the leaf, in the order of the Hugging Face tensor.
+        there: Shape of the tensor.
     """
 
     here: tuple[int, ...]
@@ -57,7 +57,7 @@ def is_embedding(path: str, uses: Uses | None) -> bool:
     return leaf_name(path) == "embedding" or (use is not None and use.op == "gather")
 
 
-def axis_labels(path: str, leaf: Leaf, uses: Uses | None) -> str:
+def weight_axes(path: str, leaf: Leaf, uses: Uses | None) -> str:
     """The labels of a weight's axes, from `uses` or by the convention `(in, out)`.
 
     Raises:
@@ -97,18 +97,18 @@ def leaf_layout(path: str, leaf: Leaf, uses: Uses | None, *, in_out: bool | None
     """How the whole leaf lies in a checkpoint.
 
     Args:
-        path, leaf: The leaf, or an adapted weight, whose base is meant.
-        uses: From `trace_weights`, for weights of more than two axes and those stored `(out, in)`.
+        path, leaf: Leaf with its path; of an adapted weight, its base is meant.
+        uses: Result of `trace_weights`, needed for weights of more than two axes and those stored `(out, in)`.
         in_out: Whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does; `None` if nobody has said.
 
     Raises:
-        AdapterError: As `axis_labels`; or the leaf is square, so that its shape doesn't show a mistake, and `in_out` is
+        AdapterError: As `weight_axes`; or the leaf is square, so that its shape doesn't show a mistake, and `in_out` is
             `None`, or its name is a table's and `uses` doesn't tell what it is.
     """
     shape = tuple(leaf.shape)
     if not is_weight_name(path) or len(shape) < 2:  # biases and norms, though they may be split into heads
         return Layout(shape, tuple(range(len(shape))), (math.prod(shape),) if shape else ())
-    labels = axis_labels(path, leaf, uses)
+    labels = weight_axes(path, leaf, uses)
     inside, outside = ([axis for axis, own in enumerate(labels) if own == label] for label in (IN, OUT))
     fan_in, fan_out = factor_sizes(shape, labels)
     embedding = is_embedding(path, uses)

@@ -36,7 +36,7 @@ class ModuleNames(dict[str, str | tuple[str, ...]]):
         self.fan_in_fan_out = tuple(fan_in_fan_out)
 
 
-class NameTable:
+class ModuleTable:
     """Leaf paths and Hugging Face names, each found by the other.
 
     A module of PyTorch has at most one `weight` and one `bias`. A leaf that is named as biases are (`bias`, `b`,
@@ -45,7 +45,7 @@ class NameTable:
     Args:
         names: `{leaf path: Hugging Face module}`; leaves that stay as they are may be missing. A leaf that is several
             modules there, as an embedding tied to the output is, has them in a tuple, the embedding first.
-        leaves: The tree's leaves by path.
+        leaves: Leaves of the tree by path.
         fan_in_fan_out: Modules that store a weight as `(in, out)` there, by their names or by what follows a dot in
             them; what `names` says of it if `None`.
 
@@ -54,11 +54,11 @@ class NameTable:
             list of names, has one that means no module, or contradicts `names`.
 
     Example:
-        >>> table = NameTable({"dense/kernel": "layer.0.dense", "dense/bias": "layer.0.dense"},
+        >>> table = ModuleTable({"dense/kernel": "layer.0.dense", "dense/bias": "layer.0.dense"},
         ...                   {"dense/kernel": ..., "dense/bias": ..., "norm/scale": ...})
         >>> table.tensor("dense/kernel"), table.path("layer.0.dense", BIAS), table.path("layer.0.norm", WEIGHT)
         ('layer.0.dense.weight', 'dense/bias', None)
-        >>> tied = NameTable({"words/embedding": ("model.embed", "lm_head")}, {"words/embedding": ...})
+        >>> tied = ModuleTable({"words/embedding": ("model.embed", "lm_head")}, {"words/embedding": ...})
         >>> tied.module("words/embedding"), tied.path("lm_head", WEIGHT), tied.tied_to("words/embedding")
         ('model.embed', 'words/embedding', ('lm_head',))
     """

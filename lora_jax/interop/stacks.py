@@ -47,7 +47,7 @@ class Member:
         return np.asarray(self.stack[self.number], dtype=dtype)
 
 
-class _Place(NamedTuple):
+class _StackPlace(NamedTuple):
     stack: str
     number: int
 
@@ -56,8 +56,8 @@ class Stacks:
     """Which leaves of a tree are stacks, and of what.
 
     Args:
-        names: See `NameTable`; paths that the tree has as they are, are no members of a stack.
-        leaves: The tree's leaves by path, arrays or adapted weights.
+        names: See `ModuleTable`; paths that the tree has as they are, are no members of a stack.
+        leaves: Leaves of the tree by path, arrays or adapted weights.
 
     Raises:
         AdapterError: `names` has some members of a stack and not others.
@@ -72,9 +72,9 @@ class Stacks:
     """
 
     def __init__(self, names: Names, leaves: Mapping[str, Leaf]) -> None:
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, _StackPlace] = {}
         self._members: dict[str, dict[int, str]] = {}
-        for path in names if isinstance(names, Mapping) else ():  # another `names` is refused by `NameTable`
+        for path in names if isinstance(names, Mapping) else ():  # another `names` is refused by `ModuleTable`
             place = None if path in leaves else _place(str(path), leaves)
             if place is not None:
                 self._places[path] = place
@@ -146,14 +146,14 @@ def stack_weights(base: Leaf, nodes: Sequence[AdaptedWeight]) -> AdaptedWeight:
     return dataclasses.replace(node, **arrays)
 
 
-def _place(path: str, leaves: Mapping[str, Leaf]) -> _Place | None:
+def _place(path: str, leaves: Mapping[str, Leaf]) -> _StackPlace | None:
     segments = path.split("/")
     for index, segment in enumerate(segments):
         if segment.isdecimal():
             stack = "/".join(segments[:index] + segments[index + 1 :])
             shape = getattr(leaves.get(stack), "shape", ())
             if shape and int(segment) < shape[0]:
-                return _Place(stack, int(segment))
+                return _StackPlace(stack, int(segment))
     return None
 
 

@@ -23,9 +23,9 @@ def vllm_problems(
     """Why vLLM wouldn't serve an adapter, or would serve another function than PEFT's; each as one sentence.
 
     Args:
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`. No tensor is read.
-        max_lora_rank: What vLLM is started with, one of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
-        modules: The last segments of the modules that the served model can adapt, `{"q_proj", "v_proj", …}`; targets
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`. No tensor is read.
+        max_lora_rank: vLLM's `--max-lora-rank`, one of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
+        modules: Last segments of the modules that the served model can adapt, `{"q_proj", "v_proj", …}`; targets
             aren't checked if `None`, since they depend on the model.
 
     Returns:
@@ -33,7 +33,7 @@ def vllm_problems(
 
     Raises:
         AdapterError, FileError: The folder can't be read, see `read_peft_config` and `import_peft`.
-        ValueError: `max_lora_rank` is none that vLLM takes.
+        ValueError: vLLM doesn't accept `max_lora_rank`.
 
     Example:
         >>> import lora_jax as lj, tempfile
@@ -53,7 +53,7 @@ def vllm_problems(
         `/ √r`) is the scale of all. So patterns do no harm where every module's scale is that one.
     """
     if max_lora_rank not in RANKS:
-        raise ArgumentError(f"`max_lora_rank` must be one of {', '.join(map(str, RANKS))}, got {max_lora_rank!r}")
+        raise ArgumentError(f"`max_lora_rank` must be one of {', '.join(map(str, RANKS))}, got {max_lora_rank!r}.")
     config = read_peft_config(folder)
     file = weights_file(folder)
     header = read_safetensors_header(file)

@@ -1,4 +1,4 @@
-"""From one adapter to another: our folders, PEFT's, deltas, lower ranks, and a LoRA out of two full models."""
+"""Converting adapters: between our folders, PEFT's and deltas, to lower ranks, and from two full models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_jax.training.task import KINDS, restore_task
 from lora_jax.training.task_file import TaskFile, save_task_adapter
 
 from .inspect import Group, trained_groups
-from .source import AdapterSource, Kind, load_source
+from .source import AdapterSource, FolderKind, load_source
 
 Format = Literal["peft", "lora_jax", "delta"]
 _TASK_TYPES = {
@@ -43,17 +43,17 @@ class Conversion(NamedTuple):
     """What was converted.
 
     Attributes:
-        kind: What the source was; `"model"` for two full models.
-        output: The folder that was written.
-        base: The adapter's base.
-        method: As written.
-        groups: The trained leaves.
-        fits: What was approximated, by leaf path; empty where nothing was.
+        kind: FolderKind of the source; `"model"` for two full models.
+        output: Folder that was written.
+        base: Base of the adapter.
+        method: Method of the written adapter.
+        groups: Trained leaves.
+        fits: Approximations by leaf path; empty if the conversion is exact.
         carried, dropped: See `lj.extract_lora`.
-        notices: What else the user should know.
+        notices: Sentences for the user.
     """
 
-    kind: Kind
+    kind: FolderKind
     output: Path
     base: str
     method: lj.Method
@@ -77,10 +77,10 @@ def convert_adapter(
     """Writes an adapter in another format, or with a lower rank, or both.
 
     Args:
-        adapter: A run's folder, an adapter's, or one that PEFT wrote.
-        output: A new or empty folder; it is there whole or not at all.
+        adapter: Folder of a run, of an adapter, or of PEFT's.
+        output: New or empty folder; written whole or not at all.
         to: `"peft"`, `"lora_jax"`, or `"delta"`: the new values of every leaf that has changed, factors folded in.
-        base: Where the base is; what the adapter says, if `None`.
+        base: Folder or name of the base; the one that the adapter names if `None`.
         rank, energy: See `lj.truncate_lora`; ranks stay as they are if both are `None`.
         labels: Names of the classes, for `to="lora_jax"` where the adapter has none.
 
@@ -112,8 +112,8 @@ def extract_adapter(
     """Writes the LoRA that a fully fine-tuned model is on its base; see `lj.extract_lora`.
 
     Args:
-        base: The model before; where it has no head and `tuned` does, the head goes with the adapter.
-        tuned: The model after, of the same kind and sizes.
+        base: Model before fine-tuning; if it has no head and `tuned` does, the head goes with the adapter.
+        tuned: Model after fine-tuning, of the same kind and sizes.
         output, to, labels: See `convert_adapter`.
         targets, rank, energy, rest: See `lj.extract_lora`.
 

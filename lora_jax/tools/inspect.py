@@ -1,4 +1,4 @@
-"""What a method would train on a base, before any training; and what a saved adapter holds."""
+"""Inspecting what a method would train on a base, and what a saved adapter holds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Group(NamedTuple):
     """Leaves that are alike but for their layer: `encoder/layers/*/attention/query/kernel/a`.
 
     Attributes:
-        pattern: Their path, numbers as `*`.
-        label: What they are to the method.
-        leaves: How many.
-        shape: Of each; `None` where they differ.
-        params, bytes: Of all.
+        pattern: Their path, with numbers as `*`.
+        label: Their label.
+        leaves: Number of leaves.
+        shape: Shape of each; `None` if they differ.
+        params, bytes: Number of parameters and bytes of all leaves.
     """
 
     pattern: str
@@ -45,12 +45,12 @@ class MethodReport(NamedTuple):
     """A method on a base; no array was made for it. Bytes of activations are not in it: they depend on the batch.
 
     Attributes:
-        groups: The trainable leaves.
-        trainable, total, percent: Parameters.
+        groups: Trainable leaves.
+        trainable, total, percent: Numbers of parameters, and their ratio in percent.
         per_label: `{label: (params, bytes)}`, the frozen ones too.
-        frozen_bytes: The base, and factors that are frozen at their start.
-        trainable_bytes, gradient_bytes, optimizer_bytes: What training adds.
-        adapter_bytes: Of the tensors in `adapter.safetensors`; the file has a header of names and shapes before them.
+        frozen_bytes: Bytes of the base, and of factors that stay at their start.
+        trainable_bytes, gradient_bytes, optimizer_bytes: Bytes that training adds.
+        adapter_bytes: Bytes of the tensors in `adapter.safetensors`, without its header of names and shapes.
     """
 
     groups: list[Group]
@@ -69,8 +69,8 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
     """Counts what a run of `config` would train, from the base's `config.json` and shapes alone.
 
     Args:
-        config: Base, method, task, pooling and dtype count; its data isn't read.
-        num_labels: Of a classification.
+        config: Config of a run; base, method, task, pooling and dtype count, and no data is read.
+        num_labels: Number of labels of a classification.
     """
     base = read_model_config(find_base(config.base))
     shapes = skeleton(
@@ -126,12 +126,12 @@ class AdapterReport(NamedTuple):
     """A saved adapter.
 
     Attributes:
-        folder: Where its files are.
+        folder: Folder of its files.
         task: `task.json`; `None` where the adapter wasn't saved by a run.
-        method: Its name, and its options as saved.
-        tensors: Name, shape and norm of each.
+        method: Name and saved options of its method.
+        tensors: Name, shape and norm of each tensor.
         base: `{path: {"shape", "sample"}}`, the fingerprint of the frozen leaves.
-        file_bytes: Of `adapter.safetensors`.
+        file_bytes: Size of `adapter.safetensors`.
     """
 
     folder: Path

@@ -18,7 +18,7 @@ from .inspect import Tensor
 from .source import check_peft_source
 
 
-class Target(NamedTuple):
+class TargetModule(NamedTuple):
     """Modules of one name, in so many layers, that have factors of this rank."""
 
     name: str
@@ -30,21 +30,21 @@ class PeftReport(NamedTuple):
     """A PEFT folder.
 
     Attributes:
-        folder: Where its files are.
-        file_bytes: Of its tensors.
-        config: Its `adapter_config.json`, without the entries that are set to nothing.
-        targets: What has factors.
-        whole: Tensors that are no factors: what was trained in full, and what PEFT saves along.
-        tensors: Name, shape and norm of each.
-        refusal: Why `import_peft` doesn't take it; `None` if it does, or if that can't be told.
-        unchecked: What of that couldn't be checked, since the base isn't here; `None` if all was.
+        folder: Folder of its files.
+        file_bytes: Size of its tensor file.
+        config: Its `adapter_config.json`, without empty entries.
+        targets: Modules with factors.
+        whole: Tensors that aren't factors: trained in full, or saved along by PEFT.
+        tensors: Name, shape and norm of each tensor.
+        refusal: Reason why `import_peft` refuses it; `None` if it doesn't, or if that is unknown.
+        unchecked: Reason why the base couldn't be checked; `None` if it was.
         vllm: See `lj.interop.vllm_problems`.
     """
 
     folder: Path
     file_bytes: int
     config: PeftConfig
-    targets: list[Target]
+    targets: list[TargetModule]
     whole: list[str]
     tensors: list[Tensor]
     refusal: str | None
@@ -56,9 +56,9 @@ def inspect_peft(folder: str | Path, *, base: str | None = None, max_lora_rank: 
     """Reads a PEFT folder of any kind, also one that can't be imported.
 
     Args:
-        folder: Holds `adapter_config.json`.
-        base: Where its base is, if not where it says: names and shapes are held against it.
-        max_lora_rank: What vLLM is started with.
+        folder: Folder with an `adapter_config.json`.
+        base: Folder or name of its base, to check names and shapes; the one that it names if `None`.
+        max_lora_rank: vLLM's `--max-lora-rank`.
 
     Raises:
         FileError: A file is missing, corrupt or too large to be honest.
@@ -88,7 +88,7 @@ def inspect_peft(folder: str | Path, *, base: str | None = None, max_lora_rank: 
     )
 
 
-def _sorted_tensors(tensors: list[Tensor]) -> tuple[list[Target], list[str]]:
+def _sorted_tensors(tensors: list[Tensor]) -> tuple[list[TargetModule], list[str]]:
     counts: Counter[tuple[str, int]] = Counter()
     whole = []
     for tensor in tensors:
@@ -100,7 +100,7 @@ def _sorted_tensors(tensors: list[Tensor]) -> tuple[list[Target], list[str]]:
             whole.append(tensor.name.removeprefix(PREFIX))
         elif key.role == "a" and tensor.shape:
             counts[_within_layer(key.module), tensor.shape[0]] += 1
-    return [Target(name, count, rank) for (name, rank), count in sorted(counts.items())], whole
+    return [TargetModule(name, count, rank) for (name, rank), count in sorted(counts.items())], whole
 
 
 def _within_layer(module: str) -> str:

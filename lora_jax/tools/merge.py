@@ -1,4 +1,4 @@
-"""From an adapter and its base to a Hugging Face folder."""
+"""Merging an adapter into its base, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def merge_adapter(
     """Folds an adapter into its base and writes the merged model for `transformers`.
 
     Args:
-        adapter: A run's folder, the `adapter` folder in it, or one that `lj.save_adapter` or PEFT wrote.
-        output: A new or empty folder.
-        base: Where the base is now, if not where it was.
+        adapter: Folder of a run, the `adapter` folder in it, or one that `lj.save_adapter` or PEFT wrote.
+        output: New or empty folder.
+        base: Folder or name of the base; the one that the adapter names if `None`.
         max_shard_size: See `lj.models.save_pretrained`.
-        progress: Told of the weights read, and then of those written; see `lj.models.load`.
+        progress: Callback for the weights read and then written; see `lj.models.load`.
 
     Returns:
         `output`.

@@ -1,4 +1,4 @@
-"""An adapter from wherever it comes, on its base: a run's, one that `save_adapter` wrote, or PEFT's."""
+"""Loading an adapter of any kind onto its base: a run's, one that `save_adapter` wrote, or PEFT's."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lora_jax.types import Params
 
 from ..inference.classify import adapter_folder, load_run_adapter
 
-Kind = Literal["run", "adapter", "peft", "delta", "model"]
+FolderKind = Literal["run", "adapter", "peft", "delta", "model"]
 
 # The file that each kind of folder is known by; the first found decides, since a run's folder has two of them.
-_MARKS: dict[str, Kind] = {
+_MARKS: dict[str, FolderKind] = {
     f"adapter/{TASK_FILE}": "run",
     TASK_FILE: "run",
     DESCRIPTION: "adapter",
@@ -44,16 +44,16 @@ class AdapterSource(NamedTuple):
 
     Attributes:
         kind: `"run"`, `"adapter"`, `"peft"`; or `"model"`, where it was made of two models.
-        folder: Where it was found.
-        base: The name or folder of its base.
-        model: The base, with a head where the adapter has one.
-        params: With the adapter's leaves.
-        method: That labels them.
-        task_file: Of a run.
-        config: PEFT's `adapter_config.json`.
+        folder: Folder of the adapter.
+        base: Folder or name of its base.
+        model: Base, with a head where the adapter has one.
+        params: Adapted tree.
+        method: Method that labels it.
+        task_file: `task.json` of a run.
+        config: `adapter_config.json` of a PEFT folder.
     """
 
-    kind: Kind
+    kind: FolderKind
     folder: Path
     base: str
     model: models.Model
@@ -63,11 +63,11 @@ class AdapterSource(NamedTuple):
     config: PeftConfig | None = None
 
 
-def folder_kind(folder: str | Path) -> Kind:
+def folder_kind(folder: str | Path) -> FolderKind:
     """What a folder holds, by its files.
 
     Raises:
-        TrainingError: Nothing that is known, or two adapters in one folder.
+        TrainingError: The folder holds nothing known, or two adapters.
     """
     folder = Path(folder)
     files.settle(folder)
@@ -91,9 +91,9 @@ def load_source(
     """Loads an adapter of any kind, and the base that it belongs to.
 
     Args:
-        folder: A run's folder, an adapter's, or one that PEFT wrote.
-        base: Where the base is; what the folder says, if `None`.
-        progress: Told of the base's weights as they are read, see `lj.models.load`.
+        folder: Folder of a run, of an adapter, or of PEFT's.
+        base: Folder or name of the base; the one that the folder names if `None`.
+        progress: Callback for the weights read; see `lj.models.load`.
 
     Raises:
         TrainingError: No adapter there, or one whose base isn't said.
@@ -112,7 +112,7 @@ def load_source(
     raise no_adapter(kind, folder)
 
 
-def no_adapter(kind: Kind, folder: Path) -> TrainingError:
+def no_adapter(kind: FolderKind, folder: Path) -> TrainingError:
     """The error to raise for what an adapter is asked for, and isn't one."""
     if kind == "delta":
         return TrainingError(

@@ -112,7 +112,7 @@ def read_peft_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Pass it to `export_peft` as `config` to keep the entries that lora_jax has no place for.
 
     Args:
-        folder: Holds `adapter_config.json`.
+        folder: Folder with an `adapter_config.json`.
 
     Returns:
         A dict of the file's entries, unknown ones included.

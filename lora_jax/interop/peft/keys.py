@@ -47,8 +47,8 @@ def parse_key(name: str, where: str) -> FactorKey | LeafKey:
     """Takes the name of a tensor apart.
 
     Args:
-        name: Such as `base_model.model.bert.pooler.dense.lora_A.weight`.
-        where: The file, for messages.
+        name: Name of a tensor, such as `base_model.model.bert.pooler.dense.lora_A.weight`.
+        where: File, for error messages.
 
     Raises:
         AdapterError: No name that PEFT gives to a part of a LoRA.

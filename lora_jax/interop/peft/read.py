@@ -24,7 +24,7 @@ from lora_jax.types import Leaf, Params, Uses
 from lora_jax.weights import OUT, is_adapted, placement
 
 from ..layout import restore_factors
-from ..module_names import Names, NameTable
+from ..module_names import ModuleTable, Names
 from ..stacks import Stacks, stack_weights
 from .adapter_config import (
     CONFIG,
@@ -36,7 +36,7 @@ from .adapter_config import (
     unknown_entries,
     weights_file,
 )
-from .read_plan import Plan, Planner, Target
+from .read_plan import FactorTarget, Plan, Planner
 
 
 class _Planned(NamedTuple):
@@ -68,14 +68,14 @@ def import_peft(
     memory stays within what the base's own shapes allow, and an error leaves nothing half done.
 
     Args:
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
-        base_params: The base's parameters; frozen leaves of the result are the same objects.
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        base_params: Base parameters; frozen leaves of the result are the same objects.
         names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own. Leaves that the
             adapter doesn't touch may be missing. An embedding that is the output as well has both modules, in a
             tuple. Of layers that are stacked for a scan, `names` has the single ones, `layers/0/…`: their factors are
             stacked too.
-        uses: From `trace_weights`, for weights of more than two axes, or stored `(out, in)`.
-        base_name: The name of your base; if given, a folder that names another is refused. Only what follows the last
+        uses: Result of `trace_weights`, needed for weights of more than two axes, or stored `(out, in)`.
+        base_name: Name of your base; if given, a folder that names another is refused. Only what follows the last
             `/` is compared, since PEFT writes the path that the base was loaded from.
         fan_in_fan_out: See `export_peft`. Matters for weights that are in the file in full, `modules_to_save`, alone.
 
@@ -149,11 +149,11 @@ def check_peft(
     base_name: str | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
 ) -> list[str]:
-    """Raises what `import_peft` would by config, names, dtypes and shapes; reads no tensor.
+    """Raises what `import_peft` would raise because of the config, names, dtypes or shapes; reads no tensor.
 
     Args:
-        base_params: The base's parameters; shapes and dtypes (`jax.ShapeDtypeStruct`) will do.
-        folder, names, uses, base_name, fan_in_fan_out: As for `import_peft`.
+        base_params: Base parameters; shapes and dtypes (`jax.ShapeDtypeStruct`) will do.
+        folder, names, uses, base_name, fan_in_fan_out: Same as for `import_peft`.
 
     Returns:
         The leaves that would get factors or other values.
@@ -193,7 +193,7 @@ def _planned(
         )
     stacks = Stacks(names, leaves)
     parts = stacks.apart(leaves)
-    table, file = NameTable(names, parts, fan_in_fan_out), weights_file(folder)
+    table, file = ModuleTable(names, parts, fan_in_fan_out), weights_file(folder)
     header = read_safetensors_header(file)
     plan = Planner(file, header, config, table, parts, stacks.uses(uses)).plan()
     try:
@@ -204,7 +204,7 @@ def _planned(
     return _Planned(config, stacks, parts, plan)
 
 
-def _require_alike(path: str, targets: Sequence[Target]) -> None:
+def _require_alike(path: str, targets: Sequence[FactorTarget]) -> None:
     """What a stack has once has to be that of every layer."""
     found = dict.fromkeys(f"rank {target.rank} and alpha {target.alpha}" for target in targets)
     if len(found) > 1:
@@ -256,7 +256,9 @@ def _require_equal(tensors: Mapping[str, np.ndarray], plan: Plan, leaves: Mappin
             )
 
 
-def _node(base: Leaf, tensors: Mapping[str, np.ndarray], config: PeftConfig, target: Target) -> LoRAWeight | DoRAWeight:
+def _node(
+    base: Leaf, tensors: Mapping[str, np.ndarray], config: PeftConfig, target: FactorTarget
+) -> LoRAWeight | DoRAWeight:
     kind = DoRAWeight if target.magnitude else LoRAWeight
     scale = scale_of(target.alpha, target.rank, rank_stabilized=bool(config.get("use_rslora")))
     node = kind(base, None, None, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))

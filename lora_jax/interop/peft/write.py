@@ -25,8 +25,8 @@ from lora_jax.text import listed
 from lora_jax.types import DTypeLike, Leaf, Params, Uses
 from lora_jax.weights import AdaptedWeight, is_adapted, is_traced
 
-from ..layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
-from ..module_names import BIAS, Names, NameTable, kind
+from ..layout import export_factors, is_embedding, leaf_layout, require_no_stack, weight_axes
+from ..module_names import BIAS, ModuleTable, Names, kind
 from ..stacks import Stacks
 from .adapter_config import (
     CONFIG,
@@ -92,20 +92,20 @@ def export_peft(
     `ensure_weight_tying`, by which PEFT changes both uses as one.
 
     Args:
-        folder: Made if it doesn't exist.
-        params: The tree from `attach`, trained.
-        method: The `LoRA` or `DoRA` that it was trained with.
+        folder: Folder to write to; made if it doesn't exist.
+        params: Trained tree from `attach`.
+        method: `LoRA` or `DoRA` that it was trained with.
         names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own, see
             `import_peft`; what is trained must be in it.
-        base_name: What PEFT calls the base (`base_model_name_or_path`): a hub name or a folder.
+        base_name: PEFT's name of the base (`base_model_name_or_path`): a hub name or a folder.
         task_type: `"SEQ_CLS"`, `"CAUSAL_LM"`, …: with it PEFT knows the model's class, and with `"SEQ_CLS"` it expects
             the head in the file, so the head is written, trained or not.
-        uses: From `trace_weights`; needed where a leaf that is written in full has more than two axes, or a weight is
-            stored `(out, in)`, as Equinox does.
+        uses: Result of `trace_weights`; needed where a leaf that is written in full has more than two axes, or a
+            weight is stored `(out, in)`, as Equinox does.
         fan_in_fan_out: Modules (their names, or what follows a dot in them) that store a weight as `(in, out)` there,
             GPT-2's `Conv1D`: `("c_attn", "c_proj", "c_fc")`. A bundled model's `names` say it already; for a table of
             your own it is asked for where a square weight is written in full, `()` if there are none.
-        dtype: Of the tensors; those of the tree if `None`.
+        dtype: Dtype of the tensors; each leaf's own if `None`.
         config: Entries of another `adapter_config.json` to keep where the tree doesn't decide them, from
             `read_peft_config`: What was imported goes out as it came in.
 
@@ -165,7 +165,7 @@ def export_peft(
         )
     stacks = Stacks(names, leaves)
     leaves, uses = stacks.apart(leaves), stacks.uses(uses)
-    table = NameTable(names, leaves, fan_in_fan_out)
+    table = ModuleTable(names, leaves, fan_in_fan_out)
     factored = {path: _factored(path, leaf, table, uses, method) for path, leaf in leaves.items() if is_adapted(leaf)}
     if not factored:
         raise AdapterError("`params` has no factors: pass the tree from `lj.attach`, not a merged one")
@@ -226,7 +226,7 @@ def export_peft(
     return folder
 
 
-def _factored(path: str, node: Leaf, table: NameTable, uses: Uses | None, method: LoRA) -> _Factored:
+def _factored(path: str, node: Leaf, table: ModuleTable, uses: Uses | None, method: LoRA) -> _Factored:
     if not isinstance(node, LoRAWeight | DoRAWeight):
         raise AdapterError(
             f"`{path}` is a {type(node).__name__}, and PEFT's format has a place for LoRA's factors only"
@@ -241,7 +241,7 @@ def _factored(path: str, node: Leaf, table: NameTable, uses: Uses | None, method
         )
     require_no_stack(path, node.axes)
     if node.ndim == 2 or path in (uses or {}):
-        labels = axis_labels(path, node, uses)
+        labels = weight_axes(path, node, uses)
         if labels != node.axes:
             raise AdapterError(
                 f"the factors of `{path}` are labelled {node.axes!r}, and `uses` says {labels!r}: attach them with "
@@ -261,7 +261,7 @@ def _lacks_arrays(node: AdaptedWeight) -> bool:
 
 
 def _whole(
-    trained: Sequence[str], factored: Mapping[str, _Factored], table: NameTable, task_type: str | None
+    trained: Sequence[str], factored: Mapping[str, _Factored], table: ModuleTable, task_type: str | None
 ) -> _Whole:
     """Which modules PEFT must save in full, and which biases beside them, so that every trained leaf is written."""
     targets = {target.module for target in factored.values()}
@@ -344,7 +344,7 @@ def _keys(values: Mapping[str, object], modules: Collection[str]) -> dict[str, o
     return dict(values) if plain else {literal(module): value for module, value in values.items()}
 
 
-def _selection(kept: PeftConfig, targets: Collection[str], table: NameTable, whole: _Whole) -> dict[str, object]:
+def _selection(kept: PeftConfig, targets: Collection[str], table: ModuleTable, whole: _Whole) -> dict[str, object]:
     """`target_modules` and what else chooses targets: those of `kept` if they mean the same, else full names."""
     chosen = {**kept, "modules_to_save": whole.entries}
     if set(listed_targets(chosen, table.modules) or ()) == set(targets):
