@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far more than they compute. For processes that tests start, too: all round alike.
@@ -17,11 +20,33 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import optax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 # The laws compare two ways to compute one thing: neither may round its operands first.
 jax.config.update("jax_default_matmul_precision", "highest")
+# Nothing may widen or broadcast by accident: users' own code may run with both.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _leniently(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def lenient(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return lenient
+
+
+# Optax takes powers of a float to an integer count, and multiplies gradients by a boolean.
+for _owner, _name in (
+    (optax.tree, "bias_correction"),
+    (optax.tree_utils, "tree_bias_correction"),
+    (optax.MultiSteps, "update"),
+):
+    setattr(_owner, _name, _leniently(getattr(_owner, _name)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

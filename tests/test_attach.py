@@ -199,7 +199,7 @@ def test_arrays_of_other_libraries_are_refused_by_path_and_type(
 def test_an_adapter_is_put_on_no_foreign_base(tmp_path: Path) -> None:
     lj.save_adapter(tmp_path, lj.attach(base(), lora(), key=KEY), lora())
     foreign = jax.tree.map(KerasLike, base())
-    with pytest.raises(TypeError, match=r"`dense/bias` must be a JAX .*\(of a Keras variable, `leaf.value`\)"):
+    with pytest.raises(TypeError, match=r"`dense/bias` must be a JAX .*\(for a Keras variable, `leaf.value`\)"):
         lj.load_adapter(tmp_path, foreign)
     plain = jax.tree.map(lambda leaf: leaf.value, foreign)
     assert lj.load_adapter(tmp_path, plain).params["dense"]["kernel"].rank == 2

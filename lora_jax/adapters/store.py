@@ -454,6 +454,8 @@ def _require_agreement(params: Any, method: Method, tensors: Set[str], folder: P
     try:
         saved = saved_arrays(params, method).keys() - lasting_state(params).keys()
         settled = method.resolved(marked_leaves(params))
+    except TypeError:
+        raise
     except ValueError as error:
         raise AdapterError(f"{folder}: its method does not fit the base: {error}") from None
     differing = sorted(saved ^ tensors)
