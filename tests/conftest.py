@@ -19,6 +19,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+import flax.linen
+import flax.nnx
 import jax
 import optax
 import pytest
@@ -40,11 +42,15 @@ def _leniently(function: Callable[..., Any]) -> Callable[..., Any]:
     return lenient
 
 
-# Optax takes powers of a float to an integer count, and multiplies gradients by a boolean.
+# Optax raises floats to an integer count and multiplies gradients by a boolean; Flax computes a batch's statistics in
+# the wider of two dtypes, and asks by promotion what dtype a layer of two computes in.
 for _owner, _name in (
     (optax.tree, "bias_correction"),
     (optax.tree_utils, "tree_bias_correction"),
     (optax.MultiSteps, "update"),
+    (flax.linen.normalization, "_compute_stats"),
+    (flax.nnx.nn.normalization, "_compute_stats"),
+    (flax.nnx.nn.dtypes, "canonicalize_dtype"),
 ):
     setattr(_owner, _name, _leniently(getattr(_owner, _name)))
 
