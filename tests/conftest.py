@@ -19,11 +19,12 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-import flax.linen
-import flax.nnx
 import jax
 import optax
 import pytest
+from flax.linen import normalization as linen_normalization
+from flax.nnx.nn import dtypes as nnx_dtypes
+from flax.nnx.nn import normalization as nnx_normalization
 
 jax.config.update("jax_num_cpu_devices", 2)
 # The laws compare two ways to compute one thing: neither may round its operands first.
@@ -48,9 +49,9 @@ for _owner, _name in (
     (optax.tree, "bias_correction"),
     (optax.tree_utils, "tree_bias_correction"),
     (optax.MultiSteps, "update"),
-    (flax.linen.normalization, "_compute_stats"),
-    (flax.nnx.nn.normalization, "_compute_stats"),
-    (flax.nnx.nn.dtypes, "canonicalize_dtype"),
+    (linen_normalization, "_compute_stats"),
+    (nnx_normalization, "_compute_stats"),
+    (nnx_dtypes, "canonicalize_dtype"),
 ):
     setattr(_owner, _name, _leniently(getattr(_owner, _name)))
 

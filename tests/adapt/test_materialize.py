@@ -94,7 +94,7 @@ CASES = {
     "layer with custom_vjp": Merging(lambda p, x: linear_with_own_gradient(p["w"], x), "custom_vjp_call", "no rule"),
     "elementwise": Merging(lambda p, x: x @ jnp.tanh(p["w"]), "tanh", "no rule"),
     "weight norm": Merging(weight_norm, "mul|div", "only the merged array can stand|more than a scalar"),
-    "mask": Merging(lambda p, x: x @ (p["w"] * (jnp.arange(D) > 3).astype(jnp.float32)[None]), "mul", "more than a scalar"),
+    "mask": Merging(lambda p, x: x @ (p["w"] * jnp.float32(jnp.arange(D) > 3)[None]), "mul", "more than a scalar"),
     "scalar over weight": Merging(lambda p, x: x @ (1 / p["w"]), "div", "more than a scalar"),
     "sum with another": Merging(lambda p, x: x @ (p["w"] + 1.0), "add", "no rule"),
     "square": Merging(lambda p, x: x @ (p["w"] @ p["w"]), "dot_general", "both operands are adapted weights"),
@@ -108,7 +108,7 @@ CASES = {
     "one branch": Merging(changed_in_one_branch, "cond|tanh", "the body returns it|no rule"),
     "while": Merging(while_loop_over_a_changing_weight, "scan", "carries it from one iteration to the next, changed"),
     "grouped convolution": Merging(grouped_convolution, "conv_general_dilated", "a grouped convolution", KERNEL()),
-    "diagonal gather": Merging(lambda p, x: x * p["w"][jnp.arange(D), jnp.arange(D)][None], "gather", "no lookup of whole"),
+    "diagonal gather": Merging(lambda p, x: x * p["w"][(jnp.arange(D),) * 2][None], "gather", "no lookup of whole"),
     "scan over the in axis": Merging(
         lambda p, x: lax.scan(lambda c, w: (c + w, None), jnp.zeros(D), p["w"])[0][None] * x, "scan", "no stack axis"
     ),
