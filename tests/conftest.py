@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import jaxtyping
 import optax
 import pytest
 from flax.linen import normalization as linen_normalization
@@ -32,6 +33,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Nothing may widen or broadcast by accident: users' own code may run with both.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Modules whose annotations the tests check.
+TYPED = (
+    "adapt", "attach", "depth", "draws", "dropout", "masks", "masters", "matmul", "merging", "optimizer", "paths",
+    "selection", "state",
+)  # fmt: skip
 
 
 def _leniently(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,6 +61,18 @@ for _owner, _name in (
     (nnx_dtypes, "canonicalize_dtype"),
 ):
     setattr(_owner, _name, _leniently(getattr(_owner, _name)))
+
+# Annotations of the core hold at run time. For users they cost nothing: only the tests check them.
+jaxtyping.install_import_hook([f"lora_jax.{name}" for name in TYPED], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Without the checks of annotations where a test is about the library's own message for a wrong type."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("wrong_types") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
