@@ -235,7 +235,7 @@ def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Value]) -> list
         return [value._replace(node=value.node.cut(cutter))]
 
 
-def _parts(node: AdaptedWeight, axis: int, sizes: Sequence[int]) -> list[AdaptedWeight]:
+def _parts(node: AdaptedWeight, axis: int, sizes: Sequence[int | np.integer]) -> list[AdaptedWeight]:
     """A node cut along one axis into parts of these sizes."""
     ends = np.cumsum(sizes)
     parts = []
