@@ -235,7 +235,7 @@ def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Value]) -> list
         return [value._replace(node=value.node.cut(cutter))]
 
 
-def _parts(node: AdaptedWeight, axis: int, sizes: Sequence[int | np.integer]) -> list[AdaptedWeight]:
+def _parts(node: AdaptedWeight, axis: int, sizes: Sequence[int]) -> list[AdaptedWeight]:
     """A node cut along one axis into parts of these sizes."""
     ends = np.cumsum(sizes)
     parts = []
@@ -252,7 +252,10 @@ def _split(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     del walker
     value = _only(operands, 0)
     with jax_compat.context(eqn):
-        return [value._replace(node=part) for part in _parts(value.node, param(eqn, "axis"), param(eqn, "sizes"))]
+        return [
+            value._replace(node=part)
+            for part in _parts(value.node, param(eqn, "axis"), [int(size) for size in param(eqn, "sizes")])
+        ]
 
 
 def _unstack(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:

@@ -21,6 +21,7 @@ METHOD = lj.LoRA(rank=2, alpha=4, targets=("dense",), also_train=("classifier",)
 
 def model(params, input_ids, attention_mask: Any = None, token_type_ids=None, *, dropout_key=None):
     x, mask = params["table"][input_ids], attention_mask
+    mask = mask.astype(x.dtype)
     x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     x = jnp.tanh(x @ params["dense"]["kernel"] + params["dense"]["bias"][None])
     if dropout_key is not None:
