@@ -25,7 +25,7 @@ def model(params, input_ids, attention_mask: Any = None, token_type_ids=None, *,
     x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     x = jnp.tanh(x @ params["dense"]["kernel"] + params["dense"]["bias"][None])
     if dropout_key is not None:
-        x = x * jax.random.bernoulli(dropout_key, 0.5, x.shape) * 2
+        x = x * jax.random.bernoulli(dropout_key, 0.5, x.shape).astype(x.dtype) * 2
     return x @ params["classifier"]["kernel"]
 
 
