@@ -135,7 +135,8 @@ def plain_attention(params: Any, tokens: jax.Array) -> jax.Array:
     """A tied embedding, attention on 3-axis kernels, an MLP."""
     x = jnp.take(params["embed"]["table"], tokens, axis=0)
     q, k, v = (
-        jnp.einsum("btd,dnh->btnh", x, params["attention"][name]["kernel"]) + params["attention"][name]["bias"]
+        jnp.einsum("btd,dnh->btnh", x, params["attention"][name]["kernel"])
+        + params["attention"][name]["bias"][None, None]
         for name in ("query", "key", "value")
     )
     weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k))
@@ -321,7 +322,7 @@ def _bert(dtype: Any) -> Case:
         model = lj.models.load(folder, task="classification", num_labels=CLASSES, dtype=dtype)
 
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
-        mask = jnp.arange(TIME) < jnp.array([[TIME], [TIME - 2], [TIME]])
+        mask = jnp.arange(TIME)[None] < jnp.array([[TIME], [TIME - 2], [TIME]])
         return model.apply(params, tokens, mask)
 
     return Case(

@@ -76,7 +76,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
     layer = params["layers"]["0"]
 
     def linear(part: Any, h: jax.Array) -> jax.Array:
-        return h @ part["kernel"] + part["bias"]
+        return h @ part["kernel"] + part["bias"][None, None]
 
     def adapted(part: Any, h: jax.Array) -> jax.Array:
         if "adapter" not in part:
@@ -420,7 +420,7 @@ def test_a_complex_change_has_no_low_rank() -> None:
     """Half of it would be lost, and the reported error would be that of the other half."""
     rng = np.random.default_rng(9)
     real = {"w": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), "other": jnp.ones(3)}
-    turned = real["w"] + 1j * jnp.outer(jnp.arange(5.0), jnp.arange(4.0))
+    turned = real["w"].astype(jnp.complex64) + 1j * jnp.outer(jnp.arange(5.0), jnp.arange(4.0))
     base = {**real, "w": real["w"].astype(jnp.complex64)}
     for before in (base, real):
         with pytest.raises(lj.SelectionError, match=r"selects `w` \(5, 4\) complex64: .*factors are real"):

@@ -75,7 +75,7 @@ def test_the_truncated_method_labels_the_tree_and_says_its_scale(scaling: Any, t
         rank_overrides={"v": 2}, dropout=0.25,
     )  # fmt: skip
     params = lj.attach(base, method, key=jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.arange(leaf.size).reshape(leaf.shape) ** 0.5, params)
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.arange(float(leaf.size)).reshape(leaf.shape) ** 0.5, params)
     result = lj.truncate_lora(params, method, rank=3)
     assert result.params["q"].scale == params["q"].scale
     assert result.params["v"] is params["v"]

@@ -291,6 +291,8 @@ def _require_agreement(params: Params, method: Method, tensors: Set[str], folder
     try:
         saved = saved_arrays(params, method).keys() - lasting_state(params).keys()
         settled = method.resolved(marked_leaves(params))
+    except TypeError:
+        raise
     except ValueError as error:
         raise AdapterError(f"{folder}: its method does not fit the base: {error}") from None
     if differing := sorted(saved ^ tensors):

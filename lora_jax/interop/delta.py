@@ -91,6 +91,8 @@ def export_delta(
     """
     try:
         changed = changed_leaves(params, base_params)
+    except TypeError:
+        raise
     except ValueError as error:
         raise AdapterError(str(error)) from None
     leaves, before = leaves_by_path(params), leaves_by_path(base_params)

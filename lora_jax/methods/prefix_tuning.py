@@ -70,7 +70,7 @@ class ReparametrizedPrefix(Insertion):
         for node in nodes:
             if node.table is not None:  # of this tree, where several are given
                 first = node
-            hidden = jnp.tanh(first.table @ first.hidden_kernel + first.hidden_bias)
+            hidden = jnp.tanh(first.table @ first.hidden_kernel + first.hidden_bias[None])
             merged.append(hidden @ node.kernel + node.bias[..., None, :])
         return merged
 

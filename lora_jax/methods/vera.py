@@ -59,7 +59,7 @@ class VeRAWeight(AdaptedWeight):
         wide = wider(self.base.dtype, jnp.float32)
         lambda_d, lambda_b = self.lambda_d.astype(wide), self.lambda_b.astype(wide)
         scales = jnp.expand_dims(lambda_d, [len(stack) + 1 + axis for axis in range(len(outer))])
-        b = scales * self.b.astype(wide) * jnp.expand_dims(lambda_b, len(stack))
+        b = scales * jnp.expand_dims(self.b.astype(wide), range(len(stack))) * jnp.expand_dims(lambda_b, len(stack))
         a = jnp.broadcast_to(self.a, (*(self.shape[axis] for axis in stack), *self.a.shape))
         return LoRAWeight(self.base, a, b, self.key, scale=1.0, axes=self.axes, dropout=self.dropout)
 

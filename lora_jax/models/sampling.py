@@ -53,7 +53,7 @@ def forbid_repeats(
     start = jnp.maximum(count - before, 0)
     last = jax.lax.dynamic_slice_in_dim(tokens, start, before, axis=1)
     complete = (count >= before) & jax.lax.dynamic_slice_in_dim(known, start, before, axis=1).all(axis=1)
-    same = known[:, : slots - before] & (places + before < count) & complete[:, None]
+    same = known[:, : slots - before] & (places + before < count)[None] & complete[:, None]
     for place in range(before):
         same &= tokens[:, place : place + slots - before] == last[:, place, None]
     following = jnp.where(same, tokens[:, before:], scores.shape[1])  # outside the vocabulary: dropped

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -187,7 +188,8 @@ def _config(
 ) -> dict[str, Any]:
     # `torch_dtype` is the old name of `dtype`; the source's would make transformers cast the weights.
     config = {name: value for name, value in source.items() if name not in ("torch_dtype", "num_labels")}
-    config["dtype"] = jnp.result_type(*leaves.values()).name
+    with jax.numpy_dtype_promotion("standard"):
+        config["dtype"] = jnp.result_type(*leaves.values()).name
     family = family_of(model.config)
     config["architectures"] = [family.architectures[model.task if _is_task_class(model) else None]]
     if model.task == "causal-lm":

@@ -48,7 +48,7 @@ def vit() -> Any:
 
 def vit_apply(params: Any, x: jax.Array) -> jax.Array:
     def linear(x: jax.Array, p: Any) -> jax.Array:
-        return x @ p["kernel"] + p["bias"]
+        return x @ p["kernel"] + p["bias"][(None,) * (x.ndim - 1)]
 
     x = linear(x, params["embeddings"]["patch_embeddings"]["projection"]) + params["embeddings"]["position_embeddings"]
     for layer in params["encoder"]["layer"].values():
@@ -210,7 +210,7 @@ def test_nothing_that_can_be_adapted_is_refused_with_the_reasons() -> None:
 
 
 def test_nothing_linear_is_refused() -> None:
-    uses = lj.trace_weights(lambda p, x: x * p["gain"], {"gain": jnp.ones(D)}, jnp.ones((2, D)))
+    uses = lj.trace_weights(lambda p, x: x * p["gain"][None], {"gain": jnp.ones(D)}, jnp.ones((2, D)))
     with pytest.raises(
         lj.SelectionError, match="found no weight of a matmul or convolution in `uses`: name the modules"
     ):

@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_the_whole_weight_at_the_places() -> None:
     params, _ = attached(method)
 
     def loss(tree: Any) -> jax.Array:
-        return jnp.sum(jnp.tanh(tree["embed"] @ tree["up"]["kernel"] + tree["up"]["bias"]) ** 2)
+        return jnp.sum(jnp.tanh(tree["embed"] @ tree["up"]["kernel"] + tree["up"]["bias"][None]) ** 2)
 
     trainable, frozen = lj.partition(params, lj.trainable_mask(params, method))
     found = jax.grad(lambda part: lj.adapt(loss)(lj.combine(part, frozen)))(trainable)

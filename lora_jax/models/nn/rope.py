@@ -125,7 +125,7 @@ class Rotation(NamedTuple):
 
 def rotation(positions: jax.Array, frequencies: np.ndarray) -> Rotation:
     """The turn of each of the `(batch or 1, time)` positions."""
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
