@@ -13,7 +13,7 @@ from .masks import copied
 from .methods import Method
 from .paths import flatten_with_paths, leaves_by_path, nearest, with_leaves, without_leaves
 from .state import StateWarning, lost_state, marked_leaves
-from .weights import is_adapted
+from .weights import InsertedNode, is_adapted
 
 
 def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, Any] | None = None) -> Any:
@@ -91,4 +91,4 @@ def detach(params: Any) -> Any:
 
 
 def _is_inserted(leaf: Any) -> bool:
-    return is_adapted(leaf) and not leaf.has_base
+    return isinstance(leaf, InsertedNode)

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import ArgumentError
 from ..matmul import STRATEGIES, Strategy
 from ..paths import flatten_with_paths
-from ..weights import is_adapted, merge_on_entry
+from ..weights import MergedOnEntry, is_adapted, merge_on_entry
 from . import jax_compat
 from .rules import RULES
 from .walk import Encounter, OnMaterialize, Traced, Walker
@@ -54,7 +54,7 @@ def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...],
 def _report_entering(walker: Walker, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """A merge that is the method's own way is reported, and isn't warned of."""
     for path, leaf in zip(paths, leaves, strict=True):
-        if is_adapted(leaf) and leaf.merged_on_entry:
+        if isinstance(leaf, MergedOnEntry):
             reason = f"a {type(leaf).__name__} is merged before the function is called"
             walker.report(Encounter(path, "call", False, "the function's call", reason))
 

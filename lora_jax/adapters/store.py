@@ -43,7 +43,7 @@ from ..paths import (
     with_leaves,
 )
 from ..state import lasting_state, marked_leaves, state_paths
-from ..weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
+from ..weights import IN, OUT, STACK, AdaptedWeight, InsertedNode, is_adapted, placement
 from .fingerprint import differences as fingerprint_differences
 from .fingerprint import fingerprint
 
@@ -115,7 +115,11 @@ def save_adapter(folder: str | os.PathLike[str], params: Any, method: Method, *,
     folder = Path(folder)
     leaves = marked_leaves(params)
     labels = dict(zip(leaves, _leaves(label_params(params, method)), strict=True))
-    partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and leaf.has_base and leaf.base is None]
+    partial = [
+        path
+        for path, leaf in leaves.items()
+        if is_adapted(leaf) and leaf.base is None and not isinstance(leaf, InsertedNode)
+    ]
     if partial:
         raise AdapterError(
             f"`params` lacks the base weights, at {', '.join(partial[:5])}: save `lj.combine(trainable, frozen)`, so "
@@ -215,7 +219,8 @@ def load_adapter(
     shared: dict[Any, Any] = {}
     for path, static in description["adapted"].items():
         cls = _node_class(path, static, folder)
-        base = _base_leaf(path, leaves, folder) if cls.has_base else _no_base(path, leaves, folder)
+        inserted = issubclass(cls, InsertedNode)
+        base = _no_base(path, leaves, folder) if inserted else _base_leaf(path, leaves, folder)
         trained[path] = _node(cls, path, static, base, tensors, folder).regrown(shared)
     used = {f"{path}/{name}" for path in description["adapted"] for name in trained[path].fields}
     for name, array in tensors.items():
@@ -235,7 +240,7 @@ def load_adapter(
 
     state_leaves = state_paths(base_params)
     if check_base != "ignore":
-        whole = {path: trained[path] for path in description["adapted"] if trained[path].has_base}
+        whole = {path: trained[path] for path in description["adapted"] if path in leaves}
         frozen = {path: leaf for path, leaf in leaves.items() if path in whole or path not in trained}
         # Of state, an adapter written by an earlier version may have a fingerprint, and one written now has none.
         saved_base, here = (
@@ -352,7 +357,8 @@ def _frozen_leaves(leaves: Mapping[str, Any], labels: Mapping[str, Any]) -> dict
     return {
         path: leaf.base if is_adapted(leaf) else leaf
         for path, leaf in leaves.items()
-        if (leaf.has_base if is_adapted(leaf) else labels[path] == FROZEN and not isinstance(leaf, StateLeaf))
+        if (is_adapted(leaf) or (labels[path] == FROZEN and not isinstance(leaf, StateLeaf)))
+        and not isinstance(leaf, InsertedNode)
     }
 
 
@@ -520,7 +526,7 @@ def _with_inserted(params: Any, nodes: Mapping[str, AdaptedWeight], folder: Path
 def _node_class(path: str, static: Any, folder: Path) -> type[AdaptedWeight]:
     name = static.get("node") if isinstance(static, dict) else None
     cls = AdaptedWeight.registry.get(name) if isinstance(name, str) else None
-    if cls is None or not cls.saved:
+    if cls is None:
         raise AdapterError(f"{folder}: `{path}` is adapted in a way that this lora_jax does not know: {static!r:.80}")
     return cls
 
@@ -559,12 +565,16 @@ def _node(
 
 def _static(node: AdaptedWeight) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(node) if field.name not in ("base", *node.fields)]  # type: ignore[arg-type]
-    return {"node": type(node).__name__, **{name: getattr(node, name) for name in names}}
+    if not node.saved_as:
+        raise AdapterError(f"a {type(node).__name__} can't be saved: give the class a name in `saved_as`")
+    return {"node": node.saved_as, **{name: getattr(node, name) for name in names}}
 
 
 def _method_to_json(method: Method) -> dict[str, Any]:
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    return {"name": type(method).__name__, **{name: _plain(value) for name, value in values.items()}}
+    if not method.saved_as:
+        raise AdapterError(f"a {type(method).__name__} can't be saved: give the class a `name`")
+    return {"name": method.saved_as, **{name: _plain(value) for name, value in values.items()}}
 
 
 def _plain(value: Any) -> Any:

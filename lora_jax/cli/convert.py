@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .options import preset_or_names
+from .method_flags import preset_or_names
 
 if TYPE_CHECKING:
     from lora_jax.tools.convert import Conversion

@@ -22,7 +22,7 @@ FROZEN, HEAD = "frozen", "head"
 # A tree's leaves by path: arrays, adapted weights, marks in place of state, and what else a model's tree holds.
 Leaves: TypeAlias = Mapping[LeafPath, PyTree]
 # One label for a leaf, or a node of labels for an adapted weight.
-LeafLabels: TypeAlias = dict[LeafPath, str | AdaptedWeight]
+LeafLabels: TypeAlias = dict[LeafPath, PyTree]
 
 
 def flag(help: str, *, name: str | None = None) -> dict[str, object]:
@@ -192,7 +192,8 @@ def require_probability(value: object, argument: str) -> None:
 def require_seed(value: object, argument: str = "seed") -> None:
     """Refuses what isn't a seed of 32 bits."""
     require(
-        is_number(value, int) and 0 <= value < 2**32, f"`{argument}` must be an integer from 0 to 2³² - 1, got {value!r}"
+        is_number(value, int) and 0 <= value < 2**32,
+        f"`{argument}` must be an integer from 0 to 2³² - 1, got {value!r}",
     )
 
 

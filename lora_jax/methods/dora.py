@@ -28,7 +28,6 @@ from .lora.weight import LoRAWeight, LowRankWeight, multiple
 from .scaling import scaled, scaled_conv, scaled_dot, scaled_ragged_dot, scaled_take, vector_axes
 from .weight_method import TargetWeight
 
-
 # Axes of two operands, in corresponding order.
 _AxisPairs: TypeAlias = tuple[Sequence[int], Sequence[int]]
 

@@ -29,7 +29,9 @@ def trained(leaves: Mapping[LeafPath, PyTree], paths: Iterable[LeafPath], *, arg
     return _taken(leaves, paths, argument, why_not_trained)
 
 
-def factored(leaves: Mapping[LeafPath, PyTree], paths: Iterable[LeafPath], *, argument: str = "targets") -> list[LeafPath]:
+def factored(
+    leaves: Mapping[LeafPath, PyTree], paths: Iterable[LeafPath], *, argument: str = "targets"
+) -> list[LeafPath]:
     """`paths`, if real factors can be trained beside their leaves.
 
     Raises:

@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from ..paths import flatten_with_paths, path_key
 from ..types import LeafPath, Params, Uses
 from ..weights import AdaptedWeight, InsertedNode, register
-from .base import Leaves, flag, require, require_positive
+from .base import Leaves, flag, require_positive
 from .inserting_method import InsertedArray, InsertingMethod, Sublayer, sublayers
 
 _DEVIATION = 0.02
@@ -196,7 +196,9 @@ class PrefixTuning(InsertingMethod):
             # What all layers share has no path of its own: names take the place of paths.
             shared = {
                 "table": draw("prefix/table", self.length, attention.width, deviation=1.0),
-                "hidden_kernel": draw("prefix/hidden", attention.width, self.hidden, deviation=1 / math.sqrt(attention.width)),
+                "hidden_kernel": draw(
+                    "prefix/hidden", attention.width, self.hidden, deviation=1 / math.sqrt(attention.width)
+                ),
                 "hidden_bias": jnp.zeros(self.hidden, jnp.float32),
             }
         kernel = draw(path, *stack, self.hidden, width, deviation=1 / math.sqrt(self.hidden))

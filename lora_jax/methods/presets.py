@@ -108,9 +108,7 @@ def _lacking(names: Sequence[str], named: list[str]) -> list[str]:
     return [name for name in absent if name not in (*instead, _GATE)]
 
 
-def _nothing(
-    preset: str, names: Sequence[str], unusable: Mapping[str, str], left: list[str], uses: Uses | None
-) -> str:
+def _nothing(preset: str, names: Sequence[str], unusable: Mapping[str, str], left: list[str], uses: Uses | None) -> str:
     if unusable:
         return f"`targets={preset!r}` found no weight that factors can stand beside. {reasons(unusable)}"
     if uses is not None and preset == "all-linear":

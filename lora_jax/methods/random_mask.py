@@ -189,7 +189,9 @@ class RandomMask(SeededMethod):
             for path in self.selected(leaves)
         }
         total = sum(target.size for target in targets.values())
-        require(wanted <= total, f"`size` must be at most {total}, the number of parameters in the targets, got {wanted}")
+        require(
+            wanted <= total, f"`size` must be at most {total}, the number of parameters in the targets, got {wanted}"
+        )
         counts = _shares(wanted / total, targets)
         require(
             any(counts.values()),

@@ -151,7 +151,10 @@ class RandomSubspace(SeededMethod):
         del key, uses
         paths = self.selected(leaves)
         total = sum(math.prod(leaves[path].shape) for path in paths)
-        require(self.dimension < total, f"`dimension` must be less than {total}, the number of parameters in the targets, got {self.dimension}")
+        require(
+            self.dimension < total,
+            f"`dimension` must be less than {total}, the number of parameters in the targets, got {self.dimension}",
+        )
         length = self.dimension - (len(paths) if self.structure_aware else 0)
         require(
             length >= 1,

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-
 from jaxtyping import Array, Float
 
 from ..types import LeafPath

@@ -21,7 +21,6 @@ from ..weight_method import TargetWeight, WeightMethod, matching, overridden
 from .starts import FROM_WEIGHT, placed_start, start
 from .weight import LoRAWeight, LowRankWeight
 
-
 Scaling = Literal["standard", "rank_stabilized"]
 Start = Literal["gaussian", "kaiming", "pissa", "orthogonal"]
 

@@ -46,7 +46,9 @@ def placed_start(
     init: str, key: jax.Array, target: TargetWeight, rank: int, scale: float, shardings: tuple[Sharding, Sharding]
 ) -> tuple[jax.Array, jax.Array]:
     """As `start`, with a sharding for each factor."""
-    weight, scale = (target.base, scale) if init in FROM_WEIGHT else (None, 1.0)  # values that aren't used must not cause another compilation
+    weight, scale = (
+        (target.base, scale) if init in FROM_WEIGHT else (None, 1.0)
+    )  # values that aren't used must not cause another compilation
     shape = tuple(target.base.shape)
     return _compiled_start(shardings)(key, weight, init=init, shape=shape, axes=target.axes, rank=rank, scale=scale)
 
