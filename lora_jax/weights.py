@@ -99,6 +99,11 @@ class AdaptedWeight:
     def __init_subclass__(cls) -> None:
         cls.saved_as = vars(cls).get("saved_as", "")
 
+    @classmethod
+    def bare(cls, base: object, **settings: object) -> Self:
+        """A node that has a base and settings, and no arrays of its own yet."""
+        return cls(base, **dict.fromkeys(cls.fields), **settings)
+
     def merge(self) -> jax.Array:
         """The one array that this node stands for, in its shape and dtype."""
         raise NotImplementedError
@@ -410,8 +415,9 @@ def placement(leaf: object) -> Sharding | None:
 
     To give an array a sharding, even the one that it has, makes it another argument to a compiled function.
     """
-    given = isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.committed
-    return leaf.sharding if given else None
+    if isinstance(leaf, jax.Array) and not is_traced(leaf) and leaf.committed:
+        return leaf.sharding
+    return None
 
 
 def wider(first: DTypeLike, second: DTypeLike) -> np.dtype:

@@ -549,7 +549,7 @@ def _node(
     if not all(type(value) in (int, float) and abs(value) <= _LARGEST for value in numbers.values()):
         raise AdapterError(f"{folder}: `{path}` has settings that are no finite float32 numbers: {numbers!r:.200}")
     try:
-        node = cls(base, **dict.fromkeys(cls.fields), **values)
+        node = cls.bare(base, **values)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: the description of `{path}` does not fit {cls.__name__}: {error}") from None
     arrays = {name: tensors[f"{path}/{name}"] for name in cls.saved if f"{path}/{name}" in tensors}

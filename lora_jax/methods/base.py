@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self, TypeAlias, TypeGuard
+from typing import Any, ClassVar, Self, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,8 @@ class Method:
     @classmethod
     def for_task(cls, task: str, options: Mapping[str, object]) -> Self:
         """The method with these options, and for the others the defaults of a task's runs."""
-        return cls(**{**cls.task_defaults(task), **options})
+        arguments: dict[str, Any] = {**cls.task_defaults(task), **options}
+        return cls(**arguments)
 
     @classmethod
     def task_defaults(cls, task: str) -> dict[str, object]:
@@ -119,7 +120,7 @@ class Method:
         return {**cls.defaults, "also_train": () if task == "causal-lm" else ("classifier",)}
 
     @classmethod
-    def comparison_defaults(cls, options: Mapping[str, object]) -> dict[str, object]:
+    def comparison_defaults(cls, options: Mapping[str, object]) -> Mapping[str, object]:
         """Options in a comparison that differ from those of a single run, given the options that are said."""
         del options
         return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class DoRAWeight(LowRankWeight):
     saved: ClassVar[tuple[str, ...]] = (*LowRankWeight.saved, "magnitude")
     starts_from_weight: ClassVar[tuple[str, ...]] = ("magnitude",)
 
-    magnitude: Any = None  # required; the fields before it have defaults
+    magnitude: jax.Array = dataclasses.field(kw_only=True)
 
     def merge(self) -> jax.Array:
         whole = self.sum()
@@ -135,7 +135,7 @@ class _ScaledWeight(LowRankWeight):
     fields: ClassVar[dict[str, str]] = {**LowRankWeight.fields, "ratio": "so"}
     saved: ClassVar[tuple[str, ...]] = ()
 
-    ratio: Any = None  # required; the fields before it have defaults
+    ratio: jax.Array = dataclasses.field(kw_only=True)
 
     def merge(self) -> jax.Array:
         return scaled(self.sum(), self.ratio, vector_axes(self, OUT)).astype(self.base.dtype)

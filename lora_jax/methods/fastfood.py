@@ -70,7 +70,7 @@ def fastfood(vector: Float[Array, " d"], seed: UInt32[Array, ""], *, count: int)
 
 
 def hadamard(columns: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
-    """`H x` for each column, `H` being the Walsh-Hadamard matrix in Sylvester's order; the number of rows is a power of two.
+    """`H x` for each column, with the Walsh-Hadamard matrix `H` in Sylvester's order; `rows` is a power of two.
 
     Example:
         >>> hadamard(jnp.array([[1.0], [2.0]])).ravel().tolist()

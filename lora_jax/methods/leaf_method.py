@@ -68,7 +68,7 @@ class LeafMethod(Method):
         return select(leaves, self.targets, argument="targets", eligible=eligible, kind=self.kind, below=self.below)
 
     def _is_named(self, path: LeafPath) -> bool:
-        """A name that means a whole module must not sweep up its vectors of another kind, a norm's scale for example."""
+        """A name that means a whole module must not select its vectors of another kind, such as a norm's scale."""
         names = self.targets
         return callable(names) or isinstance(names, str) or leaf_name(path) in map(leaf_name, names)
 

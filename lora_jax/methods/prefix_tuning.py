@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +50,8 @@ class ReparametrizedPrefix(InsertedNode):
     optional: ClassVar[tuple[str, ...]] = _SHARED
 
     table: jax.Array | None
-    hidden_kernel: jax.Array | None
-    hidden_bias: jax.Array | None
+    hidden_kernel: Any
+    hidden_bias: Any
     kernel: jax.Array
     bias: jax.Array
     length: int = dataclasses.field(kw_only=True)
@@ -183,7 +183,7 @@ class PrefixTuning(InsertingMethod):
         self, attention: Sublayer, name: str, leaves: Leaves, key: jax.Array, *, first: bool
     ) -> dict[LeafPath, InsertedNode]:
         path, stack, axes = f"{attention.path}/prefix/{name}", attention.stack, attention.stack_axes
-        width = self._key_width(attention, leaves)
+        inner, width = attention.width, self._key_width(attention, leaves)
 
         def draw(what: str, *shape: int, deviation: float) -> jax.Array:
             return deviation * jax.random.normal(path_key(key, what), shape, jnp.float32)
@@ -195,7 +195,7 @@ class PrefixTuning(InsertingMethod):
         if first:
             # What all layers share has no path of its own: names take the place of paths.
             shared = {
-                "table": draw("prefix/table", self.length, attention.width, deviation=1.0),
+                "table": draw("prefix/table", self.length, inner, deviation=1.0),
                 "hidden_kernel": draw(
                     "prefix/hidden", attention.width, self.hidden, deviation=1 / math.sqrt(attention.width)
                 ),

@@ -185,7 +185,7 @@ class RandomMask(SeededMethod):
         wanted = self.count(leaves)
         node = _NODES[self.kind]
         targets = {
-            path: node(leaves[path], None, seed=leaf_seed(self.seed, path), axes=self._axes(path, leaves[path], uses))
+            path: node.bare(leaves[path], seed=leaf_seed(self.seed, path), axes=self._axes(path, leaves[path], uses))
             for path in self.selected(leaves)
         }
         total = sum(target.size for target in targets.values())

@@ -153,7 +153,7 @@ class RandomSubspace(SeededMethod):
         total = sum(math.prod(leaves[path].shape) for path in paths)
         require(
             self.dimension < total,
-            f"`dimension` must be less than {total}, the number of parameters in the targets, got {self.dimension}",
+            f"`dimension` must be less than {total}, the targets' number of parameters, got {self.dimension}",
         )
         length = self.dimension - (len(paths) if self.structure_aware else 0)
         require(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +57,10 @@ class VeRAWeight(FactoredWeight):
     fields: ClassVar[dict[str, str]] = {"a": "ri", "b": "ro", "lambda_d": "sr", "lambda_b": "so", "key": "s"}
     saved: ClassVar[tuple[str, ...]] = ("lambda_d", "lambda_b")
 
-    # Arrays; all but the key are there when the node is at work.
-    a: Any = None
-    b: Any = None
-    lambda_d: Any = None
-    lambda_b: Any = None
+    a: jax.Array
+    b: jax.Array
+    lambda_d: jax.Array
+    lambda_b: jax.Array
     key: jax.Array | None = None
     seed: int = dataclasses.field(kw_only=True)
     dropout: float = dataclasses.field(default=0.0, kw_only=True)
@@ -71,7 +70,7 @@ class VeRAWeight(FactoredWeight):
         require_seed(self.seed)
 
     def low_rank(self) -> LoRAWeight:
-        """The same weight as a `LoRAWeight`; both vectors are on the side of `b`, so that no gradient has `a`'s shape."""
+        """The same weight as a `LoRAWeight`, with both vectors on the side of `b`: no gradient has `a`'s shape."""
         stack, outer = self.places(STACK), self.places(OUT)
         wide = wider(self.base.dtype, jnp.float32)
         lambda_d, lambda_b = self.lambda_d.astype(wide), self.lambda_b.astype(wide)
@@ -234,7 +233,9 @@ class VeRA(WeightMethod):
         return {target.path: self._node(target).regrown(shared) for target in targets}
 
     def _node(self, target: TargetWeight) -> VeRAWeight:
-        node = VeRAWeight(target.base, seed=int(self.projection_seed), axes=target.axes, dropout=float(self.dropout))
+        node = VeRAWeight.bare(
+            target.base, seed=int(self.projection_seed), axes=target.axes, dropout=float(self.dropout)
+        )
         stack, shardings = target.sizes(STACK), node.placements()
         arrays = {
             "lambda_d": jnp.full((*stack, self.rank), self.d_initial, jnp.float32),

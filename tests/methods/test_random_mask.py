@@ -183,5 +183,5 @@ def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_tree_without_masks_has_no_labels() -> None:
-    with pytest.raises(ValueError, match=r"the tree has nothing of RandomMask: make it with `lj.attach"):
+    with pytest.raises(ValueError, match=r"the tree has nothing that RandomMask trains: make it with `lj.attach"):
         lj.label_params(base(), lj.RandomMask())

@@ -203,8 +203,8 @@ def test_nothing_of_the_projection_s_size_is_in_the_program_or_kept() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dimension": 0}, "`dimension` must be an integer of at least 1, got 0"),
-        ({"dimension": 2.0}, "`dimension` must be an integer of at least 1, got 2.0"),
+        ({"dimension": 0}, "`dimension` must be a positive integer, got 0"),
+        ({"dimension": 2.0}, "`dimension` must be a positive integer, got 2.0"),
         ({"dimension": 45}, "`dimension` 45 must be less than the targets' 45 numbers"),
         (
             {"dimension": 4, "structure_aware": True},

@@ -89,7 +89,7 @@ def test_what_is_not_of_the_kind(method: lj.Method, message: str) -> None:
 
 def test_a_tree_without_norms_lists_its_vectors() -> None:
     with pytest.raises(
-        lj.SelectionError, match=r"found no module named as norms are, .*axis: shift; name those that are"
+        lj.SelectionError, match=r"found no module named like a norm, .*axis: shift; name those that are"
     ):
         lj.label_params({"w": jnp.ones((2, 2)), "shift": jnp.ones(2)}, lj.NormTuning())
 
@@ -144,8 +144,8 @@ def test_of_several_stacks_one_is_named() -> None:
             {"count": 1, "within": "a"},
             r"matches more than one stack of l",
         ),
-        ({}, {"count": 0}, r"`count` must be an integer of at least 1, got 0"),
-        ({}, {"count": True}, r"`count` must be an integer of at least 1, got True"),
+        ({}, {"count": 0}, r"`count` must be a positive integer, got 0"),
+        ({}, {"count": True}, r"`count` must be a positive integer, got True"),
     ],
 )
 def test_layers_that_are_not_there(params: Any, settings: dict[str, Any], message: str) -> None:

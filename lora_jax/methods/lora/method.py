@@ -30,7 +30,7 @@ class LoRA(WeightMethod):
     """Low-rank adaptation: `h = x W + (α/r) · (x Aᵀ) B` with `W` frozen, `A` Gaussian and `B` zero at the start.
 
     For a weight of shape `(in, out)` it trains `a (r, in)` and `b (r, out)`, `r · (in + out)` parameters; for weights
-    of more axes, `in` and `out` are the products of the axes so labelled. Factors are float32 whatever the base's dtype.
+    of more axes, `in` and `out` are the products of the axes so labelled. Factors are always float32.
 
     Args:
         rank: `r`, at least 1 and at most `min(in, out)`. A target of a preset that allows less gets the largest rank
@@ -127,7 +127,7 @@ class LoRA(WeightMethod):
         require(isinstance(self.freeze_a, bool), f"`freeze_a` must be True or False, got {self.freeze_a!r}")
 
     @classmethod
-    def comparison_defaults(cls, options: Mapping[str, object]) -> dict[str, object]:
+    def comparison_defaults(cls, options: Mapping[str, object]) -> Mapping[str, object]:
         """One learning rate suits all ranks with `alpha` of twice the rank, and with the start of the authors' code and
         PEFT: the Gaussian start's deviation, 1/r, makes a rate that suits one rank too high for a lower one."""
         rank = options.get("rank")
@@ -177,7 +177,7 @@ class LoRA(WeightMethod):
         narrow = {path: most for path, most in limits.items() if most < ranks[path] and path not in named}
         if narrow and len(narrow) < len(targets):  # larger than every weight allows: an error, raised with the first
             warnings.warn(
-                f"`rank` {self.rank} is larger than some weights of `targets={self.targets!r}` allow, so they get less: "
+                f"`rank` {self.rank} is more than some weights of `targets={self.targets!r}` allow, so they get less: "
                 f"{listed([f'{path} {most}' for path, most in narrow.items()])}. Set their ranks in `rank_overrides`, "
                 "or name the targets to leave them out",
                 stacklevel=5,
@@ -195,7 +195,7 @@ class LoRA(WeightMethod):
             f'`rank_overrides={{"{target.path}": {most}}}`',
         )
         scale = float(alpha / rank if self.scaling == "standard" else alpha / math.sqrt(rank))
-        node = self.node(target.base, None, None, scale=scale, axes=target.axes, dropout=float(self.dropout))
+        node = self.node.bare(target.base, scale=scale, axes=target.axes, dropout=float(self.dropout))
         if shardings := node.placements():
             a, b = placed_start(self.init, key, target, rank, scale, (shardings["a"], shardings["b"]))
         else:

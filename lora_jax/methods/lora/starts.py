@@ -61,7 +61,7 @@ def _compiled_start(shardings: tuple[Sharding, Sharding]) -> Callable[..., tuple
     def draw(
         key: jax.Array, weight: jax.Array | None, init: str, shape: tuple[int, ...], axes: str, rank: int, scale: float
     ) -> tuple[jax.Array, jax.Array]:
-        base = jax.ShapeDtypeStruct(shape, jnp.float32) if weight is None else weight
+        base = jnp.zeros(shape, jnp.float32) if weight is None else weight  # of the zeros, only the shape is used
         return start(init, key, TargetWeight("", base, axes), rank, scale)
 
     return draw

@@ -37,8 +37,8 @@ from ..base import require_probability
 class LowRankWeight(FactoredWeight):
     """Base of the nodes with a low-rank path.
 
-    The paper writes `h = W x + (α/r) B A x` with column vectors. Here activations are rows, `h = x W + scale · (x aᵀ) b`:
-    `a` is the paper's `A`, which reduces, and `b` is the paper's `B` transposed, which expands.
+    The paper writes `h = W x + (α/r) B A x` with column vectors. Here activations are rows,
+    `h = x W + scale · (x aᵀ) b`: `a` is the paper's `A`, which reduces, and `b` its `B` transposed, which expands.
 
     Attributes:
         base: The frozen weight, with any number of axes.
@@ -194,8 +194,8 @@ class LoRAWeight(LowRankWeight):
     def _low_rank_dot(self, other: jax.Array, spec: DotSpec) -> jax.Array:
         """The low-rank path of a `dot_general`, in its output's layout."""
         label, reduce, expand = self._direction(spec.weight_contract)
-        # Every array is brought to `low_rank_matmul`'s shape: one axis of tokens and one contracted axis, preceded by one
-        # batch axis for the stack axes that the matmul batches, and one for those that meet every token.
+        # Every array is brought to `low_rank_matmul`'s shape: one axis of tokens and one contracted axis. Before them
+        # come one batch axis for the stack axes that the matmul batches, and one for those that meet every token.
         batched = list(spec.weight_batch)
         loose = [axis for axis in self.places(STACK) if axis not in batched]
         expanded = self.places(OUT if label == IN else IN)
@@ -234,8 +234,8 @@ class LoRAWeight(LowRankWeight):
         if self.places(STACK):
             raise Unfactorable("a lookup in a stacked weight")
         _, reduce, expand = self._direction((spec.axis,))
-        # The same lookup in the factor's columns gives (…, r), which is expanded along the weight's other axes. The fill
-        # value of an index out of bounds comes from the base's lookup; here its row adds zero.
+        # The same lookup in the factor's columns gives (…, r), which is expanded along the weight's other axes. What an
+        # index out of bounds is filled with comes from the base's lookup; here its row adds zero.
         dimensions = lax.GatherDimensionNumbers(
             offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
         )
