@@ -274,7 +274,7 @@ def test_a_foreign_tree_is_refused(method: lj.Method) -> None:
     [
         (lambda: lj.BottleneckAdapter(size=0), "`size` must be a positive integer, got 0"),
         (lambda: cast("Any", lj.BottleneckAdapter)(placement="before"), "`placement` must be one of"),
-        (lambda: cast("Any", lj.BottleneckAdapter)(train_norms="yes"), "`train_norms` must be true, false or None"),
+        (lambda: cast("Any", lj.BottleneckAdapter)(train_norms="yes"), "`train_norms` must be True, False or None"),
         (lambda: lj.PrefixTuning(length=True), "`length` must be a positive integer"),
         (lambda: lj.PrefixTuning(hidden=0), "`hidden` must be a positive integer"),
     ],

@@ -128,11 +128,11 @@ def test_of_several_stacks_one_is_named() -> None:
     ("params", "settings", "message"),
     [
         ({"layers": layers(2)}, {"count": 3}, r"`count` is 3, and `layers` has 2 layers"),
-        ({"layers": {"kernel": jnp.ones((3, 2, 2))}}, {"count": 1}, r"no layers that numbers tell .*unstack_layers"),
+        ({"layers": {"kernel": jnp.ones((3, 2, 2))}}, {"count": 1}, r"no numbered layers.*unstack_layers"),
         (
             {"a": layers(2), "b": layers(3)},
             {"count": 1},
-            r"several stacks of layers, a \(2 layers\), b \(3 layers\): say",
+            r"several stacks of layers, a \(2 layers\), b \(3 layers\): name",
         ),
         (
             {"a": layers(2)},

@@ -221,7 +221,7 @@ def test_aliases_and_merged_mappings_are_read_as_they_are_meant(tmp_path):
     [
         ({"x" * 100_000: 1}, r"`x+ … x+` is no option of a training run"),
         ({"method": ["lora"]}, r"`method` is a list|`method` can't|`method`"),
-        ({"method": {"name": ["lora"]}}, r"`method` is \['lora'\], and one of"),
+        ({"method": {"name": ["lora"]}}, r"`method` must be one of adapter, .*, got \['lora'\]"),
         ({"method": {"name": "lora", "rank": 0}}, r"`method` lora: `rank` must be"),
         ({"method": {"name": "lora", "alpha": float("nan")}}, r"`method` lora: `alpha` must be a positive number"),
         ({"task": "x" * 100_000}, r"`task` is 'x+, and one of"),
