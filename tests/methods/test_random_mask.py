@@ -141,7 +141,7 @@ def test_a_description_that_claims_too_many_is_refused(tmp_path: Any) -> None:
 
 
 def test_a_stack_of_them_is_not_taken_apart() -> None:
-    node = MaskedRows(jnp.ones((3, 4, 2)), None, seed=0, axes="sio").started(5)
+    node = MaskedRows.bare(jnp.ones((3, 4, 2)), seed=0, axes="sio").started(5)
     with pytest.raises(ValueError, match=r"a MaskedRows can't be taken apart, .* fold it in first, with `lj"):
         lj.models.unstack_layers({"layers": {"w": node}})
 
