@@ -6,7 +6,7 @@ A static checker takes a `PyTree` for anything; the tests check annotations at r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,11 +18,21 @@ from jaxtyping import PyTree as PyTree
 LeafPath: TypeAlias = str
 # A concrete or traced array, or NumPy's.
 Array: TypeAlias = jax.Array | np.ndarray | np.generic
+# What a tree may hold beside containers: an array, an adapted weight, or an object of the model's own.
+Leaf: TypeAlias = Any
 # Parameters, adapted or not: arrays, tracers, `jax.ShapeDtypeStruct`s, `None`, and what else a model's tree holds.
 Params: TypeAlias = PyTree
 # Labels and booleans in the structure of the parameters; an adapted weight keeps its node around its own.
 Labels: TypeAlias = PyTree[str]
 Mask: TypeAlias = PyTree[bool | np.bool_]
+
+
+@runtime_checkable
+class TreeDef(Protocol):
+    """The structure of a tree, which `jax.tree.flatten` returns and `jax.tree.unflatten` takes."""
+
+    @property
+    def num_leaves(self) -> int: ...
 
 
 class HasShape(Protocol):

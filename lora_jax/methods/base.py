@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import ArgumentError
-from ..paths import SelectionError, Selector, StateLeaf, is_weight_name, select
+from ..paths import is_weight_name
 from ..registry import Registry
+from ..selection import SelectionError, Selector, select
+from ..state import StateLeaf
 from ..types import LeafPath, Params, PyTree, Uses
 from ..weights import AdaptedWeight, is_adapted
 from . import dtypes

@@ -30,7 +30,7 @@ class BitFit(LeafMethod):
             positions or a `shift`, stay frozen and are named in a warning.
             Names select the biases of modules: the paper's {query, MLP-up} is `("attention/query", "mlp/up")`. A
             regular expression or a callable may select any leaf named like a bias, or any with a single axis; a table
-            of biases is selected by its own name. See `paths.select`.
+            of biases is selected by its own name. See `selection.select`.
         also_train: The head, see `Method`. A bias of the head counts as head.
 
     Raises:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
 
-from ..paths import SelectionError, shape_text
+from ..paths import shape_text
+from ..selection import SelectionError
 from ..types import HasShape, LeafPath, PyTree, has_shape
 from ..weights import is_adapted
 

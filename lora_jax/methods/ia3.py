@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import ArgumentError
-from ..paths import Selector
+from ..selection import Selector
 from ..types import LeafPath
 from ..weights import (
     IN,
@@ -101,7 +101,7 @@ class IA3(WeightMethod):
     into the weight exactly.
 
     Args:
-        targets: Weights to rescale, see `paths.select`; or the preset `"keys-values-mlp"`: the bundled models'
+        targets: Weights to rescale, see `selection.select`; or the preset `"keys-values-mlp"`: the bundled models'
             `attention/key`, `attention/value` (in GPT-2 the fused weight of query, key and value) and `mlp/down`.
         feedforward: Names of the targets whose *input* is rescaled, as in a sequence of `targets`; the others have
             their output rescaled. The preset uses `mlp/down`; with other targets name them, or pass `()` for none.

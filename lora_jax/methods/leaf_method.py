@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
-from ..paths import SelectionError, Selector, leaf_name, listed, select
+from ..paths import leaf_name, listed
+from ..selection import SelectionError, Selector, select
 from ..types import LeafPath, PyTree
 from . import dtypes
 from .base import LeafLabels, Leaves, Method, flag, is_trainable, require_selector, rooted
@@ -17,7 +18,7 @@ class LeafMethod(Method):
     """Base of the methods that train leaves of one kind, all of them or those that are named; nothing needs merging.
 
     Attributes:
-        targets: `"all"` leaves of the kind, or what `paths.select` reads.
+        targets: `"all"` leaves of the kind, or what `selection.select` reads.
     """
 
     presets: ClassVar[Mapping[str, tuple[str, ...]]] = {"all": ()}

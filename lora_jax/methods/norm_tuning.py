@@ -22,7 +22,7 @@ class NormTuning(LeafMethod):
         targets: Scales and shifts to train. `"all"` takes those of every module that is named like a norm (`norm`,
             `LayerNorm_0`, `final_layernorm`, `ln_1`, `bn1`) or has a leaf `scale` or `gamma`. Names, a regular
             expression (`".*scale"` for the scales alone) or a callable select some of them; any leaf with a single axis
-            is trained if it is named outright. See `paths.select`.
+            is trained if it is named outright. See `selection.select`.
         also_train: The head, see `Method`.
 
     Raises:

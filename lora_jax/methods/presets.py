@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..paths import SelectionError, in_norm, listed, matches_entry, words
+from ..paths import in_norm, listed, words
+from ..selection import SelectionError, matches_entry
 from ..types import HasShape, LeafPath, Uses
 from .base import Leaves, is_weight
 

@@ -130,7 +130,7 @@ class RandomMask(SeededMethod):
         kind: What is drawn: `"uniform"` single parameters, `"rows"` and `"columns"` whole rows and columns of weights.
             A row has the weights of one input, a column those of one output.
         targets: Leaves to draw from: `"all"` (for rows and columns, all weights) but the head's, or those at and below
-            what is named; see `paths.select`.
+            what is named; see `selection.select`.
         seed: Seed of the indices; that of a leaf follows from it and the leaf's path. The key of `attach` isn't used.
         also_train: The head, see `Method`.
 

@@ -99,7 +99,7 @@ class RandomSubspace(SeededMethod):
         dimension: `d`, the number of trained parameters: the vector's, and with `structure_aware` the gains.
         structure_aware: Whether each leaf has a trained gain `λ`, `θ = θ₀ + λ · P z`, which starts at 1. Of the `d`
             parameters one per leaf is a gain; the rest are `z`.
-        targets: Leaves that move: `"all"` but the head's, or those at and below what is named; see `paths.select`.
+        targets: Leaves that move: `"all"` but the head's, or those at and below what is named; see `selection.select`.
         seed: Seed of `P`. The key of `attach` isn't used.
         also_train: The head, see `Method`.
 

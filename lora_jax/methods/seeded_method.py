@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import ClassVar, NoReturn, Self
 
 from ..errors import ArgumentError
-from ..paths import SelectionError, Selector, select
+from ..selection import SelectionError, Selector, select
 from ..types import LeafPath, PyTree
 from ..weights import MergedOnEntry, is_adapted
 from . import dtypes
@@ -51,7 +51,7 @@ class SeededMethod(Method):
     """Base of the methods that put a `SeededWeight` at each of their targets.
 
     Attributes:
-        targets: `"all"` leaves but the head's, or what `paths.select` reads.
+        targets: `"all"` leaves but the head's, or what `selection.select` reads.
         seed: Seed of what is drawn. The key of `attach` isn't used.
     """
 

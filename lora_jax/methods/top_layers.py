@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from ..depth import layer_places, layer_sizes
-from ..paths import SelectionError, StateLeaf
+from ..selection import SelectionError
+from ..state import StateLeaf
 from . import dtypes
 from .base import LeafLabels, Leaves, Method, flag, is_trainable, require, require_positive
 

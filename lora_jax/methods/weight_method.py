@@ -11,7 +11,8 @@ from typing import ClassVar, NamedTuple, Self, TypeVar
 import jax
 
 from ..errors import ArgumentError
-from ..paths import BIAS_NAMES, NORM_NAMES, SelectionError, Selector, leaf_name, matches_entry, select, shape_text
+from ..paths import BIAS_NAMES, NORM_NAMES, leaf_name, shape_text
+from ..selection import SelectionError, Selector, matches_entry, select
 from ..types import HasShape, LeafPath, PyTree, Use, Uses
 from ..weights import IN, OUT, STACK, AdaptedWeight
 from . import dtypes
@@ -57,7 +58,7 @@ class WeightMethod(Method):
     A subclass names the class of its nodes in `node` and makes them in `nodes`.
 
     Attributes:
-        targets: Weights to adapt: one of `presets`, or what `paths.select` reads.
+        targets: Weights to adapt: one of `presets`, or what `selection.select` reads.
     """
 
     node: ClassVar[type[AdaptedWeight]]

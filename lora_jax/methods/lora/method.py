@@ -36,8 +36,8 @@ class LoRA(WeightMethod):
         rank: `r`, at least 1 and at most `min(in, out)`. A target of a preset that allows less gets the largest rank
             that it allows, with a warning.
         alpha: `α`; with `alpha == rank` the scale is 1.
-        targets: Weights to adapt, see `paths.select`; or a preset: `"attention"` (query, key, value, or in GPT-2 the
-            fused weight of all three, and output), `"mlp"` (up, gate, down), `"all-linear"` (both). Presets know the
+        targets: Weights to adapt, see `selection.select`; or a preset: `"attention"` (query, key, value, in GPT-2 the
+            fused weight of all three; and output), `"mlp"` (up, gate, down), `"all-linear"` (both). Presets know the
             bundled models' names. On a model of your own pass `uses`: then `"all-linear"` is every weight of a matmul
             or convolution, without embeddings and output heads; `"attention"` and `"mlp"` are, beside the bundled
             names, those of them within a module whose name says so (`self_attn`, `ffn`). Without `uses` a preset is
