@@ -12,7 +12,7 @@ from .methods import Method
 from .paths import flatten_with_paths, leaves_by_path, nearest, with_leaves, without_leaves
 from .state import StateWarning, lost_state, marked_leaves
 from .types import Leaf, Params, Uses
-from .weights import is_adapted
+from .weights import InsertedNode, is_adapted
 
 
 def attach(params: Params, method: Method, *, key: jax.Array, uses: Uses | None = None) -> Params:
@@ -90,4 +90,4 @@ def detach(params: Params) -> Params:
 
 
 def _is_inserted(leaf: Leaf) -> bool:
-    return is_adapted(leaf) and not leaf.has_base
+    return isinstance(leaf, InsertedNode)

@@ -12,7 +12,16 @@ from jax.sharding import Sharding
 from .errors import ArgumentError
 from .paths import flatten_with_paths, require_arrays
 from .types import DTypeLike, Leaf, LeafPath, Params
-from .weights import AdaptedWeight, is_adapted, is_traced, merge_on_entry, not_finite, placement, wider
+from .weights import (
+    AdaptedWeight,
+    InsertedNode,
+    MergedOnEntry,
+    is_adapted,
+    is_traced,
+    merge_on_entry,
+    not_finite,
+    placement,
+)
 
 
 def merge_params(params: Params, *, dtype: DTypeLike | None = None) -> Params:
@@ -64,7 +73,7 @@ def _is_complex(leaf: Leaf) -> bool:
 
 
 def _is_whole(leaf: Leaf) -> bool:
-    return is_adapted(leaf) and leaf.merged_on_entry
+    return isinstance(leaf, MergedOnEntry)
 
 
 def _finished(array: jax.Array, node: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:
@@ -96,7 +105,7 @@ def _refuse_overflow(leaves: dict[LeafPath, Leaf], merged: list[Leaf]) -> None:
     }
     for path in not_finite(narrow):
         dtype = narrow[path].dtype
-        if not leaves[path].has_base or not not_finite({path: leaves[path].base}):
+        if isinstance(leaves[path], InsertedNode) or not not_finite({path: leaves[path].base}):
             raise ArgumentError(
                 f"cannot merge `{path}` into {dtype}: a merged number is larger than its largest, "
                 f"{float(jnp.finfo(dtype).max):g}; merge with `dtype=jnp.bfloat16` or `jnp.float32`"
@@ -121,6 +130,4 @@ def _fold(node: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:
 
 
 def _widened(node: AdaptedWeight, dtype: DTypeLike | None) -> AdaptedWeight:
-    if not node.has_base:
-        return node
-    return node.with_base(node.base.astype(node.dtype if dtype is None else wider(node.dtype, dtype)))
+    return node if dtype is None else node.widened(dtype)

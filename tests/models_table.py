@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 import lora_jax as lj
+from lora_jax.methods.weight_method import WeightMethod
 from lora_jax.paths import flatten_with_paths
 
 from .tiny_bert import write_tiny_bert
@@ -69,7 +70,17 @@ class Case:
         return 3e-2 if self.dtype == jnp.bfloat16 else other or 1e-5
 
 
-# Every method as the laws try it. A new one is held against them, and against all dtypes, from its line here on.
+def with_defaults(cls: type[lj.Method]) -> Callable[[Case], lj.Method]:
+    """A registered method with the options of its class, on the row's targets."""
+
+    def make(row: Case) -> lj.Method:
+        targets = {"targets": row.targets} if issubclass(cls, WeightMethod) else {}
+        return cls(**{**cls.defaults, **targets, "also_train": row.head})
+
+    return make
+
+
+# Every method as the laws try it. Those that aren't here yet join with their defaults.
 METHODS: dict[str, Callable[[Case], lj.Method]] = {
     "lora": Case.lora,
     "pissa": lambda row: row.lora(init="pissa"),
@@ -93,6 +104,13 @@ METHODS: dict[str, Callable[[Case], lj.Method]] = {
     "norms": lambda row: lj.NormTuning(also_train=row.head),
     "top_layers": lambda row: lj.TopLayers(count=1, also_train=row.head),
 }
+HELD = {
+    "random-mask": "random_entries",
+    "random-subspace": "subspace",
+    "adapter": "houlsby",
+    "top-layers": "top_layers",
+}
+METHODS |= {name: with_defaults(cls) for name, cls in lj.Method.by_name.items() if HELD.get(name, name) not in METHODS}
 
 
 def moved(params: Any, mask: Any, *, seed: int) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..weights import AdaptedWeight, Unfactorable
+from ..weights import FactoredWeight, Unfactorable
 from . import jax_compat
 from .jax_compat import Body, Equation, param, program
 from .walk import Traced, Value, Walker
@@ -176,7 +176,7 @@ def _stacked(walker: Walker, value: Traced) -> tuple[list[jax.Array], Callable[[
 
 
 def _in_iteration(value: Any, number: jax.Array) -> Any:
-    return value.for_use(number) if isinstance(value, AdaptedWeight) else value
+    return value.for_use(number) if isinstance(value, FactoredWeight) else value
 
 
 def while_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
@@ -228,7 +228,7 @@ def shard_map_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list
     body, in_specs, out_specs = param(eqn, "jaxpr"), param(eqn, "in_specs"), param(eqn, "out_specs")
     entry = _Entry(walker, operands)
     specs = [
-        value.partition_specs(spec) if isinstance(value, AdaptedWeight) else spec
+        value.partition_specs(spec) if isinstance(value, FactoredWeight) else spec
         for value, spec in zip(entry.tree, in_specs, strict=True)
     ]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..weights import AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, wider
+from ..weights import ConvSpec, DotSpec, FactoredWeight, RaggedDotSpec, TakeSpec, Unfactorable, wider
 from . import control_flow, jax_compat
 from .jax_compat import Equation, param
 from .walk import Traced, Value, Walker
@@ -48,7 +48,7 @@ def _dot_general(walker: Walker, eqn: Equation, operands: list[Value]) -> list[V
     return [output]
 
 
-def _check_placement(eqn: Equation, node: AdaptedWeight, other: Value, spec: DotSpec) -> None:
+def _check_placement(eqn: Equation, node: FactoredWeight, other: Value, spec: DotSpec) -> None:
     """Refuses what a mesh with explicit axes would: flattening split token axes, summing over devices unasked."""
     split, weight_split = jax_compat.explicit_dims(other), jax_compat.explicit_dims(node.base)
     if not split | weight_split:
@@ -127,7 +127,7 @@ def _ragged_dot(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Va
 # Layout: the weight stays a weight.
 
 
-def _layout(change: Callable[[AdaptedWeight, Equation], AdaptedWeight]) -> Rule:
+def _layout(change: Callable[[FactoredWeight, Equation], FactoredWeight]) -> Rule:
     def rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
         del walker
         value = _only(operands, 0)
@@ -137,32 +137,32 @@ def _layout(change: Callable[[AdaptedWeight, Equation], AdaptedWeight]) -> Rule:
     return rule
 
 
-def _placed(node: AdaptedWeight, eqn: Equation, changed: AdaptedWeight) -> AdaptedWeight:
+def _placed(node: FactoredWeight, eqn: Equation, changed: FactoredWeight) -> FactoredWeight:
     """The changed node, its base placed as the equation says where it says so (meshes with explicit axes)."""
     return changed if param(eqn, "sharding") is None else changed.with_base(jax_compat.bind(eqn, node.base))
 
 
-def _transpose(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _transpose(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     return node.transpose(param(eqn, "permutation"))
 
 
-def _reshape(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _reshape(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     if param(eqn, "dimensions") is not None:
         raise Unfactorable("a reshape that also transposes")
     return _placed(node, eqn, node.reshape(param(eqn, "new_sizes")))
 
 
-def _squeeze(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _squeeze(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     dimensions = param(eqn, "dimensions")
     return node.reshape([size for axis, size in enumerate(node.shape) if axis not in dimensions])
 
 
-def _broadcast_in_dim(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _broadcast_in_dim(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     changed = node.broadcast_in_dim(param(eqn, "shape"), param(eqn, "broadcast_dimensions"))
     return _placed(node, eqn, changed)
 
 
-def _slice(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _slice(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     starts, limits = param(eqn, "start_indices"), param(eqn, "limit_indices")
     strides = param(eqn, "strides") or [1] * node.ndim
 
@@ -175,7 +175,7 @@ def _slice(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     return node.cut(cutter)
 
 
-def _rev(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _rev(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     reversed_axes = param(eqn, "dimensions")
 
     def cutter(array: Value, axes: list[int | None]) -> Value:
@@ -185,7 +185,7 @@ def _rev(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     return node.cut(cutter)
 
 
-def _tile(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _tile(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     reps = param(eqn, "reps")
 
     def cutter(array: Value, axes: list[int | None]) -> Value:
@@ -194,7 +194,7 @@ def _tile(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     return node.cut(cutter)
 
 
-def _convert(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _convert(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     dtype = param(eqn, "new_dtype")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise Unfactorable(f"a cast to {dtype}")
@@ -202,20 +202,20 @@ def _convert(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     return node.with_base(jax_compat.bind(eqn, node.base))
 
 
-def _on_base(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _on_base(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     return node.with_base(jax_compat.bind(eqn, node.base))
 
 
-def _stop_gradient(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _stop_gradient(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     del eqn
     return node.each(lax.stop_gradient)
 
 
-def _on_every_array(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _on_every_array(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     return node.each(lambda array: jax_compat.bind(eqn, array))
 
 
-def _negate(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _negate(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     return node.times(jnp.float32(-1)).with_base(jax_compat.bind(eqn, node.base))
 
 
@@ -235,7 +235,7 @@ def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Value]) -> list
         return [value._replace(node=value.node.cut(cutter))]
 
 
-def _parts(node: AdaptedWeight, axis: int, sizes: Sequence[int]) -> list[AdaptedWeight]:
+def _parts(node: FactoredWeight, axis: int, sizes: Sequence[int]) -> list[FactoredWeight]:
     """A node cut along one axis into parts of these sizes."""
     ends = np.cumsum(sizes)
     parts = []

@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from ..matmul import STRATEGIES, Strategy
 from ..paths import flatten_with_paths
 from ..types import Leaf, LeafPath, PyTree, TreeDef
-from ..weights import is_adapted, merge_on_entry
+from ..weights import MergedOnEntry, is_adapted, merge_on_entry
 from . import jax_compat
 from .rules import RULES
 from .walk import Encounter, OnMaterialize, Traced, Walker
@@ -55,7 +55,7 @@ def walk_function(
 def _report_entering(walker: Walker, paths: Sequence[LeafPath], leaves: Sequence[Leaf]) -> None:
     """A merge that is the method's own way is reported, and isn't warned of."""
     for path, leaf in zip(paths, leaves, strict=True):
-        if is_adapted(leaf) and leaf.merged_on_entry:
+        if isinstance(leaf, MergedOnEntry):
             reason = f"a {type(leaf).__name__} is merged before the function is called"
             walker.report(Encounter(path, "call", False, "the function's call", reason))
 

@@ -12,7 +12,7 @@ from ..methods.base import is_weight
 from ..paths import flatten_with_paths, require_arrays
 from ..state import state_paths
 from ..types import Leaf, LeafPath, Params, PyTree, Use
-from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, register
+from ..weights import IN, OUT, STACK, ConvSpec, DotSpec, FactoredWeight, RaggedDotSpec, TakeSpec, Unfactorable, register
 from .transform import is_array, new_walker, walk_function
 from .walk import Encounter
 
@@ -42,7 +42,7 @@ class Explanation(tuple[Encounter, ...]):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class _Probe(AdaptedWeight):
+class _Probe(FactoredWeight):
     """Stands for a weight and notes what is done with its axes; `axes` holds sets of the original axis numbers."""
 
     note: Callable[[Use], None]

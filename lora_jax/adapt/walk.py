@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ..errors import LoraJaxError
 from ..matmul import Strategy
-from ..weights import AdaptedWeight, Unfactorable
+from ..weights import FactoredWeight, Unfactorable
 from . import jax_compat
 from .jax_compat import Atom, Equation, Program
 
@@ -27,7 +27,7 @@ class MaterializeError(LoraJaxError):
 class Traced(NamedTuple):
     """An adapted weight on its way through a trace."""
 
-    node: AdaptedWeight
+    node: FactoredWeight
     path: str
 
 

@@ -83,7 +83,9 @@ def finish_earlier_save(folder: Path) -> None:
 
 def method_to_json(method: Method) -> dict[str, object]:
     values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    return {"name": type(method).__name__, **{name: _plain(value) for name, value in values.items()}}
+    if not method.saved_as:
+        raise AdapterError(f"A {type(method).__name__} can't be saved: give the class a `name`.")
+    return {"name": method.saved_as, **{name: _plain(value) for name, value in values.items()}}
 
 
 def _plain(value: object) -> object:
@@ -118,7 +120,9 @@ def node_to_json(node: AdaptedWeight) -> dict[str, object]:
     """A node without its arrays."""
     names = [field.name for field in dataclasses.fields(node)]
     settings = {name: getattr(node, name) for name in names if name not in ("base", *node.fields)}
-    return {"node": type(node).__name__, **settings}
+    if not node.saved_as:
+        raise AdapterError(f"A {type(node).__name__} can't be saved: give the class a name in `saved_as`.")
+    return {"node": node.saved_as, **settings}
 
 
 def node_class(path: str, content: object, folder: Path) -> type[AdaptedWeight]:
@@ -129,7 +133,7 @@ def node_class(path: str, content: object, folder: Path) -> type[AdaptedWeight]:
     """
     name = content.get("node") if isinstance(content, dict) else None
     cls = AdaptedWeight.registry.get(name) if isinstance(name, str) else None
-    if cls is None or not cls.saved:
+    if cls is None:
         raise AdapterError(f"{folder}: `{path}` is adapted in a way that this lora_jax does not know: {content!r:.80}.")
     return cls
 
@@ -159,6 +163,6 @@ def node_from_json(
     if not all(type(value) in (int, float) and abs(value) <= _LARGEST for value in numbers.values()):
         raise AdapterError(f"{folder}: `{path}` has settings that are no finite float32 numbers: {numbers!r:.200}.")
     try:
-        return cls(base, **dict.fromkeys(cls.fields), **values)
+        return cls.bare(base, **values)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: the description of `{path}` does not fit {cls.__name__}: {error}") from None

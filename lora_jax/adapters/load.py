@@ -28,7 +28,7 @@ from ..paths import flatten_with_paths, is_random_key, leaves_by_path, nearest, 
 from ..state import StateLeaf, lasting_state, marked_leaves, state_paths
 from ..text import listed
 from ..types import Leaf, Params, PyTree
-from ..weights import AdaptedWeight, is_adapted, placement
+from ..weights import AdaptedWeight, InsertedNode, is_adapted, placement
 from .description import (
     APART,
     DESCRIPTION,
@@ -128,7 +128,7 @@ def load_adapter(
     trained = _trained(description, tensors, leaves, folder)
     state_leaves = state_paths(base_params)
     if check_base != "ignore":
-        whole = {path: trained[path] for path in description["adapted"] if trained[path].has_base}
+        whole = {path: trained[path] for path in description["adapted"] if path in leaves}
         frozen = {path: leaf for path, leaf in leaves.items() if path in whole or path not in trained}
         # An adapter written by an earlier version may have a fingerprint of state; one written now has none.
         saved, here = (
@@ -210,7 +210,8 @@ def _trained(
     shared: dict[Hashable, object] = {}
     for path, content in description["adapted"].items():
         cls = node_class(path, content, folder)
-        base = _base_leaf(path, leaves, folder) if cls.has_base else _no_base(path, leaves, folder)
+        inserted = issubclass(cls, InsertedNode)
+        base = _no_base(path, leaves, folder) if inserted else _base_leaf(path, leaves, folder)
         node = node_from_json(cls, path, content, base, folder)
         trained[path] = _with_arrays(node, path, tensors, folder).regrown(shared)
     used = {f"{path}/{name}" for path in description["adapted"] for name in trained[path].fields}

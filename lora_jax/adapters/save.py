@@ -19,7 +19,7 @@ from ..paths import is_random_key, leaves_by_path
 from ..state import StateLeaf, lasting_state, marked_leaves
 from ..text import listed
 from ..types import Leaf, Params, PyTree
-from ..weights import is_adapted
+from ..weights import InsertedNode, is_adapted
 from .description import (
     APART,
     DESCRIPTION,
@@ -91,7 +91,11 @@ def save_with(
     folder = Path(folder)
     leaves = marked_leaves(params)
     labels = dict(zip(leaves, _leaves(label_params(params, method)), strict=True))
-    partial = [path for path, leaf in leaves.items() if is_adapted(leaf) and leaf.has_base and leaf.base is None]
+    partial = [
+        path
+        for path, leaf in leaves.items()
+        if is_adapted(leaf) and leaf.base is None and not isinstance(leaf, InsertedNode)
+    ]
     if partial:
         raise AdapterError(
             f"`params` lacks the base weights, at {listed(partial, 5)}: save `lj.combine(trainable, frozen)`, so that "
@@ -166,5 +170,6 @@ def _frozen_leaves(leaves: Mapping[str, Leaf], labels: Mapping[str, object]) -> 
     return {
         path: leaf.base if is_adapted(leaf) else leaf
         for path, leaf in leaves.items()
-        if (leaf.has_base if is_adapted(leaf) else labels[path] == FROZEN and not isinstance(leaf, StateLeaf))
+        if (is_adapted(leaf) or (labels[path] == FROZEN and not isinstance(leaf, StateLeaf)))
+        and not isinstance(leaf, InsertedNode)
     }

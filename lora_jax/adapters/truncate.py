@@ -94,6 +94,7 @@ def truncate_lora(params: Params, method: Method, *, rank: int | None = None, en
     fits, replaced = {}, {}
     for path, node in nodes.items():
         _require_plain(path, node)
+        assert isinstance(node, LoRAWeight)
         # Of a start from the weight, what counts is the difference from it: one pair of twice the rank.
         replaced[path], fits[path] = _truncated(path, node.one_pair(), rank, energy)
     if method.init in FROM_WEIGHT:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_jax.text import listed
 
-from .options import preset_or_names
+from .method_flags import preset_or_names
 
 if TYPE_CHECKING:
     from lora_jax.tools.convert import Conversion

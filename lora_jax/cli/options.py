@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .method_flags import add_method_flags, method_options
+
 if TYPE_CHECKING:
     from lora_jax.inference.complete import GenerationOptions
     from lora_jax.training import TrainConfig
@@ -14,30 +16,6 @@ if TYPE_CHECKING:
     from lora_jax.training.task_file import TaskFile
 
 TASKS = ("classification", "regression", "causal-lm")
-_PRESETS = ("all", "all-linear", "attention", "mlp", "keys-values-mlp")
-_METHOD_FLAGS = {
-    "rank": "rank",
-    "alpha": "alpha",
-    "targets": "targets",
-    "also_train": "also_train",
-    "lora_dropout": "dropout",
-    "scaling": "scaling",
-    "init": "init",
-    "freeze_a": "freeze_a",
-    "d_initial": "d_initial",
-    "projection_seed": "projection_seed",
-    "feedforward": "feedforward",
-    "count": "count",
-    "size": "size",
-    "kind": "kind",
-    "dimension": "dimension",
-    "placement": "placement",
-    "train_norms": "train_norms",
-    "length": "length",
-    "hidden": "hidden",
-}
-_METHODS = ("frozen", "bitfit", "lora", "dora", "ia3", "vera", "adapter", "prefix", "full")
-_BASELINES = ("norms", "top-layers", "random-mask", "random-subspace")
 
 
 def add_column_arguments(parser: argparse._ActionsContainer) -> None:
@@ -98,88 +76,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("base and method")
     add_base_arguments(method)
-    _add(
-        method,
-        "--method",
-        choices=(*_METHODS, *_BASELINES),
-        metavar="NAME",
-        help="frozen, the head alone; bitfit, biases; lora (default), low-rank factors; dora, magnitudes as well; "
-        "ia3, scales; vera, vectors between shared random factors; adapter, bottlenecks after the sublayers; prefix, "
-        "keys and values before the tokens'; full, everything. To compare with: norms; top-layers, the last ones; "
-        "random-mask, numbers chosen by chance; random-subspace",
-    )
-    _add(method, "--rank", type=int, metavar="R", help="LoRA, DoRA, VeRA: the rank (default: 8; of VeRA 256)")
-    _add(method, "--alpha", type=float, metavar="A", help="LoRA, DoRA: updates are scaled by A/R (default: 16)")
-    _add(
-        method,
-        "--targets",
-        nargs="+",
-        metavar="NAME",
-        help="LoRA, DoRA, VeRA: all-linear (default), attention, mlp, or modules (query value); "
-        "BitFit: all (default), or modules (attention/query mlp/up); IA3: keys-values-mlp (default), or modules",
-    )
-    _add(
-        method,
-        "--also-train",
-        nargs="*",
-        metavar="NAME",
-        help="modules trained in full (default: classifier; causal-lm none)",
-    )
-    _add(method, "--lora-dropout", type=float, metavar="P", help="LoRA, DoRA: of the factors' input (default: 0)")
-    _add(method, "--scaling", choices=("standard", "rank_stabilized"), help="LoRA, DoRA: by A/R or A/√R")
-    _add(
-        method,
-        "--init",
-        choices=("gaussian", "kaiming", "pissa", "orthogonal"),
-        help="LoRA, DoRA: start of the factors, at random (gaussian is the default) or from the weight",
-    )
-    _add(method, "--freeze-a", action="store_true", help="LoRA, DoRA: train the factor b alone (LoRA-FA)")
-    _add(
-        method,
-        "--d-initial",
-        type=float,
-        metavar="D",
-        help="VeRA: what its vector of the rank starts at (default: 0.1)",
-    )
-    _add(method, "--projection-seed", type=int, metavar="N", help="VeRA: of the factors that are shared (default: 0)")
-    _add(
-        method,
-        "--feedforward",
-        nargs="*",
-        metavar="NAME",
-        help="IA3: those of --targets whose input is scaled, not the output (default: mlp/down)",
-    )
-    _add(method, "--count", type=int, metavar="N", help="top-layers: how many (default: 2)")
-    _add(
-        method,
-        "--size",
-        type=_size,
-        metavar="K",
-        help="random-mask: how many numbers, their share as 0.01, or bitfit for as many as biases (default);\n"
-        "adapter: the width of the bottleneck (default: 16)",
-    )
-    _add(
-        method,
-        "--placement",
-        choices=("houlsby", "pfeiffer"),
-        help="adapter: after attention and MLP (default), or after the MLP alone",
-    )
-    _add(
-        method,
-        "--train-norms",
-        action=argparse.BooleanOptionalAction,
-        help="adapter: the layers' norms too (default: as in the paper, with houlsby yes, with pfeiffer no)",
-    )
-    _add(method, "--length", type=int, metavar="M", help="prefix: keys and values in each layer (default: 16)")
-    _add(
-        method,
-        "--hidden",
-        type=_optional(int),
-        metavar="K",
-        help="prefix: of the network that it is trained through, or none (default: 512)",
-    )
-    _add(method, "--kind", choices=("uniform", "rows", "columns"), help="random-mask: numbers (default), or lines")
-    _add(method, "--dimension", type=int, metavar="D", help="random-subspace: of its vector (default: 1000)")
+    add_method_flags(method)
 
 
 def add_base_argument(parser: argparse._ActionsContainer) -> None:
@@ -296,7 +193,7 @@ def make_config(args: argparse.Namespace, **defaults: Any) -> TrainConfig:
 
     options, given = _read(args)
     options = defaults | options
-    method = _method_options(options.get("method", "lora"), given)
+    method = method_options(options.get("method", "lora"), given)
     return TrainConfig.from_dict({**options, **given, "method": method})
 
 
@@ -314,23 +211,6 @@ def _read(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     return read_yaml(given.pop("config")) if "config" in given else {}, given
 
 
-def _method_options(from_file: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Takes the method's flags out of `given`; over the file's options, if they are of the same method."""
-    options = dict(from_file) if isinstance(from_file, dict) else {"name": from_file}
-    name = given.pop("method", options.get("name", "lora"))
-    if name != options.get("name", "lora"):
-        options = {}
-    flags = {field: given.pop(flag) for flag, field in _METHOD_FLAGS.items() if flag in given}
-    if "targets" in flags:
-        flags["targets"] = preset_or_names(flags["targets"])
-    return {**options, "name": name, **flags}
-
-
-def preset_or_names(targets: list[str]) -> str | list[str]:
-    """What `--targets` means: one preset is a preset, and names are names."""
-    return targets[0] if len(targets) == 1 and targets[0] in _PRESETS else targets
-
-
 def _add(parser: argparse._ActionsContainer, *names: str, **options: Any) -> None:
     """An option that is absent from the namespace unless it is given."""
     parser.add_argument(*names, default=argparse.SUPPRESS, **options)
@@ -346,15 +226,6 @@ def _rate(text: str) -> float | dict[str, float]:
         return float(text)
     pairs = [entry.partition("=") for entry in text.split(",")]
     return {label.strip(): float(value) for label, _, value in pairs}
-
-
-def _size(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text  # the method refuses what it doesn't know
 
 
 def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..adapters import AdapterError
 from ..methods.lora.weight import LowRankWeight
-from ..methods.targets import by_convention
+from ..methods.weight_method import by_convention
 from ..paths import is_weight_name, leaf_name, shape_text, words
 from ..types import Leaf, Uses
 from ..weights import IN, OUT, STACK

@@ -7,6 +7,7 @@ from pathlib import Path
 import lora_jax as lj
 from lora_jax import files
 from lora_jax.errors import ArgumentError
+from lora_jax.methods.inserting_method import InsertingMethod
 
 from .source import load_source
 
@@ -39,7 +40,7 @@ def merge_adapter(
     output = Path(output)
     files.require_new_folder(output, "output")  # told before the model is loaded
     source = load_source(adapter, base=base, progress=progress)
-    if source.method.inserts:
+    if isinstance(source.method, InsertingMethod):
         raise ArgumentError(
             f"{source.folder} is of {type(source.method).__name__}, which puts new arrays into the layers: no weights "
             "of the base's own compute the same, so there is nothing to fold them into. Keep the adapter beside its "

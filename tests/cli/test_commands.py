@@ -364,7 +364,7 @@ def test_inspect_an_adapter(finished, capsys):
     [
         (("train", "--output", "x"), "`train` is missing"),
         (("train", "--train", "gone.tsv", "--output", "x"), "gone.tsv doesn't exist"),
-        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`rank` must be an integer of at least 1"),
+        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`rank` must be a positive integer"),
         (("train", "--train", "a", "--output", "x", "--method", "bitfit", "--rank", "4"), "no option of bitfit"),
         (("train", "--config", "gone.yaml"), "gone.yaml doesn't exist"),
         (("merge", "--adapter", "gone", "--output", "x"), "`adapter` gone doesn't exist"),

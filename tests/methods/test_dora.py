@@ -191,5 +191,5 @@ def test_a_negative_multiple_keeps_the_magnitude_positive() -> None:
 
 def test_a_lora_is_no_dora() -> None:
     params = lj.attach({"w": random(8, 6)}, lj.LoRA(rank=2, alpha=3, targets=("w",)), key=KEY)
-    with pytest.raises(ValueError, match=r"the tree has no DoRA factors: make them with `lj.attach"):
+    with pytest.raises(ValueError, match=r"the tree has nothing that DoRA trains: make it with `lj.attach"):
         lj.label_params(params, dora())

@@ -80,7 +80,7 @@ def test_it_comes_back_from_a_file(tmp_path: Any) -> None:
 
 def test_a_node_has_one_scale() -> None:
     node = lj.IA3Weight(random(6, 4), axes="io")
-    message = "exactly one of `output_scale` and `input_scale` belongs to it"
+    message = "it must have exactly one of `output_scale` and `input_scale`"
     assert node.misfit({}) == node.misfit({"output_scale": (4,), "input_scale": (6,)}) == message
     assert node.misfit({"output_scale": (4,)}) is None
     assert "`input_scale` has the shape (4,), expected (6,)" in str(node.misfit({"input_scale": (4,)}))
@@ -89,7 +89,7 @@ def test_a_node_has_one_scale() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ("key",)}, "`feedforward` is missing: name those of the targets whose input is rescaled"),
+        ({"targets": ("key",)}, "`feedforward` is missing: name the targets whose input is rescaled"),
         ({"feedforward": "mlp/down"}, "`feedforward` must be a sequence of names, got 'mlp/down'"),
         ({"feedforward": (1,)}, r"`feedforward` must be .* got \(1,\)"),
         ({"targets": ()}, "`targets` is empty"),

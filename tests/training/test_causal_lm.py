@@ -190,7 +190,7 @@ def test_other_data_is_no_going_on(finished, options):
         ({"prompt": None}, r"`completion` is given without `prompt`"),
         ({"messages": "m"}, r"`messages` are whole conversations: leave out `prompt` and `completion`"),
         ({"base": "minilm"}, r"`base` .* is a bert, an encoder: causal-lm needs a decoder \(GPT-2"),
-        ({"method": "frozen"}, r"`method` frozen trains the head alone, and a causal-lm adds none"),
+        ({"method": "frozen"}, r"`method` frozen: it trains the head alone, and a causal-lm adds none"),
         ({"metric": "accuracy"}, r"`metric` is 'accuracy', and a causal-lm has perplexity, token_accuracy, loss"),
         ({"task": "classification"}, r"`prompt` is for causal-lm, and `task` is classification: leave it out"),
         ({"label_smoothing": 1.0}, r"`label_smoothing` is 1.0, and a number of at least 0 and below 1"),

@@ -261,7 +261,7 @@ def _node(
 ) -> LoRAWeight | DoRAWeight:
     kind = DoRAWeight if target.magnitude else LoRAWeight
     scale = scale_of(target.alpha, target.rank, rank_stabilized=bool(config.get("use_rslora")))
-    node = kind(base, None, None, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))
+    node = kind.bare(base, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))
     places = node.placements()
     a, b = restore_factors(tensors[target.a], tensors[target.b], tuple(base.shape), target.axes)
     arrays = {"a": a, "b": b}

@@ -18,6 +18,7 @@ from lora_jax.files import replacing, write_json, write_safetensors
 from lora_jax.masks import label_params
 from lora_jax.methods import DoRA, DoRAWeight, LoRA, LoRAWeight, Method
 from lora_jax.methods.base import FROZEN
+from lora_jax.methods.inserting_method import InsertingMethod
 from lora_jax.methods.lora.starts import FROM_WEIGHT
 from lora_jax.paths import leaves_by_path
 from lora_jax.state import lasting_state
@@ -133,7 +134,7 @@ def export_peft(
         >>> sorted(path.name for path in folder.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    if method.inserts:
+    if isinstance(method, InsertingMethod):
         raise AdapterError(
             f"{type(method).__name__} puts arrays into the layers that PEFT's adapters of weights have no place for: "
             "keep the folder that `lj.save_adapter` writes"

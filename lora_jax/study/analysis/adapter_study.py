@@ -13,7 +13,7 @@ from lora_jax.methods import Method
 from lora_jax.paths import is_bias_name, leaves_by_path
 from lora_jax.state import marked_leaves
 from lora_jax.text import csv_text
-from lora_jax.weights import is_adapted
+from lora_jax.weights import InsertedNode, is_adapted
 
 from . import figures
 from .measures import (
@@ -67,7 +67,7 @@ def study_adapter(base_params: Any, params: Any, method: Method, *, others: Any 
     spectra: dict[str, np.ndarray] = {}
     amplified: dict[str, Amplification] = {}
     for path, leaf in leaves_by_path(params).items():
-        if not is_adapted(leaf) or not leaf.has_base or not {"i", "o"} <= set(leaf.axes):
+        if not is_adapted(leaf) or isinstance(leaf, InsertedNode) or not {"i", "o"} <= set(leaf.axes):
             continue  # a random mask's entries and a subspace's leaves are no matrices with directions
         values, rows = change_svd(before[path], leaf).values, amplification(before[path], leaf)
         for number, (spectrum, row) in enumerate(zip(values, rows, strict=True)):

@@ -19,7 +19,7 @@ from lora_jax.errors import ArgumentError
 from lora_jax.methods import LoRAWeight
 from lora_jax.methods.base import is_trainable
 from lora_jax.paths import is_bias_name, leaves_by_path, listed
-from lora_jax.weights import IN, OUT, STACK, AdaptedWeight, is_adapted, merge_on_entry, wider
+from lora_jax.weights import IN, OUT, STACK, AdaptedWeight, InsertedNode, is_adapted, merge_on_entry, wider
 
 
 class LeafChange(NamedTuple):
@@ -311,7 +311,7 @@ def _pairs(base_params: Any, params: Any) -> dict[str, tuple[Any, Any]]:
     """`{path: (before, after)}` of the leaves that could be trained."""
     before = leaves_by_path(base_params)
     # What is inserted was nothing before, so that it has not changed.
-    after = {path: leaf for path, leaf in leaves_by_path(params).items() if not is_adapted(leaf) or leaf.has_base}
+    after = {path: leaf for path, leaf in leaves_by_path(params).items() if not isinstance(leaf, InsertedNode)}
     if before.keys() != after.keys():
         differing = sorted(before.keys() ^ after.keys())
         raise ArgumentError(
