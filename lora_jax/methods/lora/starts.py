@@ -36,7 +36,7 @@ def start(init: str, key: jax.Array, target: TargetWeight, rank: int, scale: flo
         a, b = pissa(matrix, rank, scale, key) if init == "pissa" else orthogonal(matrix, rank)
         return a.reshape(shapes[0]), b.reshape(shapes[1])
     if init == "gaussian":
-        a = jax.random.normal(key, shapes[0], jnp.float32) / rank
+        a = jax.random.normal(key, shapes[0], jnp.float32) / float(rank)
     else:
         a = jax.random.uniform(key, shapes[0], jnp.float32, -1.0, 1.0) / math.sqrt(target.size(IN))
     return a, jnp.zeros(shapes[1], jnp.float32)
