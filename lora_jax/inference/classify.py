@@ -14,7 +14,7 @@ from lora_jax.adapters import read_description
 from lora_jax.interop.peft.adapter_config import CONFIG as PEFT_CONFIG
 from lora_jax.models.family import HEAD
 from lora_jax.training.data.encoding import Encoded, encode, padding_id
-from lora_jax.training.data.labelled import LabelledRows
+from lora_jax.training.data.labelled import LabelledSequences
 from lora_jax.training.data.special_text import special_texts
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.examples import Examples
@@ -83,7 +83,7 @@ class Predictor:
         return self.encoded_outputs(self.encode(texts, pairs))
 
     def encoded_outputs(self, encoded: Encoded) -> np.ndarray:
-        rows = LabelledRows(encoded, np.zeros(encoded.rows, np.int32), padding_id(self._tokenizer))
+        rows = LabelledSequences(encoded, np.zeros(encoded.num_sequences, np.int32), padding_id(self._tokenizer))
         return check_outputs(predict_outputs(self._forward, self.params, rows, buckets=self._buckets))
 
     def predict(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Prediction]:
@@ -129,7 +129,7 @@ class LoadedAdapter(NamedTuple):
     folder: Path
 
 
-def load_adapter(
+def load_run_adapter(
     folder: str | Path, *, base: str | None = None, progress: lj.models.Progress | None = None
 ) -> LoadedAdapter:
     """Loads the adapter of a run and the base that it belongs to.
@@ -177,14 +177,14 @@ def load_predictor(
     """What `lora-jax predict` uses: the adapter of a run, ready to classify.
 
     Args:
-        folder, base, progress: As for `load_adapter`.
+        folder, base, progress: As for `load_run_adapter`.
         escape_special_tokens: See `Predictor`; as in training if `None`.
 
     Example:
         predictor = load_predictor("out")
         predictor.predict(["where is my order?"])[0].label
     """
-    loaded = load_adapter(folder, base=base, progress=progress)
+    loaded = load_run_adapter(folder, base=base, progress=progress)
     task = loaded.task_file.task
     if not isinstance(task, LabelledTask):
         raise TrainingError(f"`adapter` {folder} is of a {task.kind}, which has no labels: `load_completer` is for it.")

@@ -16,15 +16,15 @@ from lora_jax.training.config import check_seed
 from lora_jax.training.data.batching import plan_in_order
 from lora_jax.training.data.buckets import choose_buckets
 from lora_jax.training.data.documents import Documents, Format, format_of
-from lora_jax.training.data.language import leading_tokens, missing_start, token_rows
+from lora_jax.training.data.language import leading_tokens, missing_start, token_sequences
 from lora_jax.training.data.special_text import encode_texts, escape
-from lora_jax.training.data.token_rows import TokenRows
+from lora_jax.training.data.token_sequences import TokenSequences
 from lora_jax.training.errors import ConfigError, DataError, TrainingError
 from lora_jax.training.examples import Columns
 from lora_jax.training.run.evaluate import check_outputs, make_forward, predict_outputs
 from lora_jax.training.task import CausalLM
 
-from .classify import load_adapter
+from .classify import load_run_adapter
 
 if TYPE_CHECKING:
     import tokenizers
@@ -105,9 +105,9 @@ class Completer:
         self._apply = lj.adapt(model.apply)
         self._forward = make_forward(self._apply, CausalLM())
 
-    def evaluate(self, documents: Documents) -> tuple[TokenRows, dict[str, float | None]]:
+    def evaluate(self, documents: Documents) -> tuple[TokenSequences, dict[str, float | None]]:
         """The metrics of texts, see `language_metrics`, and their rows, for what was cut."""
-        rows = token_rows(documents, self._tokenizer, self.special, self.max_length, packing=True)
+        rows = token_sequences(documents, self._tokenizer, self.special, self.max_length, packing=True)
         outputs = predict_outputs(self._forward, self.params, rows, buckets=(self.max_length,))
         return rows, CausalLM().measure(check_outputs(outputs), rows.targets)
 
@@ -143,13 +143,13 @@ class Completer:
         plans = plan_in_order(lengths, buckets, batch_size=options.batch_size)
         for number, plan in enumerate(plans):
             batch, mask = np.zeros((2, options.batch_size, plan.length), np.int32)
-            for place, row in enumerate(np.resize(plan.rows, options.batch_size)):
+            for place, row in enumerate(np.resize(plan.indices, options.batch_size)):
                 batch[place, : lengths[row]], mask[place, : lengths[row]] = ids[row], 1
             key = jax.random.fold_in(jax.random.key(options.seed), number) if options.temperature else None
             generated = lj.models.generate(
                 self._apply, self.params, batch, mask, eos_token_id=self.special.stops, key=key, **settings
             )
-            for row, tokens, length in zip(plan.rows, *map(np.asarray, generated), strict=False):
+            for row, tokens, length in zip(plan.indices, *map(np.asarray, generated), strict=False):
                 completions[row] = self._completion(tokens[:length].tolist())
         return [completion for completion in completions if completion is not None]
 
@@ -186,14 +186,14 @@ def load_completer(
     """The adapter of a language model's run, ready to score and to write.
 
     Args:
-        folder, base, progress: As for `load_adapter`.
+        folder, base, progress: As for `load_run_adapter`.
         escape_special_tokens: See `Completer`; as in training if `None`.
 
     Example:
         completer = load_completer("out")
         completer.complete(["name[Blue Spice], eatType[pub]\\n"])[0].text
     """
-    loaded = load_adapter(folder, base=base, progress=progress)
+    loaded = load_run_adapter(folder, base=base, progress=progress)
     saved = loaded.task_file
     if saved.task.kind != "causal-lm":
         raise TrainingError(f"`adapter` {folder} is of a {saved.task.kind}: `load_predictor` is for it.")

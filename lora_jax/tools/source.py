@@ -22,7 +22,7 @@ from lora_jax.paths import leaf_paths
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.task_file import TASK_FILE, TaskFile
 
-from ..inference.classify import adapter_folder, load_adapter
+from ..inference.classify import adapter_folder, load_run_adapter
 
 Kind = Literal["run", "adapter", "peft", "delta", "model"]
 
@@ -100,7 +100,7 @@ def load_source(
     folder = Path(folder)
     kind = folder_kind(folder)
     if kind == "run":
-        found = load_adapter(folder, base=base, progress=progress)
+        found = load_run_adapter(folder, base=base, progress=progress)
         saved = found.task_file
         return AdapterSource(kind, found.folder, base or saved.base, found.model, found.params, found.method, saved)
     if kind == "adapter":

@@ -12,7 +12,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.files import read_safetensors, write_safetensors
-from lora_jax.inference.classify import load_adapter
+from lora_jax.inference.classify import load_run_adapter
 from lora_jax.models import CheckpointHead
 from lora_jax.tools.convert import convert_adapter
 from lora_jax.tools.merge import merge_adapter
@@ -94,7 +94,7 @@ def test_a_head_of_other_labels_is_left_aside(bias, config, told, base, options,
     assert result.labels == ("neg", "pos")
     assert (result.metrics["test"]["accuracy"] or 0) > 0.9
     # The adapter finds it left aside, too, and so does whoever takes the adapter elsewhere.
-    found = load_adapter(result.output)
+    found = load_run_adapter(result.output)
     assert found.task_file.new_head
     assert models.absent_leaves(found.model, source) == ["classifier/bias", "classifier/kernel"]
     texts = ["good great", "bad poor hate"]

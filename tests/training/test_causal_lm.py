@@ -131,7 +131,7 @@ def all_rows(run: Any, size: int) -> AnyBatch:
 def test_neither_packing_nor_accumulating_changes_loss_and_gradient(options, tmp_path):
     few = write_pairs(tmp_path / "few.jsonl", 8)
     packed, apart = (prepared(options, train=few, packing=packing) for packing in (True, False))
-    assert packed.splits["train"].rows < apart.splits["train"].rows == 8
+    assert packed.splits["train"].num_sequences < apart.splits["train"].num_sequences == 8
     output, grads = gradient(packed, all_rows(packed, 4))
     # As many rows as divide evenly, whose targets don't.
     for other, settings in ((all_rows(apart, 8), {}), (all_rows(apart, 8), {"accumulate": 4})):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from lora_jax.training.data import formats as data_files
+from lora_jax.training.data import file_formats as data_files
 from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import DataError
 

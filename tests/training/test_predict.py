@@ -12,7 +12,7 @@ import lora_jax as lj
 from lora_jax import files
 from lora_jax.cli.main import main
 from lora_jax.files import FileError
-from lora_jax.inference.classify import Predictor, load_adapter
+from lora_jax.inference.classify import Predictor, load_run_adapter
 from lora_jax.models import load_tokenizer
 from lora_jax.tools.merge import merge_adapter
 from lora_jax.training import TrainConfig, TrainingError, load_predictor, train
@@ -72,7 +72,7 @@ def test_another_base_is_refused(finished, tmp_path):
 
     other = write_tiny_bert(tmp_path / "other", seed=9, layers=1, hidden=16, heads=2, positions=32)
     with pytest.raises(ValueError, match=r"was trained on another base"):
-        load_adapter(finished.output, base=str(other))
+        load_run_adapter(finished.output, base=str(other))
 
 
 @pytest.mark.parametrize(

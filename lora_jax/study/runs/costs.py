@@ -14,7 +14,7 @@ import numpy as np
 
 import lora_jax as lj
 from lora_jax import files
-from lora_jax.inference.classify import load_adapter
+from lora_jax.inference.classify import load_run_adapter
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.data.batching import AnyBatch, BatchPlan
 from lora_jax.training.run.evaluate import Forward, make_forward
@@ -117,7 +117,7 @@ def _latencies(
     forward: Forward | None = None
     for _ in range(_ROUNDS):
         for key, run in runs.items():
-            loaded = load_adapter(prepared.run_folder(run))
+            loaded = load_run_adapter(prepared.run_folder(run))
             forward = forward or make_forward(lj.adapt(loaded.model.apply), prepared.splits.task)
             params = lj.merge_params(loaded.params)
             for size in BATCHES:

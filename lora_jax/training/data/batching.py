@@ -38,7 +38,7 @@ class AnyBatch(Protocol):
     def tokens(self) -> int: ...
 
 
-class Rows(Protocol):
+class Sequences(Protocol):
     """The rows of a split, ready for batching.
 
     Attributes:
@@ -144,7 +144,7 @@ def collate(encoded: Encoded, targets: np.ndarray, plan: BatchPlan, *, batch_siz
 
     A copy and not an empty row: attention over nothing but padding is 0/0.
     """
-    rows = np.resize(plan.rows, batch_size)
+    rows = np.resize(plan.indices, batch_size)
     shape = (batch_size, plan.length)
     ids, mask, types = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for i, row in enumerate(rows):
@@ -152,7 +152,7 @@ def collate(encoded: Encoded, targets: np.ndarray, plan: BatchPlan, *, batch_siz
         ids[i, : end - start] = encoded.ids[start:end]
         types[i, : end - start] = encoded.types[start:end]
         mask[i, : end - start] = 1
-    weights = (np.arange(batch_size) < len(plan.rows)).astype(np.float32)
+    weights = (np.arange(batch_size) < len(plan.indices)).astype(np.float32)
     return Batch(ids, mask, types, targets[rows], weights)
 
 
@@ -169,7 +169,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Sequences,
         *,
         buckets: Sequence[int],
         batch_size: int,
@@ -177,7 +177,7 @@ class TrainingBatches:
         steps: int,
     ) -> None:
         self.steps = steps
-        self.steps_per_epoch = -(-rows.rows // batch_size)
+        self.steps_per_epoch = -(-rows.num_sequences // batch_size)
         lengths = rows.lengths
 
         @functools.lru_cache(maxsize=2)  # the epoch at hand, and the next, which prefetching may have begun

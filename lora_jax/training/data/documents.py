@@ -11,7 +11,7 @@ from lora_jax import files
 from ..errors import DataError
 from ..examples import Columns
 from .chat import Part, render_conversations
-from .formats import check_regular
+from .file_formats import check_regular
 from .json_lines import check_writable
 from .sources import check_texts, read_table
 from .special_text import check_marks, escape, special_text_note
@@ -178,7 +178,7 @@ def pairs_of(documents: Documents) -> list[Pair]:
     if documents.format == "text":
         raise DataError(f"{documents.name} holds plain texts: to generate, prompts and completions are needed.")
     pairs: list[Pair] = []
-    for parts in documents.rows:
+    for parts in documents.texts:
         last = max(place for place, part in enumerate(parts) if part.is_target)
         pairs.append(Pair("".join(part.text for part in parts[:last]), parts[last].text))
     return pairs

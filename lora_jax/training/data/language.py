@@ -18,7 +18,7 @@ from .fingerprint import text_fingerprint
 from .sources import HUB_SPLITS
 from .special_text import encode_texts
 from .token_cache import cached
-from .token_rows import TokenRows, make_rows
+from .token_sequences import TokenSequences, make_sequences
 
 if TYPE_CHECKING:
     import tokenizers
@@ -62,10 +62,10 @@ class LanguageData:
             for split, source in sources.items()
         }
 
-    def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, TokenRows]:
+    def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, TokenSequences]:
         """Each split in tokens, packed if the config says so."""
         return {
-            name: token_rows(documents, tokenizer, self._special, max_length, packing=self._packing, seed=self._seed)
+            name: token_sequences(documents, tokenizer, self._special, max_length, packing=self._packing, seed=self._seed)
             for name, documents in self._documents.items()
         }
 
@@ -73,7 +73,7 @@ class LanguageData:
         """A hash of each split's content."""
         return {
             name: text_fingerprint(
-                [documents.format, *([(part.text, part.is_target) for part in parts] for parts in documents.rows)]
+                [documents.format, *([(part.text, part.is_target) for part in parts] for parts in documents.texts)]
             )
             for name, documents in self._documents.items()
         }
@@ -94,7 +94,7 @@ class LanguageData:
 _LEARNT = {"text": "every token", "completion": "completions", "chat": "the assistant's answers"}
 
 
-def token_rows(
+def token_sequences(
     documents: Documents,
     tokenizer: tokenizers.Tokenizer,
     special: lj.models.SpecialTokens,
@@ -102,19 +102,19 @@ def token_rows(
     *,
     packing: bool,
     seed: int = 0,
-) -> TokenRows:
+) -> TokenSequences:
     """The rows of a split. Tokens of many texts are kept on disk and found again, see `token_cache`.
 
     Raises:
         DataError: nothing to be predicted is left.
     """
     rows = cached(
-        kind=TokenRows,
-        texts=[part.text for parts in documents.rows for part in parts],
+        kind=TokenSequences,
+        texts=[part.text for parts in documents.texts for part in parts],
         tokenizer=tokenizer,
         settings=(
             f"language {_VERSION} {max_length} {documents.format} {special.end} {special.stops} "
-            + " ".join("".join("01"[part.is_target] for part in parts) for parts in documents.rows)
+            + " ".join("".join("01"[part.is_target] for part in parts) for parts in documents.texts)
         ),
         make=lambda: tokenize(documents, tokenizer, special, max_length),
     )
@@ -127,7 +127,7 @@ def token_rows(
 
 def tokenize(
     documents: Documents, tokenizer: tokenizers.Tokenizer, special: lj.models.SpecialTokens, max_length: int
-) -> TokenRows:
+) -> TokenSequences:
     """One row a text; plain texts that are longer are cut into chunks, others lose their end.
 
     Each part is tokenized by itself, so that a prompt has the tokens that it will have when a completion is asked for.
@@ -138,7 +138,7 @@ def tokenize(
     tokenizer.no_padding()
     tokenizer.no_truncation()
     begin = leading_tokens(tokenizer) if documents.is_framed else []
-    pieces = [part.text for parts in documents.rows for part in parts]
+    pieces = [part.text for parts in documents.texts for part in parts]
     whole = documents.format == "text"  # whose chunks need all of it
     # One token more than a row holds, so that it is known which are cut.
     starts = iter(encode_texts(tokenizer, pieces, None if whole else max_length + 1))
@@ -147,7 +147,7 @@ def tokenize(
     marks = [mark for token in specials if (mark := tokenizer.id_to_token(token))]
     texts: list[tuple[np.ndarray, np.ndarray]] = []
     short = 0  # texts that were cut, see `encode_texts`, and yet fit
-    for parts in documents.rows:
+    for parts in documents.texts:
         is_short = False
         ids: list[int] = []
         targets: list[bool] = []
@@ -165,7 +165,7 @@ def tokenize(
                 ids, targets = [*ids, special.end], [*targets, True]
         short += is_short and len(ids) <= max_length
         texts.append((np.array(ids, np.int32), np.array(targets, bool)))
-    rows = make_rows(texts, max_length, chunk=whole)
+    rows = make_sequences(texts, max_length, chunk=whole)
     return rows._replace(truncated=rows.truncated + short)
 
 

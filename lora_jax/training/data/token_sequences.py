@@ -1,4 +1,4 @@
-"""Rows of tokens for a language model: which of them are to be predicted, and which texts share a row."""
+"""Sequences of tokens for a language model: which of them are to be predicted, and which texts share a row."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class TokenBatch(NamedTuple):
         return int((self.segments[self.weights.any(axis=1)] > 0).sum())
 
 
-class TokenRows(NamedTuple):
-    """Rows of token ids, end to end.
+class TokenSequences(NamedTuple):
+    """Sequences of token ids, end to end.
 
     Attributes:
         ids: int32 `(tokens,)`.
@@ -74,7 +74,7 @@ class TokenRows(NamedTuple):
 
     @property
     def largest_batch(self) -> int:
-        """Rows that are evaluated at once."""
+        """Sequences that are evaluated at once."""
         return max(1, _MOST_TOKENS // int(self.lengths.max()))
 
     def fingerprint(self) -> str:
@@ -96,26 +96,26 @@ class TokenRows(NamedTuple):
         return notes
 
     def describe(self) -> str:
-        packed = "" if self.rows >= self.texts - self.dropped else f" of {self.texts - self.dropped:,} texts"
-        return f"{self.rows:,} rows{packed}"
+        packed = "" if self.num_sequences >= self.texts - self.dropped else f" of {self.texts - self.dropped:,} texts"
+        return f"{self.num_sequences:,} rows{packed}"
 
     def batch(self, plan: BatchPlan, size: int) -> TokenBatch:
         """The rows of a plan, padded to its length, and copies of weight 0 to fill the batch up."""
         shape = (size, plan.length)
         ids, segments, targets = (np.zeros(shape, np.int32) for _ in range(3))
         weights = np.zeros(shape, np.float32)
-        for i, row in enumerate(np.resize(plan.rows, size)):
+        for i, row in enumerate(np.resize(plan.indices, size)):
             start, end = self.offsets[row], self.offsets[row + 1]
             ids[i, : end - start] = self.ids[start:end]
             segments[i, : end - start] = self.segments[start:end]
             targets[i, : end - start - 1] = self.ids[start + 1 : end]
-            if i < len(plan.rows):
+            if i < len(plan.indices):
                 weights[i, : end - start - 1] = self.targets[start + 1 : end]
         return TokenBatch(ids, segments, targets, weights)
 
-    def packed(self, *, seed: int) -> TokenRows:
-        """Rows of several texts, by first-fit over a shuffle; no text is split."""
-        order = np.random.default_rng((seed, 1)).permutation(self.rows)
+    def packed(self, *, seed: int) -> TokenSequences:
+        """Sequences of several texts, by first-fit over a shuffle; no text is split."""
+        order = np.random.default_rng((seed, 1)).permutation(self.num_sequences)
         rows = [order[row] for row in first_fit(self.lengths[order].tolist(), self.max_length)]
         bounds = self.offsets.tolist()
         places = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for row in rows for i in row])
@@ -128,7 +128,7 @@ class TokenRows(NamedTuple):
         )
 
 
-def make_rows(texts: Sequence[tuple[np.ndarray, np.ndarray]], max_length: int, *, chunk: bool) -> TokenRows:
+def make_sequences(texts: Sequence[tuple[np.ndarray, np.ndarray]], max_length: int, *, chunk: bool) -> TokenSequences:
     """One row a text, or more where it is cut into chunks.
 
     Args:
@@ -150,7 +150,7 @@ def make_rows(texts: Sequence[tuple[np.ndarray, np.ndarray]], max_length: int, *
         kept = [(part, flags) for part, flags in parts if flags[1:].any()]
         dropped += not kept
         rows += kept
-    return TokenRows(
+    return TokenSequences(
         ids=np.concatenate([ids for ids, _ in rows]) if rows else np.zeros(0, np.int32),
         targets=np.concatenate([_without_first(flags) for _, flags in rows]) if rows else np.zeros(0, bool),
         segments=np.ones(sum(len(ids) for ids, _ in rows), np.int32),
