@@ -164,7 +164,7 @@ def test_predict_keeps_every_field_of_the_input(finished, tmp_path, capsys):
 def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, monkeypatch):
     rows = b"text\tlabel\n" + b"good\tpos\nbad\tneg\n" * 8 + b"good\n\xff\tpos\n \tneg\ngreat\tpos\n"
     (tmp_path / "a.tsv").write_bytes(rows)
-    told = "3 of 20 rows left out: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
+    told = "3 of 20 rows skipped: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
     flags = ("--base", options["base"], "--steps", 1, "--batch-size", 8, "--buckets", 1, "--train", tmp_path / "a.tsv")
     assert run("train", *flags, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, m
     assert run("predict", "--adapter", finished.output, "--skip-bad-rows", "--jsonl") == 0
     captured = capsys.readouterr()
     assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["good", "bad"]
-    assert "lora-jax predict: 3 of 5 rows left out: line 3: field 'text' holds 3" in captured.err
+    assert "lora-jax predict: 3 of 5 rows skipped: line 3: field 'text' holds 3" in captured.err
 
 
 def test_predict_says_what_it_cut(finished, tmp_path, capsys):
@@ -201,7 +201,7 @@ def test_predict_says_what_it_cut(finished, tmp_path, capsys):
     assert run("predict", "--adapter", finished.output, tmp_path / "a.txt") == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
-    assert "lora-jax predict: 2 texts cut at 32 tokens" in captured.err
+    assert "lora-jax predict: 2 texts truncated to 32 tokens" in captured.err
 
 
 def test_predict_reads_columns(finished, data, capsys):

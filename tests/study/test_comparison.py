@@ -190,8 +190,8 @@ def test_rows_that_are_left_out_are_no_part_of_it(small, fake, tmp_path):
         dataclasses.replace(mine, options={**mine.options, "skip_bad_rows": True}), on_progress=told.append
     )
     assert len(outcome.prepared.splits.examples["train"]) == 60
-    assert "train: 2 of 62 rows left out" in getattr(told[0], "message", "")
-    assert any("rain: 2 of 62 rows left out" in remark for remark in remarks(outcome))
+    assert "train: 2 of 62 rows skipped" in getattr(told[0], "message", "")
+    assert any("rain: 2 of 62 rows skipped" in remark for remark in remarks(outcome))
 
 
 def test_a_comparison_from_before_an_option_was_there_goes_on(small, fake):

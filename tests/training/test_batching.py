@@ -57,7 +57,7 @@ def test_as_many_buckets_as_pay(steps, most):
 def test_buckets_of_few_lengths():
     assert choose_buckets(np.array([7, 8]), count=4, max_length=64) == (8,)
     assert choose_buckets(np.array([9, 10, 30]), count=4, max_length=30)[-1] == 30  # never above the model's positions
-    with pytest.raises(ConfigError, match=r"`buckets` is 0"):
+    with pytest.raises(ConfigError, match=r"`buckets` must be at least 1, got 0"):
         choose_buckets(LENGTHS, count=0, max_length=64)
 
 

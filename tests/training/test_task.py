@@ -61,7 +61,7 @@ def test_regression_targets():
     limit = float(np.finfo(np.float32).max)
     assert np.isfinite(task.encode(examples(limit, -limit))).all()
     for bad in ("high", "nan", "inf", 1e39, "-1e39", 10**400, "1e400", float("nan")):
-        with pytest.raises(DataError, match=r"row 2 has the label .*, and a finite number is expected .* 3.4e\+38"):
+        with pytest.raises(DataError, match=r"row 2 has the label .*, but a regression needs a finite number, .* 3.4e\+38"):
             task.encode(examples("1", bad))
 
 

@@ -125,7 +125,7 @@ def test_weights_are_checked_and_told(made, base, tmp_path):
         pairs = zip(TALK, weights, strict=True)
         return [message if weight is None else message | {"weight": weight} for message, weight in pairs]
 
-    with pytest.raises(DataError, match=r"message 2 has the `weight` 0\.5, and 0 \(not learnt\) or 1 is expected"):
+    with pytest.raises(DataError, match=r"message 2: `weight` must be 0 \(not learned\) or 1, got 0\.5"):
         made([{"messages": talk(None, 0.5, None, None)}], CHAT)
     with pytest.raises(DataError, match=r"row 1 has `weight` 0 on every message of the role 'assistant'"):
         made([{"messages": talk(None, 0, None, 0)}], CHAT)
@@ -248,7 +248,7 @@ def test_what_is_cut_is_counted(made, base):
     assert (rows.num_sequences, rows.texts, rows.truncated, rows.dropped) == (2, 3, 2, 1)
     assert shown(rows, base)[1] == ["<s>", "_the", "_film", "_was", "/", "[_good]", "[_great]"]
     assert rows.notes("train") == [
-        "train: 2 of 3 texts cut at 7 tokens",
+        "train: 2 of 3 texts truncated to 7 tokens",
         "train: 1 of 3 texts left out: all that was to be predicted lay beyond 7 tokens",
     ]
     with pytest.raises(DataError, match=r"all that was to be predicted lies beyond `max_length`, 4 tokens"):
@@ -340,7 +340,7 @@ def test_a_text_file_is_one_text(base, tmp_path):
     (tmp_path / "book.txt").write_text("good film\n\nbad plot\n")
     documents = read_documents(str(tmp_path / "book.txt"), Columns(), special=lj.models.read_special_tokens(base))
     assert [[part.text for part in parts] for parts in documents.texts] == [["good film\n\nbad plot\n"]]
-    with pytest.raises(DataError, match=r"holds plain texts: to generate, prompts and completions are needed"):
+    with pytest.raises(DataError, match=r"holds plain texts: generation needs prompts and completions"):
         pairs_of(documents)
 
 
@@ -359,15 +359,15 @@ def test_pairs_are_prompt_and_answer(base, tmp_path):
         ({"q": "x", "a": " "}, PAIR, r"row 1: column 'a' is empty"),
         ({"other": "x"}, Columns(), r"has no column 'text'; its columns are other. Choose with `--text`"),
         ({"other": "x"}, CHAT, r"has no column 'messages'.*Choose with `--messages`"),
-        ({"messages": "Hi"}, CHAT, r"row 1: column 'messages' holds 'Hi', and a list of messages is expected"),
-        ({"messages": []}, CHAT, r"row 1: column 'messages' holds \[\], and a list of messages"),
+        ({"messages": "Hi"}, CHAT, r"row 1: column 'messages' must be a list of messages .*, got 'Hi'"),
+        ({"messages": []}, CHAT, r"row 1: column 'messages' must be a list of messages .*, got \[\]"),
         (
             {"messages": [{"role": "bot", "content": "x"}]},
             CHAT,
-            r"message 1 has the role 'bot', and one of system, user",
+            r"message 1: `role` must be one of system, user, .*, got 'bot'",
         ),
-        ({"messages": [{"role": "user"}]}, CHAT, r"row 1: column 'messages', message 1 has the content None"),
-        ({"messages": TALK[:1]}, CHAT, r"row 1 has no message of the role 'assistant'"),
+        ({"messages": [{"role": "user"}]}, CHAT, r"row 1: column 'messages', message 1: `content` must be a text, got None"),
+        ({"messages": TALK[:1]}, CHAT, r"row 1 has no message with the role 'assistant'"),
         (
             {"messages": [{**TALK[1], "content": "a\ud800"}]},
             CHAT,
@@ -378,7 +378,7 @@ def test_pairs_are_prompt_and_answer(base, tmp_path):
         (
             {"messages": 10**200},
             CHAT,
-            r"row 1: column 'messages' holds 10+\.\.\.0+, and a list of messages",
+            r"row 1: column 'messages' must be a list of messages .*, got 10+\.\.\.0+",
         ),
     ],
 )
@@ -415,7 +415,7 @@ def test_bad_rows_of_documents(rows, columns, kept, suffix, base, tmp_path):
     assert documents.texts == read_documents(str(tmp_path / "good.jsonl"), columns, special=special).texts
     assert documents.skipped == bad
     assert documents.left_out is not None
-    assert documents.left_out.startswith(f"{bad} of {len(rows)} rows left out: row ")
+    assert documents.left_out.startswith(f"{bad} of {len(rows)} rows skipped: row ")
 
 
 def test_the_template_names_rows_as_the_file_has_them(base, tmp_path):
@@ -472,9 +472,9 @@ def test_a_text_without_an_end_is_not_read(make, base, tmp_path):
     ("name", "content", "columns", "message"),
     [
         ("gone.txt", None, Columns(), r"gone.txt doesn't exist"),
-        ("a.txt", b" \n", Columns(), r"a.txt is empty: a text is expected"),
+        ("a.txt", b" \n", Columns(), r"a.txt is empty"),
         ("a.txt", b"ab\xff", Columns(), r"a.txt is not UTF-8: byte 3 is 0xff"),
-        ("a.txt", b"ab", PAIR, r"a.txt is plain text and has no columns: leave out `--prompt` and `--messages`"),
+        ("a.txt", b"ab", PAIR, r"a.txt is plain text without columns: don't use `--prompt` or `--messages`"),
     ],
 )
 def test_messages_of_bad_text_files(base, tmp_path, name, content, columns, message):

@@ -207,7 +207,7 @@ def _csv_rows(path: Path, separator: str) -> Iterator[_Fields]:
             return
         except csv.Error as error:
             fields = []
-            fault = f", line {taken[-1].number}: not CSV ({error}); a quote inside quotes must be doubled"
+            fault = f", line {taken[-1].number}: this is not CSV ({error}); a quote inside quotes must be doubled"
             had_wrong_quotes = True
         if fault is None and len(fields) <= 1 and not taken[0].text.strip():
             continue

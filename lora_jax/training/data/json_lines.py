@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+
 from ..errors import DataError
 
 # A string that isn't closed goes to the end, so that every character is visited once, whatever a line holds.

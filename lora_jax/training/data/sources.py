@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
 from ..errors import DataError
 from ..examples import Examples
 from .file_formats import READERS, read_file

@@ -165,8 +165,8 @@ def choose_metric(task: Task, name: str | None, dev: Any) -> str:
 def _check_token_types(splits: Mapping[str, Sequences], model: Model, base: str) -> None:
     """A type that the embeddings have no row for would be looked up all the same, and make NaN of the text."""
     known = getattr(model.config, "type_vocab_size", None)
-    for rows in splits.values():
-        if known is not None and isinstance(rows, LabelledSequences) and (most := int(rows.encoded.types.max())) >= known:
+    for own in splits.values():
+        if known is not None and isinstance(own, LabelledSequences) and (most := int(own.encoded.types.max())) >= known:
             raise FileError(
                 f"{base}: tokenizer.json gives the second text of a pair the type {most}, and the model has {known} "
                 f"(`type_vocab_size` in config.json). Take the tokenizer that belongs to the model."

@@ -1,0 +1,56 @@
+"""One row of `results.jsonl`: a run of a comparison, finished or failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+
+class BaselineRow(TypedDict):
+    """See `lora_jax.training.baseline.Baseline`."""
+
+    answer: str
+    metrics: dict[str, float]
+
+
+class ResultRow(TypedDict, total=False):
+    """What a run is, what repeats it, and what it measured; measurements of a failed run are `None`."""
+
+    id: str
+    candidate_id: str
+    candidate: str
+    method: Mapping[str, object]
+    rate: float
+    seed: int
+    config: dict[str, object]
+    content: dict[str, str]
+    base: object
+    versions: dict[str, str]
+    device: dict[str, object]
+    metric: str
+    metrics: dict[str, dict[str, float]] | None
+    chosen: str | None
+    chosen_step: int | None
+    steps: int | None
+    trainable: int | None
+    total: int | None
+    percent: float | None
+    adapter_bytes: int | None
+    train_seconds: float | None
+    step_ms: float | None
+    padding_share: float | None
+    truncated: dict[str, int] | None
+    resumed_from: int | None
+    baselines: dict[str, BaselineRow]
+    seconds: float
+    error: str | None
+    traceback: str | None
+
+
+ResultRows = Mapping[str, ResultRow]  # by the run's id
+
+
+def score(row: ResultRow, split: str) -> float:
+    """The comparison's metric of a successful run on a split."""
+    assert row["metrics"] is not None
+    return row["metrics"][split][row["metric"]]
