@@ -57,7 +57,7 @@ def test_the_svd_of_a_change_comes_from_the_factors(shape: tuple[int, ...], axes
     np.testing.assert_allclose(np.einsum("mik,mij->mkj", left, left), np.tile(np.eye(2), (members, 1, 1)), atol=1e-9)
 
 
-def test_the_svd_of_another_method_s_change_is_that_of_the_difference() -> None:
+def test_the_svd_for_another_method_is_that_of_the_difference() -> None:
     base = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)
     after = base + jnp.outer(jnp.arange(6.0), jnp.ones(5))
     values = change_svd(base, after).values[0]
@@ -81,7 +81,7 @@ def test_one_subspace_is_similar_to_itself_and_not_to_an_orthogonal_one() -> Non
     np.testing.assert_allclose(grid[:, 3], 1)
 
 
-def test_similarity_is_the_paper_s_formula() -> None:
+def test_similarity_follows_the_formula_of_the_paper() -> None:
     """Equation 4, term by term, for ranks 3 and 5."""
     first, second = RNG.normal(size=(3, 20)), RNG.normal(size=(5, 20))
     u, v = (np.linalg.svd(matrix)[2] for matrix in (first, second))

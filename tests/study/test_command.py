@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax.cli.main import main
 from lora_jax.study import Comparison
-from lora_jax.study.grid.settings import prepare
+from lora_jax.study.grid.settings import prepare_comparison
 
 
 def run(*arguments) -> int:
@@ -62,7 +62,7 @@ def test_the_plan_runs_nothing(flags, tmp_path, capsys):
         (["--preset", "low-data", "--ranks", "2"], "`preset` and `ranks` each say what is compared"),
         (["--grid", "g.yaml", "--rate-factors", "1"], "`grid` and `rate_factors` each say which rates are tried"),
         (["--minutes", "-1"], "`minutes` is -1.0"),
-        (["--seeds", "0", "0"], "each is expected once"),
+        (["--seeds", "0", "0"], "`seeds` must differ"),
     ],
 )
 def test_mistakes_are_one_line(flags, more, message, capsys, tmp_path):
@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(flags, more, message, capsys, tmp_path):
 
 
 def test_without_data_the_shipped_messages(base, tmp_path):
-    prepared = prepare(Comparison(output=str(tmp_path / "out"), options={"base": base}))
+    prepared = prepare_comparison(Comparison(output=str(tmp_path / "out"), options={"base": base}))
     assert {split: len(rows) for split, rows in prepared.splits.examples.items()} == {
         "train": 384,
         "dev": 96,

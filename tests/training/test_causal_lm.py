@@ -76,7 +76,7 @@ def test_the_saved_adapter_scores_the_same(finished, options):
     rows, metrics = completer.evaluate(read_documents(options["dev"], columns, special=completer.special))
     assert metrics == pytest.approx(finished.metrics["dev"], rel=1e-5)
     assert rows.texts == 12
-    with pytest.raises(TrainingError, match=r"is of a causal-lm, which has no labels: `load_completer` is for it"):
+    with pytest.raises(TrainingError, match=r"was trained for causal-lm, which has no labels: use `load_completer`"):
         load_predictor(finished.output)
 
 

@@ -64,9 +64,7 @@ def test_what_follows_the_last_answer_is_kept():
 
 def test_a_template_that_forgets_is_refused_where_it_matters():
     assert render(FORGETFUL, TALK[1:3])[-1] == Part("<think></think>Hello;", True)
-    with pytest.raises(
-        DataError, match=r"talks.jsonl, row 1: .* the messages before message 3 differently .* one ans"
-    ):
+    with pytest.raises(DataError, match=r"talks.jsonl, row 1: .* the messages before message 3 differently .* one ans"):
         render(FORGETFUL)
 
 
@@ -114,7 +112,10 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
         # Time in C, which no signal stops: the process is killed.
         ("{{ 9 ** (9 ** 9) }}", r"did not finish within 1 s|uses too much memory"),
         ("{{ (7 ** 99999999) % 7 }}", r"did not finish within 1 s|uses too much memory"),
-        ("{% if messages | length ** 99999999 ** 2 > 1 %}a{% endif %}", r"did not finish within 1 s|uses too much memory"),
+        (
+            "{% if messages | length ** 99999999 ** 2 > 1 %}a{% endif %}",
+            r"did not finish within 1 s|uses too much memory",
+        ),
     ],
 )
 def test_an_endless_or_greedy_template_ends(template, message):

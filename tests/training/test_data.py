@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import resource
@@ -14,7 +15,9 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from lora_jax.training.config import TrainConfig
 from lora_jax.training.data import file_formats as data_files
+from lora_jax.training.data.labelled import read_splits
 from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import DataError
 
@@ -143,7 +146,11 @@ BAD_FILES = {
     "no object": ("a.jsonl", b"[1, 2]\n", r"row 1 \(line 1\) must be a JSON object .*, got a list"),
     "not Parquet": ("a.parquet", b"text,label\n", r"a\.parquet can't be read as \.parquet"),
     "empty text": ("a.tsv", b"text\tlabel\na\tx\n \ty\n", r"row 2: column 'text' is empty"),
-    "no text": ("a.jsonl", b'{"text": "a", "label": 1}\n{"label": 1}\n', r"row 2: column 'text' must be a text, got None"),
+    "no text": (
+        "a.jsonl",
+        b'{"text": "a", "label": 1}\n{"label": 1}\n',
+        r"row 2: column 'text' must be .*, got None",
+    ),
     "text is a number": ("a.jsonl", b'{"text": 3, "label": 1}\n', r"row 1: column 'text' must be a text, got 3"),
     "no label": ("a.tsv", b"text\tlabel\na\tx\nb\t\n", r"row 2 has no label in column 'label'"),
     "label is a list": ("a.jsonl", b'{"text": "a", "label": [1]}\n', r"row 1: column 'label' must be .*, got \[1\]"),
@@ -189,7 +196,11 @@ BAD_FILES = {
         b"text,label\na,x\n",
         r"columns are text,label\. Its columns are separated by commas: give",
     ),
-    "semicolons in a TSV": ("a.tsv", b"label;text\nx;a\n", r"Its columns are separated by semicolons: give it the ending \.csv"),
+    "semicolons in a TSV": (
+        "a.tsv",
+        b"label;text\nx;a\n",
+        r"separated by semicolons: give it the ending \.csv",
+    ),
     "quote left open": ("a.csv", b'text,label\na,x\n"b,x\nc,y\n', r"row 2, line 4: this is not CSV"),
     "label column twice": ("a.csv", b"text,label,label\na,x,y\n", r"has the column 'label' more than once"),
 }
@@ -306,6 +317,25 @@ MESSY = {
     "a.jsonl": b'{"text": "a", "label": "x"}\n{"text"\n\n{"text": "c", "label": "y"}\n{"text": " ", "label": "x"}\n'
     b'{"text": "\xff"}\n{"text": "d"}\n{"text": "e", "label": "x"}\n',
 }
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_labels_that_the_task_cannot_use_are_bad_rows(kind, tmp_path):
+    """In training rows and in those that a task is given for; told of with other bad rows, or skipped and counted."""
+    bad = "many" if kind == "regression" else 0.5
+    lines = [{"text": "a", "label": label} for label in ("0", bad, "1", "0")] + [{"text": " ", "label": "0"}]
+    source = write(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    config = TrainConfig(train=source, task=kind, output=str(tmp_path / "run"))
+    with pytest.raises(
+        DataError, match=r"2 bad rows: row 2 has the label .* \(line 2\); row 5: column 'text' is empty"
+    ):
+        read_splits(config, {"train": source})
+    skipping = dataclasses.replace(config, skip_bad_rows=True)
+    other = write(tmp_path / "dev.jsonl", "".join(json.dumps({"text": "b", "label": x}) + "\n" for x in ("1", "2x")))
+    task, splits = read_splits(skipping, {"train": source, "dev": other})
+    assert (splits["train"].labels, splits["train"].skipped) == (["0", "1", "0"], 2)
+    assert (splits["dev"].labels, splits["dev"].skipped) == (["1"], 1)
+    assert task.encode(splits["dev"]).tolist() == [1]
 
 
 @pytest.mark.parametrize("name", MESSY)

@@ -63,7 +63,7 @@ def test_a_folder_without_an_adapter(tmp_path, finished):
     with pytest.raises(TrainingError, match=r"holds no adapter of a run \(task\.json is missing\)"):
         load_predictor(tmp_path)
     shutil.copy(finished.output / "config.yaml", tmp_path)
-    with pytest.raises(TrainingError, match=r"its run isn't complete; start the same command again"):
+    with pytest.raises(TrainingError, match=r"its run isn't complete; run the same command to resume it"):
         load_predictor(tmp_path)
 
 

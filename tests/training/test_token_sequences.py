@@ -127,7 +127,7 @@ def test_weights_are_checked_and_told(made, base, tmp_path):
 
     with pytest.raises(DataError, match=r"message 2: `weight` must be 0 \(not learned\) or 1, got 0\.5"):
         made([{"messages": talk(None, 0.5, None, None)}], CHAT)
-    with pytest.raises(DataError, match=r"row 1 has `weight` 0 on every message of the role 'assistant'"):
+    with pytest.raises(DataError, match=r"row 1 has `weight` 0 on every message with the role 'assistant'"):
         made([{"messages": talk(None, 0, None, 0)}], CHAT)
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": talk(1, 1, 0, None)}) + "\n")
@@ -249,7 +249,7 @@ def test_what_is_cut_is_counted(made, base):
     assert shown(rows, base)[1] == ["<s>", "_the", "_film", "_was", "/", "[_good]", "[_great]"]
     assert rows.notes("train") == [
         "train: 2 of 3 texts truncated to 7 tokens",
-        "train: 1 of 3 texts left out: all that was to be predicted lay beyond 7 tokens",
+        "train: 1 of 3 texts left out: every token to be predicted lies beyond the first 7",
     ]
     with pytest.raises(DataError, match=r"all that was to be predicted lies beyond `max_length`, 4 tokens"):
         made([{"q": "the film was bad", "a": "poor"}], PAIR, max_length=4)
@@ -366,7 +366,11 @@ def test_pairs_are_prompt_and_answer(base, tmp_path):
             CHAT,
             r"message 1: `role` must be one of system, user, .*, got 'bot'",
         ),
-        ({"messages": [{"role": "user"}]}, CHAT, r"row 1: column 'messages', message 1: `content` must be a text, got None"),
+        (
+            {"messages": [{"role": "user"}]},
+            CHAT,
+            r"column 'messages', message 1: `content` must be a text, got None",
+        ),
         ({"messages": TALK[:1]}, CHAT, r"row 1 has no message with the role 'assistant'"),
         (
             {"messages": [{**TALK[1], "content": "a\ud800"}]},

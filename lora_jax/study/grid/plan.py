@@ -49,8 +49,8 @@ def count_left(candidates: Sequence[Candidate], seeds: Sequence[int], rows: Resu
 def pending(candidates: Sequence[Candidate], seeds: Sequence[int], rows: ResultRows) -> Iterator[PlannedRun]:
     """The remaining runs in order, as far as they are known.
 
-    Every candidate runs at its first rate with the first seed, then at its other rates, then with the other seeds at the
-    rate that was best on dev.
+    Every candidate runs at its first rate with the first seed, then at its other rates, then with the other seeds at
+    the rate that was best on dev.
     """
     first, *others = seeds
     for number in range(max(len(candidate.rates) for candidate in candidates)):

@@ -13,7 +13,15 @@ class BaselineRow(TypedDict):
     metrics: dict[str, float]
 
 
-class ResultRow(TypedDict, total=False):
+class Device(TypedDict):
+    """The machine of a run."""
+
+    platform: str
+    kind: str
+    cores: int | None
+
+
+class ResultRow(TypedDict):
     """What a run is, what repeats it, and what it measured; measurements of a failed run are `None`."""
 
     id: str
@@ -24,9 +32,9 @@ class ResultRow(TypedDict, total=False):
     seed: int
     config: dict[str, object]
     content: dict[str, str]
-    base: object
+    base: dict[str, str]
     versions: dict[str, str]
-    device: dict[str, object]
+    device: Device
     metric: str
     metrics: dict[str, dict[str, float]] | None
     chosen: str | None

@@ -64,12 +64,12 @@ def compare(
 ) -> Outcome:
     """Trains the remaining runs of a comparison and measures what its candidates cost.
 
-    Every candidate runs at its default rate, then at its other rates, and then with the other seeds at the rate that was
-    best on dev. Each run is written to `results.jsonl` before the next begins. If the comparison is interrupted at any
-    moment, the same call resumes it; finished runs are not repeated.
+    Every candidate runs at its default rate, then at its other rates, and then with the other seeds at the rate that
+    was best on dev. Each run is written to `results.jsonl` before the next begins. If the comparison is interrupted,
+    the same call resumes it; finished runs are not repeated.
 
-    A run that fails (a loss that isn't finite, exhausted memory) is recorded with its error, and the next one begins. An
-    error that says nothing about the candidate, such as a full disk, ends the comparison.
+    A run that fails (a loss that isn't finite, exhausted memory) is recorded with its error, and the next one begins.
+    An error that says nothing about the candidate, such as a full disk, ends the comparison.
 
     Args:
         settings: Candidates, data and options.
@@ -133,7 +133,7 @@ def _compare(
         left = count_left(candidates, seeds, results.rows)
         if left and settings.minutes is not None:
             spent = format_seconds(clock() - start)
-            listen(training_events.Note(message=f"{left} runs remain; none is predicted to fit into the remaining time ({spent} spent)"))
+            listen(training_events.Note(message=f"{left} runs remain, but none is predicted to fit ({spent} spent)"))
         costs = measure_costs(prepared, results.rows, listen)
     summaries = summarize(prepared, results.rows, costs)
     return Outcome(prepared, results.rows, summaries, recommend(summaries, prepared), left)
@@ -162,16 +162,11 @@ def _execute(prepared: Prepared, run: PlannedRun, listen: ComparisonListener) ->
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
         trace = traceback.format_exc()
-    return {
-        **_describe(prepared, run, config),
-        **_measured(result),
-        "seconds": time.perf_counter() - start,
-        "error": error,
-        "traceback": trace,
-    }
+    timed = {"seconds": time.perf_counter() - start, "error": error, "traceback": trace}
+    return cast(ResultRow, _describe(prepared, run, config) | _measured(result) | timed)
 
 
-def _describe(prepared: Prepared, run: PlannedRun, config: TrainConfig) -> ResultRow:
+def _describe(prepared: Prepared, run: PlannedRun, config: TrainConfig) -> dict[str, object]:
     """The part of a row that is needed to repeat the run."""
     device = jax.devices()[0]
     return {
@@ -196,12 +191,12 @@ def _cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _measured(result: RunResult | None) -> ResultRow:
+def _measured(result: RunResult | None) -> dict[str, object]:
     names = ("metrics", "chosen", "chosen_step", "steps", "trainable", "total", "percent", "adapter_bytes")
     names += ("train_seconds", "step_ms", "padding_share", "truncated", "resumed_from")
-    row = {name: None if result is None else getattr(result, name) for name in names}
+    row: dict[str, object] = {name: None if result is None else getattr(result, name) for name in names}
     baselines = {} if result is None else {split: held._asdict() for split, held in result.baselines.items()}
-    return cast(ResultRow, row | {"baselines": baselines})
+    return row | {"baselines": baselines}
 
 
 def _prune(prepared: Prepared, results: ResultsFile) -> None:

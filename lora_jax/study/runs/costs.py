@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import jax
 import numpy as np
@@ -48,8 +48,8 @@ def measure_costs(prepared: Prepared, rows: ResultRows, listen: Listener) -> Cos
 
     - `step_memory`: Bytes that the compiled step needs for the longest batch, as the compiler reports them: arguments
       (with the frozen base), results and temporaries.
-    - `latency_ms`: For each batch size, the median over rounds in which the candidates take turns, so that other load on
-      the machine affects all alike. The adapter is merged first if possible; such candidates share one program.
+    - `latency_ms`: For each batch size, the median over rounds in which the candidates take turns, so that other load
+      on the machine affects all alike. The adapter is merged first if possible; such candidates share one program.
     - `tokens`: Length that both are measured at, the longest that training batches are padded to.
 
     Costs are measured again only if the chosen runs have changed.
@@ -104,7 +104,8 @@ def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> AnyBat
 
 def _step_memory(config: TrainConfig, batch: AnyBatch) -> int | None:
     run = prepare_run(config, _unheard)
-    memory = step_of(run, config).lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
+    step = cast(jax.stages.Wrapped, step_of(run, config))
+    memory = step.lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
     if memory is None:  # the backend doesn't report it
         return None
     # Donated arrays are counted both as arguments and as results.

@@ -56,7 +56,8 @@ class ResultsFile:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunFolderError(
-                f"{self.path} can't be written: {error.strerror}. The earlier rows are intact; run the same command to resume."
+                f"{self.path} can't be written: {error.strerror}. The earlier rows are intact; run the same command to "
+                "resume."
             ) from error
         self.rows[row["id"]] = row.copy()
 

@@ -62,8 +62,8 @@ def label_notes(labels: Sequence[str], counts: Mapping[str, np.ndarray]) -> list
             verb = "labels hold" if len(several) > 1 else "label holds"
             notes.append(
                 f"{WARNING}{len(several):,} {verb} `{separator}` ({some_names(several, most=3, quoted=True)}), which "
-                "may join several labels. Each combination is learned as a label of its own: give each row one label, or "
-                "train one model per label."
+                "may join several labels. Each combination is learned as a label of its own: give each row one label, "
+                "or train one model per label."
             )
     rare = [shown for index, shown in zip(order, with_counts, strict=True) if train[index] < FEW]
     if rare:

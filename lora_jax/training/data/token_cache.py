@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def _read(path: Path, kind: type[Tokens]) -> Tokens | None:
         held = files.read_safetensors(path)
         if files.read_metadata(path).get(files.CHECKSUM) != _checksum(path, held):
             return None
-        fields = {name: int(value) if value.ndim == 0 else value for name, value in held.items()}
+        fields: dict[str, Any] = {name: int(value) if value.ndim == 0 else value for name, value in held.items()}
         tokens = kind(**fields)
         lengths = {len(value) for name, value in held.items() if value.ndim and name != "offsets"}
         return tokens if lengths == {int(tokens.offsets[-1])} else None
