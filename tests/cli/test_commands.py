@@ -193,7 +193,19 @@ def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, m
     assert run("predict", "--adapter", finished.output, "--skip-bad-rows", "--jsonl") == 0
     captured = capsys.readouterr()
     assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["good", "bad"]
-    assert "lora-jax predict: 3 of 5 rows skipped: line 3: field 'text' holds 3" in captured.err
+    assert "lora-jax predict: 3 of 5 rows skipped: line 3: field 'text' must be a text, got 3" in captured.err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "-"])
+def test_predict_takes_the_line_ends_of_data_files(name, end, finished, tmp_path, monkeypatch, capsys):
+    lines = ["good", "bad"] if name == "a.txt" else ['{"text": "good"}', '{"text": "bad"}']
+    content = b"\xef\xbb\xbf" + "".join(line + end for line in lines).encode()
+    (tmp_path / "a.txt").with_name(name).write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    source = ("--jsonl", "-") if name == "-" else (tmp_path / name,)
+    assert run("predict", "--adapter", finished.output, *source) == 0
+    assert [row["text"] for row in rows_of(capsys)] == ["good", "bad"]
 
 
 def test_predict_says_what_it_cut(finished, tmp_path, capsys):

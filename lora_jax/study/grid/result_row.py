@@ -22,37 +22,25 @@ class Device(TypedDict):
 
 
 class ResultRow(TypedDict):
-    """What a run is, what repeats it, and what it measured; measurements of a failed run are `None`."""
+    """The fields that a comparison reads again. Measurements of a failed run are `None`."""
 
     id: str
     candidate_id: str
-    candidate: str
-    method: Mapping[str, object]
     rate: float
     seed: int
-    config: dict[str, object]
     content: dict[str, str]
     base: dict[str, str]
     versions: dict[str, str]
     device: Device
     metric: str
     metrics: dict[str, dict[str, float]] | None
-    chosen: str | None
     chosen_step: int | None
     steps: int | None
-    trainable: int | None
-    total: int | None
-    percent: float | None
     adapter_bytes: int | None
-    train_seconds: float | None
     step_ms: float | None
-    padding_share: float | None
-    truncated: dict[str, int] | None
-    resumed_from: int | None
     baselines: dict[str, BaselineRow]
     seconds: float
     error: str | None
-    traceback: str | None
 
 
 ResultRows = Mapping[str, ResultRow]  # by the run's id
