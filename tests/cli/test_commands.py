@@ -225,8 +225,8 @@ def test_predict_reads_columns(finished, data, capsys):
     ("name", "content", "message"),
     [
         ("gone.txt", None, r"gone.txt doesn't exist"),
-        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8 (byte 1)"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' holds 3, and a text is expected. The fields are text"),
+        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8: byte 1 of the line is 0xff"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' must be a text, got 3. The fields are text"),
         ("a.jsonl", b"good\n", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a", "x": NaN}\n', "line 2 has a NaN or an infinity, which JSON lacks"),
         ("a.jsonl", b'{"text": "a", "x": [-1e999]}\n', "line 1 has a NaN or an infinity, which JSON lacks"),

@@ -63,7 +63,7 @@ def test_the_svd_for_another_method_is_that_of_the_difference() -> None:
     values = change_svd(base, after).values[0]
     np.testing.assert_allclose(values[0], math.sqrt(55 * 5), rtol=1e-5)
     np.testing.assert_allclose(values[1:], 0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"shape \(2, 2, 2\) labelled 'io' is no matrix with in and out axes"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 2\) labelled 'io' is not a matrix with in and out axes"):
         change_svd(jnp.ones((2, 2, 2)), jnp.ones((2, 2, 2)))
 
 
@@ -90,7 +90,7 @@ def test_similarity_follows_the_formula_of_the_paper() -> None:
         for j in range(1, 6):
             wanted = np.linalg.norm(u[:i] @ v[:j].T) ** 2 / min(i, j)
             assert grid[i - 1, j - 1] == pytest.approx(wanted, rel=1e-4)
-    with pytest.raises(ValueError, match=r"\(3, 20\) and \(3, 4\) have no rows of one length"):
+    with pytest.raises(ValueError, match=r"\(3, 20\) and \(3, 4\) must be matrices with rows of equal length"):
         subspace_similarity(first, np.ones((3, 4)))
 
 
@@ -219,5 +219,5 @@ def test_a_leaf_that_was_zero_has_moved_without_bounds() -> None:
 def test_trees_of_two_models_are_refused() -> None:
     with pytest.raises(ValueError, match="no trees of one model; they differ at v, w"):
         leaf_changes({"w": jnp.ones(2)}, {"v": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"a leaf has the shape \(3,\), and the base's \(2,\)"):
+    with pytest.raises(ValueError, match=r"a leaf has the shape \(3,\), but its base has \(2,\)"):
         leaf_changes({"w": jnp.ones(2)}, {"w": jnp.ones(3)})

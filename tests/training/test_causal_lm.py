@@ -189,7 +189,7 @@ def test_other_data_is_no_going_on(finished, options):
         ({"completion": None}, r"`prompt` is given without `completion`: name the columns of both"),
         ({"prompt": None}, r"`completion` is given without `prompt`"),
         ({"messages": "m"}, r"`messages` are whole conversations: leave out `prompt` and `completion`"),
-        ({"base": "minilm"}, r"`base` .* is a bert, an encoder: causal-lm needs a decoder \(GPT-2"),
+        ({"base": "minilm"}, r"`base` must be a decoder \(GPT-2, .*, got the bert encoder"),
         ({"method": "frozen"}, r"`method` frozen trains the head alone, and a causal-lm adds none"),
         ({"metric": "accuracy"}, r"`metric` is 'accuracy', and a causal-lm has perplexity, token_accuracy, loss"),
         ({"task": "classification"}, r"`prompt` is for causal-lm, and `task` is classification: leave it out"),

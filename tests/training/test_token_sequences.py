@@ -132,7 +132,7 @@ def test_weights_are_checked_and_told(made, base, tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": talk(1, 1, 0, None)}) + "\n")
     documents = read_documents(str(path), CHAT, special=lj.models.read_special_tokens(base))
-    assert documents.notes == ("1 messages that aren't the assistant's have `weight` 1: they aren't learnt even so",)
+    assert documents.notes == ("1 messages of other roles than 'assistant' have `weight` 1, which is ignored",)
 
 
 INJECTED = [
@@ -251,7 +251,7 @@ def test_what_is_cut_is_counted(made, base):
         "train: 2 of 3 texts truncated to 7 tokens",
         "train: 1 of 3 texts left out: every token to be predicted lies beyond the first 7",
     ]
-    with pytest.raises(DataError, match=r"all that was to be predicted lies beyond `max_length`, 4 tokens"):
+    with pytest.raises(DataError, match=r"every token to be predicted lies beyond `max_length`, 4 tokens"):
         made([{"q": "the film was bad", "a": "poor"}], PAIR, max_length=4)
 
 
