@@ -141,9 +141,9 @@ def test_candidates_and_seeds_may_be_added_later(small, fake):
         (
             {"candidates": (make_candidate("full", label="a"), make_candidate("full", label="b"))},
             ConfigError,
-            "'b' is 'a' again",
+            "'b' is the same as 'a'",
         ),
-        ({"train_rows": 61}, ConfigError, "`train_rows` is 61"),
+        ({"train_rows": 61}, ConfigError, "`train_rows` must be .*, got 61"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_run(small, fake, change, error, message):
