@@ -217,7 +217,7 @@ def test_a_leaf_that_was_zero_has_moved_without_bounds() -> None:
 
 
 def test_trees_of_two_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="no trees of one model; they differ at v, w"):
+    with pytest.raises(ValueError, match="must be trees of one model, but they differ at v, w"):
         leaf_changes({"w": jnp.ones(2)}, {"v": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"a leaf has the shape \(3,\), but its base has \(2,\)"):
         leaf_changes({"w": jnp.ones(2)}, {"w": jnp.ones(3)})
