@@ -238,7 +238,7 @@ def test_predict_reads_columns(finished, data, capsys):
             "line 1 has half a character (the lone",
         ),
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
-        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number of thousands of digits"),
+        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number with thousands of digits"),
         ("a.tsv", b"sentence\ngood\n", "has no column 'text'"),
     ],
 )
