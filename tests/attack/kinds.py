@@ -340,7 +340,7 @@ def _through_the_cache(folder: Path) -> Encoded:
 def check_token_cache(folder: Path, value: Any) -> None:
     del folder
     assert isinstance(value, Encoded)
-    assert value.rows == len(TEXTS)
+    assert value.num_sequences == len(TEXTS)
 
 
 # ------------------------------------------------------------------------------------------------------ bases, settings
@@ -488,7 +488,7 @@ def check_data(folder: Path, examples: Any) -> None:
 
 def read_talks(folder: Path) -> Any:
     special = lj.models.SpecialTokens({"eos_token": "</s>"}, 2, (2,), None)
-    return read_documents(str(folder / "data.jsonl"), Columns(messages="messages"), special=special).rows
+    return read_documents(str(folder / "data.jsonl"), Columns(messages="messages"), special=special).texts
 
 
 def write_plain_text(folder: Path, rng: Rng) -> None:
@@ -497,7 +497,7 @@ def write_plain_text(folder: Path, rng: Rng) -> None:
 
 def read_plain_text(folder: Path) -> Any:
     special = lj.models.SpecialTokens({"eos_token": "</s>"}, 2, (2,), None)
-    return read_documents(str(folder / "book.txt"), Columns(), special=special).rows
+    return read_documents(str(folder / "book.txt"), Columns(), special=special).texts
 
 
 _ADAPTER = ("lora_jax_adapter.json", "adapter.safetensors")

@@ -172,7 +172,7 @@ def test_predict_keeps_every_field_of_the_input(finished, tmp_path, capsys):
 def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, monkeypatch):
     rows = b"text\tlabel\n" + b"good\tpos\nbad\tneg\n" * 8 + b"good\n\xff\tpos\n \tneg\ngreat\tpos\n"
     (tmp_path / "a.tsv").write_bytes(rows)
-    told = "3 of 20 rows left out: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
+    told = "3 of 20 rows skipped: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
     flags = ("--base", options["base"], "--steps", 1, "--batch-size", 8, "--buckets", 1, "--train", tmp_path / "a.tsv")
     assert run("train", *flags, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
@@ -201,7 +201,19 @@ def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, m
     assert run("predict", "--adapter", finished.output, "--skip-bad-rows", "--jsonl") == 0
     captured = capsys.readouterr()
     assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["good", "bad"]
-    assert "lora-jax predict: 3 of 5 rows left out: line 3: field 'text' holds 3" in captured.err
+    assert "lora-jax predict: 3 of 5 rows skipped: line 3: field 'text' must be a text, got 3" in captured.err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "-"])
+def test_predict_takes_the_line_ends_of_data_files(name, end, finished, tmp_path, monkeypatch, capsys):
+    lines = ["good", "bad"] if name == "a.txt" else ['{"text": "good"}', '{"text": "bad"}']
+    content = b"\xef\xbb\xbf" + "".join(line + end for line in lines).encode()
+    (tmp_path / "a.txt").with_name(name).write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    source = ("--jsonl", "-") if name == "-" else (tmp_path / name,)
+    assert run("predict", "--adapter", finished.output, *source) == 0
+    assert [row["text"] for row in rows_of(capsys)] == ["good", "bad"]
 
 
 def test_predict_says_what_it_cut(finished, tmp_path, capsys):
@@ -209,7 +221,7 @@ def test_predict_says_what_it_cut(finished, tmp_path, capsys):
     assert run("predict", "--adapter", finished.output, tmp_path / "a.txt") == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
-    assert "lora-jax predict: 2 texts cut at 32 tokens" in captured.err
+    assert "lora-jax predict: 2 texts truncated to 32 tokens" in captured.err
 
 
 def test_predict_reads_columns(finished, data, capsys):
@@ -221,8 +233,8 @@ def test_predict_reads_columns(finished, data, capsys):
     ("name", "content", "message"),
     [
         ("gone.txt", None, r"gone.txt doesn't exist"),
-        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8 (byte 1)"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' holds 3, and a text is expected. The fields are text"),
+        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8: byte 1 of the line is 0xff"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' must be a text, got 3. The fields are text"),
         ("a.jsonl", b"good\n", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a", "x": NaN}\n', "line 2 has a NaN or an infinity, which JSON lacks"),
         ("a.jsonl", b'{"text": "a", "x": [-1e999]}\n', "line 1 has a NaN or an infinity, which JSON lacks"),
@@ -234,7 +246,7 @@ def test_predict_reads_columns(finished, data, capsys):
             "line 1 has half a character (the lone",
         ),
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
-        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number of thousands of digits"),
+        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number with thousands of digits"),
         ("a.tsv", b"sentence\ngood\n", "has no column 'text'"),
     ],
 )

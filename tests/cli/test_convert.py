@@ -294,7 +294,8 @@ def test_merge_takes_a_peft_folder(finished, as_peft, tmp_path):
 def test_predict_and_eval_say_how_to_convert_one(command, as_peft, data, capsys):
     test = ("--test", data["test"]) if command == "eval" else (data["test"],)
     assert run(command, "--adapter", as_peft, *test) == 2
-    assert f"it is PEFT's; make one with `lora-jax convert --adapter {as_peft} --to lora_jax" in error_of(capsys)
+    told = f"it is a PEFT adapter; convert it with `lora-jax convert --adapter {as_peft} --to lora_jax"
+    assert told in error_of(capsys)
 
 
 def test_inspect_a_peft_folder(finished, as_peft, capsys):

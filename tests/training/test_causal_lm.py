@@ -76,7 +76,7 @@ def test_the_saved_adapter_scores_the_same(finished, options):
     rows, metrics = completer.evaluate(read_documents(options["dev"], columns, special=completer.special))
     assert metrics == pytest.approx(finished.metrics["dev"], rel=1e-5)
     assert rows.texts == 12
-    with pytest.raises(TrainingError, match=r"is of a causal-lm, which has no labels: `load_completer` is for it"):
+    with pytest.raises(TrainingError, match=r"was trained for causal-lm, which has no labels: use `load_completer`"):
         load_predictor(finished.output)
 
 
@@ -131,7 +131,7 @@ def all_rows(run: Any, size: int) -> AnyBatch:
 def test_neither_packing_nor_accumulating_changes_loss_and_gradient(options, tmp_path):
     few = write_pairs(tmp_path / "few.jsonl", 8)
     packed, apart = (prepared(options, train=few, packing=packing) for packing in (True, False))
-    assert packed.splits["train"].rows < apart.splits["train"].rows == 8
+    assert packed.splits["train"].num_sequences < apart.splits["train"].num_sequences == 8
     output, grads = gradient(packed, all_rows(packed, 4))
     # As many rows as divide evenly, whose targets don't.
     for other, settings in ((all_rows(apart, 8), {}), (all_rows(apart, 8), {"accumulate": 4})):
@@ -189,7 +189,7 @@ def test_other_data_is_no_going_on(finished, options):
         ({"completion": None}, r"`prompt` is given without `completion`: name the columns of both"),
         ({"prompt": None}, r"`completion` is given without `prompt`"),
         ({"messages": "m"}, r"`messages` are whole conversations: leave out `prompt` and `completion`"),
-        ({"base": "minilm"}, r"`base` .* is a bert, an encoder: causal-lm needs a decoder \(GPT-2"),
+        ({"base": "minilm"}, r"`base` must be a decoder \(GPT-2, .*, got the bert encoder"),
         ({"method": "frozen"}, r"`method` frozen: it trains the head alone, and a causal-lm adds none"),
         ({"metric": "accuracy"}, r"`metric` is 'accuracy', and a causal-lm has perplexity, token_accuracy, loss"),
         ({"task": "classification"}, r"`prompt` is for causal-lm, and `task` is classification: leave it out"),

@@ -297,7 +297,7 @@ def test_long_texts_are_reported(options, tmp_path):
     (tmp_path / "long.tsv").write_text("text\tlabel\n" + "good " * 50 + "\tpos\nbad\tneg\n")
     run = prepare(TrainConfig(**{**config.to_dict(), "train": str(tmp_path / "long.tsv")}), notes.append)
     messages = [note.message for note in notes if isinstance(note, Note)]
-    assert "train: 1 of 2 texts cut at 32 tokens" in messages
+    assert "train: 1 of 2 texts truncated to 32 tokens" in messages
     assert "`max_length` 99 is more than the base's positions: 32 are used" in messages
     assert run.splits["train"].truncated == 1
 

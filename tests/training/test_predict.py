@@ -63,7 +63,7 @@ def test_a_folder_without_an_adapter(tmp_path, finished):
     with pytest.raises(TrainingError, match=r"holds no adapter of a run \(task\.json is missing\)"):
         load_predictor(tmp_path)
     shutil.copy(finished.output / "config.yaml", tmp_path)
-    with pytest.raises(TrainingError, match=r"its run isn't complete; start the same command again"):
+    with pytest.raises(TrainingError, match=r"its run isn't complete; run the same command to resume it"):
         load_predictor(tmp_path)
 
 
@@ -102,11 +102,11 @@ def test_a_task_file_is_checked(change, message, finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_length": 512}, r"`max_length` is 512, and the base .* has 32 positions. The adapter belongs to another"),
+        ({"max_length": 512}, r"`max_length` is 512, but the base .* has 32 positions. The adapter belongs to another"),
         ({"labels": ["a", "b", "c"], "prior": []}, r"classifier"),
     ],
 )
-def test_a_task_file_that_doesn_t_fit_its_adapter_and_base(change, message, finished, tmp_path):
+def test_a_task_file_for_another_adapter_or_base(change, message, finished, tmp_path):
     shutil.copytree(finished.adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "task.json"
     content = json.loads(path.read_text()) | change

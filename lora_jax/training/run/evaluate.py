@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..data.batching import AnyBatch, Rows, plan_in_order
+from ..data.batching import AnyBatch, Sequences, plan_in_order
 from ..data.buckets import cover
 from ..errors import TrainingError
 from ..task import Task
@@ -30,11 +30,11 @@ def make_forward(apply: ModelApply, task: Task) -> Forward:
     return forward
 
 
-def predict_outputs(forward: Forward, params: Any, rows: Rows, *, buckets: Sequence[int]) -> np.ndarray:
+def predict_outputs(forward: Forward, params: Any, rows: Sequences, *, buckets: Sequence[int]) -> np.ndarray:
     """What `forward` gives of every row, in the rows' order: float32 `(rows, …)`."""
     lengths = rows.lengths
     buckets = cover(buckets, int(lengths.max()), rows.max_length)
-    size = min(rows.largest_batch, 1 << (rows.rows - 1).bit_length())
+    size = min(rows.largest_batch, 1 << (rows.num_sequences - 1).bit_length())
     plans = plan_in_order(lengths, buckets, batch_size=size)
     parts: list[jax.Array] = []
     for plan in plans:
@@ -42,9 +42,9 @@ def predict_outputs(forward: Forward, params: Any, rows: Rows, *, buckets: Seque
         # Some are dispatched ahead, so that the device doesn't wait for the host; not all, as each takes memory.
         if len(parts) > _AHEAD:
             parts[-1 - _AHEAD].block_until_ready()
-    outputs = np.empty((rows.rows, *parts[0].shape[1:]), np.float32)
+    outputs = np.empty((rows.num_sequences, *parts[0].shape[1:]), np.float32)
     for plan, part in zip(plans, parts, strict=True):
-        outputs[plan.rows] = np.asarray(part, np.float32)[: len(plan.rows)]
+        outputs[plan.indices] = np.asarray(part, np.float32)[: len(plan.indices)]
     return outputs
 
 

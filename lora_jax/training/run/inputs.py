@@ -23,7 +23,7 @@ from lora_jax.models.checkpoint.hub import ALIASES, KNOWN, sha256_once
 from lora_jax.models.checkpoint.weight_files import locate_tensors, read_config
 
 from ..config import TrainConfig
-from ..data.splits import Data
+from ..data.run_data import RunData
 from ..errors import RunFolderError
 
 _FORMAT = 1
@@ -72,7 +72,7 @@ class RunInputs:
         return found + (["formats"] if self.formats != other.formats else [])
 
 
-def run_inputs(config: TrainConfig, data: Data) -> RunInputs:
+def run_inputs(config: TrainConfig, data: RunData) -> RunInputs:
     """The inputs of a run, all read.
 
     Args:

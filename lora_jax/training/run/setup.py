@@ -16,11 +16,11 @@ from lora_jax.models.model import Model, skeleton
 
 from ..baseline import Baseline
 from ..config import TrainConfig
-from ..data.batching import Rows, TrainingBatches
+from ..data.batching import Sequences, TrainingBatches
 from ..data.buckets import choose_buckets
-from ..data.labelled import LabelledData, LabelledRows
+from ..data.labelled import LabelledData, LabelledSequences
 from ..data.language import LanguageData
-from ..data.splits import Data
+from ..data.run_data import RunData
 from ..errors import ConfigError
 from ..metrics import is_undefined
 from ..task import Task, sorted_labels
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     pass
 
 
-_DATA: dict[str, Callable[[TrainConfig, dict[str, str]], Data]] = {
+_DATA: dict[str, Callable[[TrainConfig, dict[str, str]], RunData]] = {
     "classification": LabelledData,
     "regression": LabelledData,
     "causal-lm": LanguageData,
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
     Attributes:
         task, splits, metric: what is learnt, from what, and what chooses the checkpoint.
-        new_head, prior, baselines: see `Data`.
+        new_head, prior, baselines: See `RunData`.
         max_length, buckets, batches: how texts become batches.
         apply: the model's, adapted.
         state: before the first step.
@@ -58,7 +58,7 @@ class Run(NamedTuple):
     """
 
     task: Task
-    splits: Mapping[str, Rows]
+    splits: Mapping[str, Sequences]
     metric: str
     new_head: bool
     prior: np.ndarray | None
@@ -106,11 +106,11 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     tokenizer = lj.models.load_tokenizer(config.base)
     assert config.max_length is not None  # resolved when the config was made
     max_length = min(config.max_length, model.config.max_length)
-    splits = data.rows(tokenizer, max_length)
+    splits = data.sequences(tokenizer, max_length)
     _check_token_types(splits, model, config.base)
     rows = splits["train"]
     metric = choose_metric(task, config.metric, splits["dev"].targets if "dev" in splits else None)
-    steps = config.steps or config.epochs * math.ceil(rows.rows / config.batch_size)
+    steps = config.steps or config.epochs * math.ceil(rows.num_sequences / config.batch_size)
     buckets = choose_buckets(rows.lengths, count=config.buckets, max_length=max_length, steps=steps)
     batches = TrainingBatches(rows, buckets=buckets, batch_size=config.batch_size, seed=config.seed, steps=steps)
 
@@ -162,11 +162,11 @@ def choose_metric(task: Task, name: str | None, dev: Any) -> str:
     return "loss"
 
 
-def _check_token_types(splits: Mapping[str, Rows], model: Model, base: str) -> None:
+def _check_token_types(splits: Mapping[str, Sequences], model: Model, base: str) -> None:
     """A type that the embeddings have no row for would be looked up all the same, and make NaN of the text."""
     known = getattr(model.config, "type_vocab_size", None)
-    for rows in splits.values():
-        if known is not None and isinstance(rows, LabelledRows) and (most := int(rows.encoded.types.max())) >= known:
+    for own in splits.values():
+        if known is not None and isinstance(own, LabelledSequences) and (most := int(own.encoded.types.max())) >= known:
             raise FileError(
                 f"{base}: tokenizer.json gives the second text of a pair the type {most}, and the model has {known} "
                 f"(`type_vocab_size` in config.json). Take the tokenizer that belongs to the model."
@@ -175,8 +175,8 @@ def _check_token_types(splits: Mapping[str, Rows], model: Model, base: str) -> N
 
 def _notes(
     config: TrainConfig,
-    data: Data,
-    splits: Mapping[str, Rows],
+    data: RunData,
+    splits: Mapping[str, Sequences],
     counts: Any,
     buckets: tuple[int, ...],
     max_length: int,

@@ -15,10 +15,10 @@ from lora_jax.training.data import language, special_text, token_cache
 from lora_jax.training.data.batching import BatchPlan
 from lora_jax.training.data.chat import DEFAULT_TEMPLATE, Part, render_prompts
 from lora_jax.training.data.documents import Documents, pairs_of, read_documents
-from lora_jax.training.data.language import token_rows
+from lora_jax.training.data.language import token_sequences
 from lora_jax.training.data.packing import first_fit
 from lora_jax.training.data.special_text import check_marks, escape
-from lora_jax.training.data.token_rows import TokenRows, make_rows
+from lora_jax.training.data.token_sequences import TokenSequences, make_sequences
 from lora_jax.training.errors import DataError
 from lora_jax.training.examples import Columns
 from tests.tiny_language import write_language_base
@@ -42,17 +42,17 @@ def base(tmp_path_factory) -> str:
 def made(base, tmp_path):
     """Rows of a JSONL file, one text each."""
 
-    def make(rows, columns, *, max_length=32, packing=False, **options) -> TokenRows:
+    def make(rows, columns, *, max_length=32, packing=False, **options) -> TokenSequences:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         special = lj.models.read_special_tokens(base)
         documents = read_documents(str(path), columns, special=special, **options)
-        return token_rows(documents, lj.models.load_tokenizer(base), special, max_length, packing=packing)
+        return token_sequences(documents, lj.models.load_tokenizer(base), special, max_length, packing=packing)
 
     return make
 
 
-def shown(rows: TokenRows, base: str) -> list[list[str]]:
+def shown(rows: TokenSequences, base: str) -> list[list[str]]:
     """The tokens of each row; those to be predicted in brackets."""
     tokenizer = lj.models.load_tokenizer(base)
     texts = [(tokenizer.id_to_token(token) or "").replace("Ġ", "_").replace("Ċ", "/") for token in rows.ids.tolist()]
@@ -125,14 +125,14 @@ def test_weights_are_checked_and_told(made, base, tmp_path):
         pairs = zip(TALK, weights, strict=True)
         return [message if weight is None else message | {"weight": weight} for message, weight in pairs]
 
-    with pytest.raises(DataError, match=r"message 2 has the `weight` 0\.5, and 0 \(not learnt\) or 1 is expected"):
+    with pytest.raises(DataError, match=r"message 2: `weight` must be 0 \(not learned\) or 1, got 0\.5"):
         made([{"messages": talk(None, 0.5, None, None)}], CHAT)
-    with pytest.raises(DataError, match=r"row 1 has `weight` 0 on every message of the role 'assistant'"):
+    with pytest.raises(DataError, match=r"row 1 has `weight` 0 on every message with the role 'assistant'"):
         made([{"messages": talk(None, 0, None, 0)}], CHAT)
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": talk(1, 1, 0, None)}) + "\n")
     documents = read_documents(str(path), CHAT, special=lj.models.read_special_tokens(base))
-    assert documents.notes == ("1 messages that aren't the assistant's have `weight` 1: they aren't learnt even so",)
+    assert documents.notes == ("1 messages of other roles than 'assistant' have `weight` 1, which is ignored",)
 
 
 INJECTED = [
@@ -195,7 +195,7 @@ def test_marks_that_a_text_brings_along_mark_nothing(base, tmp_path):
     path = tmp_path / "rows.jsonl"
     plain = [{**message, "content": message["content"].strip("\ufdd0\ufdd1")} for message in talk]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (talk, plain)))
-    first, second = read_documents(str(path), CHAT, special=special, escape_special_tokens=True).rows
+    first, second = read_documents(str(path), CHAT, special=special, escape_special_tokens=True).texts
     assert first == second
 
 
@@ -227,7 +227,7 @@ def test_a_batch_asks_for_the_next_token(made):
 def test_long_plain_text_is_predicted_once_and_in_order(made):
     words = ["good", "bad", "film", "plot", "great", "poor", "love", "hate", "thanks", "sorry"]
     rows = made([{"text": " ".join(words)}], Columns(), max_length=5)
-    assert (rows.rows, rows.truncated, rows.dropped) == (3, 0, 0)
+    assert (rows.num_sequences, rows.truncated, rows.dropped) == (3, 0, 0)
     whole = made([{"text": " ".join(words)}], Columns(), max_length=32)
     assert rows.ids[rows.targets].tolist() == whole.ids[1:].tolist()
     for start, end in ((5, 4), (10, 9)):  # each chunk begins with the last token of the one before
@@ -245,13 +245,13 @@ def test_what_is_cut_is_counted(made, base):
         PAIR,
         max_length=7,
     )
-    assert (rows.rows, rows.texts, rows.truncated, rows.dropped) == (2, 3, 2, 1)
+    assert (rows.num_sequences, rows.texts, rows.truncated, rows.dropped) == (2, 3, 2, 1)
     assert shown(rows, base)[1] == ["<s>", "_the", "_film", "_was", "/", "[_good]", "[_great]"]
     assert rows.notes("train") == [
-        "train: 2 of 3 texts cut at 7 tokens",
-        "train: 1 of 3 texts left out: all that was to be predicted lay beyond 7 tokens",
+        "train: 2 of 3 texts truncated to 7 tokens",
+        "train: 1 of 3 texts left out: every token to be predicted lies beyond the first 7",
     ]
-    with pytest.raises(DataError, match=r"all that was to be predicted lies beyond `max_length`, 4 tokens"):
+    with pytest.raises(DataError, match=r"every token to be predicted lies beyond `max_length`, 4 tokens"):
         made([{"q": "the film was bad", "a": "poor"}], PAIR, max_length=4)
 
 
@@ -288,16 +288,16 @@ def test_first_fit_against_its_definition():
         assert first_fit(lengths, size) == expected
 
 
-def random_rows(count=60, max_length=24) -> TokenRows:
+def random_rows(count=60, max_length=24) -> TokenSequences:
     rng = np.random.default_rng(1)
     texts = []
     for _ in range(count):
         length = int(rng.integers(2, max_length + 1))
         texts.append((rng.integers(1, 1000, length).astype(np.int32), rng.random(length) < 0.9))
-    return make_rows(texts, max_length, chunk=False)
+    return make_sequences(texts, max_length, chunk=False)
 
 
-def texts_in(rows: TokenRows) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+def texts_in(rows: TokenSequences) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
     found = []
     for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
         for number in np.unique(rows.segments[start:end]):
@@ -311,7 +311,7 @@ def test_packing_loses_no_token_and_splits_no_text():
     packed = rows.packed(seed=3)
     assert sorted(texts_in(packed)) == sorted(texts_in(rows))
     assert packed.lengths.max() <= rows.max_length
-    assert packed.rows < rows.rows
+    assert packed.num_sequences < rows.num_sequences
     for start, end in zip(packed.offsets[:-1], packed.offsets[1:], strict=True):
         steps = np.diff(packed.segments[start:end])
         assert packed.segments[start] == 1
@@ -326,7 +326,7 @@ def test_packing_follows_from_the_seed():
 
 def test_no_target_crosses_a_border():
     packed = random_rows().packed(seed=0)
-    batch = packed.batch(BatchPlan(np.arange(packed.rows), packed.max_length), packed.rows)
+    batch = packed.batch(BatchPlan(np.arange(packed.num_sequences), packed.max_length), packed.num_sequences)
     asked = batch.weights[:, :-1] > 0
     assert (batch.segments[:, :-1][asked] == batch.segments[:, 1:][asked]).all()
     assert batch.weights[:, -1].sum() == 0
@@ -339,8 +339,8 @@ def test_no_target_crosses_a_border():
 def test_a_text_file_is_one_text(base, tmp_path):
     (tmp_path / "book.txt").write_text("good film\n\nbad plot\n")
     documents = read_documents(str(tmp_path / "book.txt"), Columns(), special=lj.models.read_special_tokens(base))
-    assert [[part.text for part in parts] for parts in documents.rows] == [["good film\n\nbad plot\n"]]
-    with pytest.raises(DataError, match=r"holds plain texts: to generate, prompts and completions are needed"):
+    assert [[part.text for part in parts] for parts in documents.texts] == [["good film\n\nbad plot\n"]]
+    with pytest.raises(DataError, match=r"holds plain texts: generation needs prompts and completions"):
         pairs_of(documents)
 
 
@@ -359,15 +359,19 @@ def test_pairs_are_prompt_and_answer(base, tmp_path):
         ({"q": "x", "a": " "}, PAIR, r"row 1: column 'a' is empty"),
         ({"other": "x"}, Columns(), r"has no column 'text'; its columns are other. Choose with `--text`"),
         ({"other": "x"}, CHAT, r"has no column 'messages'.*Choose with `--messages`"),
-        ({"messages": "Hi"}, CHAT, r"row 1: column 'messages' holds 'Hi', and a list of messages is expected"),
-        ({"messages": []}, CHAT, r"row 1: column 'messages' holds \[\], and a list of messages"),
+        ({"messages": "Hi"}, CHAT, r"row 1: column 'messages' must be a list of messages .*, got 'Hi'"),
+        ({"messages": []}, CHAT, r"row 1: column 'messages' must be a list of messages .*, got \[\]"),
         (
             {"messages": [{"role": "bot", "content": "x"}]},
             CHAT,
-            r"message 1 has the role 'bot', and one of system, user",
+            r"message 1: `role` must be one of system, user, .*, got 'bot'",
         ),
-        ({"messages": [{"role": "user"}]}, CHAT, r"row 1: column 'messages', message 1 has the content None"),
-        ({"messages": TALK[:1]}, CHAT, r"row 1 has no message of the role 'assistant'"),
+        (
+            {"messages": [{"role": "user"}]},
+            CHAT,
+            r"column 'messages', message 1: `content` must be a text, got None",
+        ),
+        ({"messages": TALK[:1]}, CHAT, r"row 1 has no message with the role 'assistant'"),
         (
             {"messages": [{**TALK[1], "content": "a\ud800"}]},
             CHAT,
@@ -378,7 +382,7 @@ def test_pairs_are_prompt_and_answer(base, tmp_path):
         (
             {"messages": 10**200},
             CHAT,
-            r"row 1: column 'messages' holds 10+\.\.\.0+, and a list of messages",
+            r"row 1: column 'messages' must be a list of messages .*, got 10+\.\.\.0+",
         ),
     ],
 )
@@ -412,10 +416,10 @@ def test_bad_rows_of_documents(rows, columns, kept, suffix, base, tmp_path):
     documents = read_documents(str(path), columns, special=special, skip_bad_rows=True)
     good = [rows[row - 1] for row in kept]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
-    assert documents.rows == read_documents(str(tmp_path / "good.jsonl"), columns, special=special).rows
+    assert documents.texts == read_documents(str(tmp_path / "good.jsonl"), columns, special=special).texts
     assert documents.skipped == bad
     assert documents.left_out is not None
-    assert documents.left_out.startswith(f"{bad} of {len(rows)} rows left out: row ")
+    assert documents.left_out.startswith(f"{bad} of {len(rows)} rows skipped: row ")
 
 
 def test_the_template_names_rows_as_the_file_has_them(base, tmp_path):
@@ -472,9 +476,9 @@ def test_a_text_without_an_end_is_not_read(make, base, tmp_path):
     ("name", "content", "columns", "message"),
     [
         ("gone.txt", None, Columns(), r"gone.txt doesn't exist"),
-        ("a.txt", b" \n", Columns(), r"a.txt is empty: a text is expected"),
+        ("a.txt", b" \n", Columns(), r"a.txt is empty"),
         ("a.txt", b"ab\xff", Columns(), r"a.txt is not UTF-8: byte 3 is 0xff"),
-        ("a.txt", b"ab", PAIR, r"a.txt is plain text and has no columns: leave out `--prompt` and `--messages`"),
+        ("a.txt", b"ab", PAIR, r"a.txt is plain text without columns: don't use `--prompt` or `--messages`"),
     ],
 )
 def test_messages_of_bad_text_files(base, tmp_path, name, content, columns, message):

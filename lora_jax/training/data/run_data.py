@@ -1,4 +1,4 @@
-"""What a run asks of its data, whatever their task."""
+"""The interface between a run and its data, whatever the task."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import numpy as np
 
 from ..baseline import Baseline
 from ..task import Task
-from .batching import Rows
+from .batching import Sequences
 
 if TYPE_CHECKING:
     import tokenizers
 
 
-class Data(Protocol):
+class RunData(Protocol):
     """The splits of a run, read and checked."""
 
     @property
     def task(self) -> Task: ...
     @property
     def new_head(self) -> bool:
-        """Whether the base's own head is left aside."""
+        """Whether the base's own head is replaced."""
         ...
 
     @property
     def prior(self) -> np.ndarray | None:
-        """What is known of an answer without its text; `None` of a language model's."""
+        """What the training targets tell about an answer without its text; `None` for a language model."""
         ...
 
     @property
     def baselines(self) -> Mapping[str, Baseline]:
-        """What one answer to all scores, by split."""
+        """Scores of answering from `prior` alone, by split."""
         ...
 
-    def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> Mapping[str, Rows]:
-        """Each split in tokens."""
+    def sequences(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> Mapping[str, Sequences]:
+        """The tokens of each split."""
         ...
 
     def fingerprints(self) -> dict[str, str]:
@@ -44,9 +44,9 @@ class Data(Protocol):
         ...
 
     def describe(self) -> str:
-        """What is learnt, in words."""
+        """What is learned, in words."""
         ...
 
     def notes(self) -> list[str]:
-        """What was left out, and what else a user should know of the data."""
+        """Notes for the user, on skipped rows among others."""
         ...
