@@ -30,7 +30,14 @@ def content(name: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["matmul", "shared_input", "step", "family", "inference", "memory", "merge", "trace", "gpu"]
+    "name",
+    [
+        "matmul",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("shared_input", "step", "family", "inference", "memory", "merge", "trace", "gpu")
+        ),
+    ],
 )
 def test_it_runs(name: str, tmp_path: Path) -> None:
     result = content(name, tmp_path)
