@@ -124,8 +124,8 @@ MUTATIONS = (
     Mutation(
         "save: the tensors' checksum is another",
         STORE,
-        '"sha256": sha256_file(staging / TENSORS),',
-        '"sha256": "0" * 64,',
+        '"sha256": sha256_file(staging / TENSORS),\n            "base": fingerprint(_frozen_leaves(leaves, labels)),',
+        '"sha256": "0" * 64,\n            "base": fingerprint(_frozen_leaves(leaves, labels)),',
         (ADAPTERS,),
     ),
     Mutation(
@@ -374,12 +374,9 @@ def _try(mutation: Mutation, copy: Path, *, quick: bool) -> Outcome:
     finally:
         file.write_text(text, encoding="utf-8")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    if done.returncode not in (0, 1) or (done.returncode == 1 and not failed):
-        # Tests that can't be collected see a mutation, too; no test at all, or a wrong argument, is a defect here.
-        if not failed:
-            raise SystemExit(
-                f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr}"
-            )
+    # Tests that can't be collected see a mutation, too; no test at all, or a wrong argument, is a defect here.
+    if done.returncode != 0 and not failed:
+        raise SystemExit(f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}{done.stderr}")
     seen = failed[0].split(" - ")[0].partition(" ")[2] if failed else ""
     return Outcome(mutation, done.returncode != 0, seen)
 
@@ -390,7 +387,7 @@ def _find(mutation: Mutation, copy: Path) -> Path:
     files = [file] if file.exists() else sorted((copy / "lora_jax").rglob("*.py"))
     found = [path for path in files if path.read_text(encoding="utf-8").count(mutation.old) == 1]
     if len(found) != 1:
-        raise SystemExit(f"{mutation.name}: {len(found)} files have once\n{mutation.old}\nMend scripts/mutations.py.")
+        raise SystemExit(f"{mutation.name}: {len(found)} files have once\n{mutation.old}\nFix scripts/mutations.py.")
     return found[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from importlib import metadata
+from typing import Any
 
 # Set before JAX starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,11 +24,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
+from . import programs, tiers
+
 jax.config.update("jax_num_cpu_devices", 2)
 # The laws compare two ways to compute one thing: neither may round its operands first.
 jax.config.update("jax_default_matmul_precision", "highest")
-
-from . import programs, tiers
 
 if os.environ.get(programs.FOLDER):
     programs.keep_in(os.environ[programs.FOLDER])
@@ -38,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what isn't of the tier, and puts costly files first, so that no process works on one at the end, alone."""
+    """Leaves out what isn't of the tier. Costly files come first, so that no process works on one alone at the end."""
     if config.getoption("--quick"):
         left_out = tiers.left_out(items)
         items[:] = [item for item in items if item.nodeid not in left_out]
@@ -53,8 +54,9 @@ _LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_LEFT_OUT, Counter()))
+    output = getattr(session.config, "workeroutput", None)  # of a worker of pytest-xdist
+    if output is not None:
+        output["left_out"] = dict(session.config.stash.get(_LEFT_OUT, Counter()))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -69,5 +71,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     return tiers.scheduler(config, log)

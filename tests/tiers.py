@@ -13,8 +13,13 @@ The full tier is every test. The quick one (`pytest --quick`) leaves out
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:  # single processes do without it
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
 
 # Tests whose cases are products of tables, and take most of the time.
 CROSSED = (
@@ -49,9 +54,9 @@ def left_out(items: Sequence[pytest.Item]) -> dict[str, str]:
     for item in items:
         if item.get_closest_marker("full"):
             found[item.nodeid] = "tests that are marked `full`"
-        elif item.nodeid.startswith(CROSSED) and hasattr(item, "callspec"):
+        elif item.nodeid.startswith(CROSSED) and (case := getattr(item, "callspec", None)) is not None:
             test = item.nodeid.partition("[")[0]
-            values = {(name, _told(value)) for name, value in item.callspec.params.items()}
+            values = {(name, _told(value)) for name, value in case.params.items()}
             if values <= seen.setdefault(test, set()):
                 found[item.nodeid] = "combinations of parameters that other cases have one by one"
             seen[test] |= values
@@ -76,7 +81,7 @@ def file_of(nodeid: str) -> str:
     return nodeid.partition("::")[0]
 
 
-def scheduler(config: pytest.Config, log: object) -> object:
+def scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
     """A process gets a whole file, whose tests share what they have compiled; of `SPREAD`, a test."""
     from xdist.scheduler import LoadFileScheduling
 
