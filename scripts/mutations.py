@@ -119,7 +119,7 @@ MUTATIONS = (
         MATMUL,
         "_product(da, b, stack) + _product(a, db, stack)",
         "_product(da, b, stack)",
-        ("tests/test_matmul.py", "tests/test_low_rank.py"),
+        (LAWS, "-k", "law_2"),
     ),
     Mutation(
         "save: the tensors' checksum is another",
