@@ -289,7 +289,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import importlib.util
-spec = importlib.util.spec_from_file_location("locks", sys.argv[2] + "/lora_jax/locks.py")
+spec = importlib.util.spec_from_file_location("locks", sys.argv[2] + "/lora_jax/files/locks.py")
 locks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(locks)
 with locks.locked(Path(sys.argv[1])) as held:

@@ -132,6 +132,12 @@ def interrupt_at(step):
     return listen
 
 
+def counted_tokens(run):
+    """What the last checkpoint says of all steps before it."""
+    (file,) = (run / "checkpoints" / "step_40" / "progress").glob("metadata")
+    return json.loads(file.read_text())["progress"]["meter"]["tokens"]
+
+
 def test_interrupted_anywhere_it_ends_the_same(finished, options, tmp_path):
     config = TrainConfig(**options, output=str(tmp_path / "run"))
     first, second = 13, 33  # within an epoch, and at the first step of one
@@ -144,6 +150,7 @@ def test_interrupted_anywhere_it_ends_the_same(finished, options, tmp_path):
     assert result.metrics == finished.metrics
     assert [row["step"] for row in result.history] == [row["step"] for row in finished.history]
     assert result.padding_share == finished.padding_share
+    assert counted_tokens(result.output) == counted_tokens(finished.output)
 
 
 @pytest.mark.parametrize("method", ["full", "norms", "bitfit"])
