@@ -159,6 +159,7 @@ def test_label_smoothing_is_pytorchs():
     assert smooth.measure(sums, targets)["loss"] == pytest.approx((nll * weights).sum() / 3, rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(options, tmp_path):
     options = {**options, "epochs": 3, "method": {"name": "lora", "dropout": 0.1}, "dropout": 0.1, "accumulate": 2}
