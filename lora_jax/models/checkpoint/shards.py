@@ -73,7 +73,7 @@ def size_in_bytes(size: int | str) -> int:
         count = size if type(size) is int else 0
     if count < 1:
         raise ArgumentError(
-            f'`max_shard_size` must be a number of bytes, or such as "5GB" or "200MB", not {size!r:.50}.'
+            f'`max_shard_size` must be a number of bytes, or such as "5GB" or "200MB", got {size!r:.50}.'
         )
     return count
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from lora_jax.errors import ArgumentError
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, encoder_architectures
 from ..model_config import ModelConfig
 from ..nn.encoder import Embeddings, Encoder, Remat
@@ -158,7 +158,7 @@ ENCODER_MODULES = {
 BERT = Family(
     config=BertConfig,
     module=Bert,
-    names=NameTable(
+    names=TensorNames(
         modules={**ENCODER_MODULES, "classifier": "classifier"},
         prefix="bert.",
         outside=("classifier",),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, encoder_architectures
 from ..model_config import ModelConfig
 from ..nn.encoder import Embeddings, Encoder, Remat
@@ -161,7 +161,7 @@ class DistilBert(nnx.Module):
 DISTILBERT = Family(
     config=DistilBertConfig,
     module=DistilBert,
-    names=NameTable(
+    names=TensorNames(
         modules={
             "embeddings/word": "embeddings.word_embeddings",
             "embeddings/position": "embeddings.position_embeddings",

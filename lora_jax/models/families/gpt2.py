@@ -17,7 +17,7 @@ from flax import nnx
 
 from lora_jax.errors import ArgumentError
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, decoder_architectures
 from ..nn.cache import Cache
 from ..nn.causal import attend_visible
@@ -213,7 +213,7 @@ def is_transposed(path: str) -> bool:
 GPT2 = Family(
     config=Gpt2Config,
     module=Gpt2,
-    names=NameTable(
+    names=TensorNames(
         modules={
             "embeddings/word": "wte",
             "embeddings/position": "wpe",

@@ -23,7 +23,7 @@ from flax import nnx
 
 from lora_jax.errors import ArgumentError
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, decoder_architectures
 from ..nn.cache import Cache
 from ..nn.causal import attend_visible
@@ -83,7 +83,7 @@ class LlamaConfig(DecoderConfig):
         self._check_heads("num_attention_heads", "num_key_value_heads")
         if self.head_width % 2:
             raise ArgumentError(
-                f"`head_dim` must be even, not {self.head_dim}: rotary positions turn pairs of features."
+                f"`head_dim` must be even, got {self.head_dim}: rotary positions turn pairs of features."
             )
         self._check_choice("hidden_act", ACTIVATIONS)
         self._check_positive("rms_norm_eps")
@@ -200,14 +200,14 @@ class Qwen2Config(LlamaConfig):
         if self.sliding_window is not None:
             self._check_size("sliding_window")
         if type(self.max_window_layers) is not int or self.max_window_layers < 0:
-            raise ArgumentError(f"`max_window_layers` must be a number of layers, not {self.max_window_layers!r:.50}.")
+            raise ArgumentError(f"`max_window_layers` must be a number of layers, got {self.max_window_layers!r:.50}.")
         kinds = self.layer_types
         if kinds is None:
             return
         if len(kinds) != self.num_hidden_layers or any(kind not in _KINDS for kind in kinds):
             raise ArgumentError(
                 f"`layer_types` must be one of {', '.join(map(repr, _KINDS))} for each of the "
-                f"{self.num_hidden_layers} layers, not {list(kinds)!r:.200}."
+                f"{self.num_hidden_layers} layers, got {list(kinds)!r:.200}."
             )
         if _SLIDING in kinds and (not self.use_sliding_window or self.sliding_window is None):
             raise ArgumentError(
@@ -219,7 +219,7 @@ class Qwen2Config(LlamaConfig):
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         if isinstance(config, Mapping) and (kinds := config.get("layer_types")) is not None:
             if not isinstance(kinds, list | tuple):
-                raise ArgumentError(f"`layer_types` must be a list, not {kinds!r:.50}.")
+                raise ArgumentError(f"`layer_types` must be a list, got {kinds!r:.50}.")
             config = {**config, "layer_types": tuple(kinds)}
         return super().from_dict(config)
 
@@ -387,7 +387,7 @@ class MLP(nnx.Module):
 LLAMA = Family(
     config=LlamaConfig,
     module=Llama,
-    names=NameTable(
+    names=TensorNames(
         modules={
             "embeddings/word": "embed_tokens",
             "layers/{}/attention/norm": "layers.{}.input_layernorm",

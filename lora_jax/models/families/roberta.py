@@ -16,7 +16,7 @@ from flax import nnx
 
 from lora_jax.errors import ArgumentError
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import encoder_architectures
 from ..nn.encoder import Embeddings, Encoder, Remat
 from ..nn.heads import DenseHead, Pooling, pool
@@ -39,7 +39,7 @@ class RobertaConfig(BertConfig):
         super().__post_init__()
         if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
             raise ArgumentError(
-                f"`pad_token_id` must be a token, from 0 to {self.vocab_size - 1:,}, not {self.pad_token_id!r:.50}: "
+                f"`pad_token_id` must be a token, from 0 to {self.vocab_size - 1:,}, got {self.pad_token_id!r:.50}: "
                 "positions are counted from it."
             )
         if self.max_length < 1:
@@ -127,7 +127,7 @@ ROBERTA = dataclasses.replace(
     config=RobertaConfig,
     module=Roberta,
     # `RobertaModel` has a pooler, the class with a head has none: a checkpoint's is left aside.
-    names=NameTable(
+    names=TensorNames(
         modules={
             **ENCODER_MODULES,
             "classifier/dense": "classifier.dense",

@@ -52,7 +52,7 @@ class Rope:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_length"):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-                raise ArgumentError(f"`{_THEIRS.get(name, name)}` must be a positive number, not {number!r:.50}.")
+                raise ArgumentError(f"`{_THEIRS.get(name, name)}` must be a positive number, got {number!r:.50}.")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ArgumentError(
                 f"`high_freq_factor` ({self.high_freq_factor}) must be more than `low_freq_factor` "
@@ -75,7 +75,7 @@ class Rope:
         name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
         entries = config.get(name) or {}
         if not isinstance(entries, Mapping) or any(isinstance(value, Mapping) for value in entries.values()):
-            raise ArgumentError(f"`{name}` must be one object of numbers for all layers, not {entries!r:.80}.")
+            raise ArgumentError(f"`{name}` must be one object of numbers for all layers, got {entries!r:.80}.")
         partial = entries.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial not in (None, 1):
             raise ArgumentError(f"`partial_rotary_factor` is {partial!r:.50}, and only all features are turned here.")

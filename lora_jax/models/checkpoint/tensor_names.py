@@ -22,7 +22,7 @@ def is_kernel(path: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NameTable:
+class TensorNames:
     """The names of a family.
 
     Attributes:
@@ -33,7 +33,7 @@ class NameTable:
         is_transposed: whether the leaf at a path is the transpose of its tensor.
 
     Example:
-        >>> table = NameTable(modules={"layers/{}/up": "layer.{}.dense", "head": "cls"}, prefix="m.", outside=("head",))
+        >>> table = TensorNames(modules={"layers/{}/up": "layer.{}.dense", "head": "cls"}, prefix="m.", outside=("head",))
         >>> table.tensor("layers/3/up/kernel", prefix="m."), table.tensor("head/bias", prefix="m.")
         ('m.layer.3.dense.weight', 'cls.bias')
     """
