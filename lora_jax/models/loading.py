@@ -173,9 +173,7 @@ def _check_arguments(task: object, num_labels: object, pooling: object, remat: o
 def _float_dtype(dtype: jax.typing.DTypeLike | None) -> np.dtype:
     result = np.dtype(jnp.float32) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(result, jnp.floating) or jax.dtypes.canonicalize_dtype(result) != result:
-        raise ArgumentError(
-            f"`dtype` must be float32, bfloat16, float16, or float64 if JAX enables it, got {result}."
-        )
+        raise ArgumentError(f"`dtype` must be float32, bfloat16, float16, or float64 if JAX enables it, got {result}.")
     return result
 
 

@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from ..errors import ArgumentError
 
@@ -65,7 +65,8 @@ class ModelConfig(abc.ABC):
         cls._check_variant(config)
         if missing := [name for name in _sizes(cls) if name not in config]:
             raise ArgumentError(f"the configuration lacks {', '.join(f'`{name}`' for name in missing)}.")
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+        values: dict[str, Any] = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        return cls(**values)
 
     @classmethod
     def _check_variant(cls, config: Mapping[str, object]) -> None:
@@ -103,7 +104,7 @@ class ModelConfig(abc.ABC):
             raise ArgumentError(f"`{name}` must be a positive number, got {number!r:.50}.")
 
 
-def model_type_of(config: Mapping[str, Any]) -> object:
+def model_type_of(config: Mapping[str, object]) -> object:
     """The `model_type` in the content of a `config.json`.
 
     Raises:

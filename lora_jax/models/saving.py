@@ -16,7 +16,7 @@ from ..paths import leaves_by_path, listed
 from ..weights import is_adapted
 from .checkpoint.hub import find_base
 from .checkpoint.byte_progress import ByteCount, Progress
-from .checkpoint.shards import HostTensor, index, is_weights_file, shard, size_in_bytes
+from .checkpoint.shards import HostTensor, index, is_weights_file, shard, size_in_bytes, total_size
 from .checkpoint.weight_files import INDEX, locate_tensors, read_config, read_tensors
 from .families.registry import family_of
 from .model import Model, difference
@@ -101,7 +101,7 @@ def save_pretrained(
     with replacing(folder, (*companions, *files, *described, _CONFIG), obsolete=is_weights_file) as staging:
         for name in companions:
             write_text(staging / name, read_text(base / name, max_bytes=_LARGEST_COMPANION))
-        count = ByteCount(index(files)["metadata"]["total_size"], progress)
+        count = ByteCount(total_size(files), progress)
         for name, tensors in files.items():
             write_safetensors(staging / name, tensors, {"format": "pt"}, written=count.add)
         for name in described:
