@@ -16,17 +16,17 @@ import numpy as np
 from ..errors import ArgumentError
 from ..files import FileError
 from ..paths import leaves_by_path, path_key
-from .checkpoint.hub import find_base
 from .checkpoint.byte_progress import Progress
+from .checkpoint.hub import find_base
 from .checkpoint.weight_files import Located, locate_tensors, read_tensors
 from .families.registry import family_of, read_model_config
 from .family import HEAD, WORDS, Family, Task
+from .leaf_reader import read_leaves
 from .model import Model, check_options, difference, skeleton
 from .model_config import ModelConfig
 from .nn.decoder import DecoderConfig
 from .nn.encoder import Remat
 from .nn.heads import Pooling
-from .leaf_reader import read_leaves
 from .stacking import is_stacked, layer_path
 
 

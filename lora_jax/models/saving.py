@@ -14,8 +14,8 @@ from ..errors import ArgumentError
 from ..files import read_text, replacing, write_json, write_safetensors, write_text
 from ..paths import leaves_by_path, listed
 from ..weights import is_adapted
-from .checkpoint.hub import find_base
 from .checkpoint.byte_progress import ByteCount, Progress
+from .checkpoint.hub import find_base
 from .checkpoint.shards import HostTensor, index, is_weights_file, shard, size_in_bytes, total_size
 from .checkpoint.weight_files import INDEX, locate_tensors, read_config, read_tensors
 from .families.registry import family_of

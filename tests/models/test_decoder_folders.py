@@ -16,7 +16,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.files import FileError, read_json, read_safetensors, write_safetensors
-from lora_jax.models import loading, reading
+from lora_jax.models import leaf_reader, loading
 from lora_jax.paths import leaves_by_path
 from tests.tiny_decoders import CLASSES, FAMILIES, split_into_parts, write_tiny_decoder
 from tests.tiny_encoders import write_tiny
@@ -122,7 +122,7 @@ def test_parts_are_read_as_one_each_tensor_once(
             held.append(array.nbytes)
             yield name, array
 
-    monkeypatch.setattr(reading, "read_tensors", counted)
+    monkeypatch.setattr(leaf_reader, "read_tensors", counted)
     model = models.load(folder, task="causal-lm", scan_layers=scan)
     monkeypatch.undo()
     assert len(held) == len(read_safetensors(bases["llama"] / "model.safetensors"))  # each read once

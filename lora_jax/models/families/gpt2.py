@@ -82,9 +82,7 @@ class Gpt2Config(DecoderConfig):
     @classmethod
     def _check_variant(cls, config: Mapping[str, object]) -> None:
         if config.get("add_cross_attention"):
-            raise ArgumentError(
-                "`add_cross_attention` must be false: decoders with an encoder aren't implemented."
-            )
+            raise ArgumentError("`add_cross_attention` must be false: decoders with an encoder aren't implemented.")
 
 
 class Gpt2(Decoder):

@@ -62,7 +62,7 @@ class Place(NamedTuple):
     """
 
     number: Int[Array, ""] | int
-    setting: Shaped[Array, ""] | np.float32 | np.bool_ | None
+    setting: Shaped[Array, ""] | None
 
 
 class Decoder(nnx.Module):
@@ -190,7 +190,7 @@ def run_layers(
         run = jax.checkpoint(run, policy=policy, prevent_cse=not scanned, static_argnums=0)
     if not scanned:
         for number, layer in enumerate(layers):
-            place = Place(number, None if settings is None else settings[number])
+            place = Place(number, None if settings is None else jnp.asarray(settings[number]))
             x, cache = run(*nnx.split(layer), place, x, cache)
         return x, cache
     graph, state = nnx.split(layers)

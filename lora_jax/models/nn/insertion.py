@@ -71,9 +71,7 @@ def adapted(adapter: InsertedAdapter | None, h: Float[Array, "*batch d"]) -> Flo
 
 
 @overload
-def with_prefix(
-    prefix: InsertedPrefix | None, key: Array, value: Array, mask: Array
-) -> tuple[Array, Array, Array]: ...
+def with_prefix(prefix: InsertedPrefix | None, key: Array, value: Array, mask: Array) -> tuple[Array, Array, Array]: ...
 @overload
 def with_prefix(
     prefix: InsertedPrefix | None, key: Array, value: Array, mask: Array | None
