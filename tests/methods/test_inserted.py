@@ -316,7 +316,7 @@ def test_folders_for_others_are_refused(method: lj.Method, folder: Any, tmp_path
     tree = trained(model.params, method)
     with pytest.raises(lj.AdapterError, match=r"keep the folder that `lj.save_adapter` writes"):
         lj.interop.export_peft(tmp_path / "peft", tree, method, names=model.names)
-    with pytest.raises(ValueError, match="which the base hasn't and transformers doesn't know"):
+    with pytest.raises(ValueError, match="which neither the base nor transformers has"):
         lj.models.save_pretrained(tmp_path / "whole", model, lj.merge_params(tree), source=folder / "bert")
 
 
