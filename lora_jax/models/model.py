@@ -261,8 +261,8 @@ def _check_cache(config: DecoderConfig, tokens: Array, cache: Cache | int | None
             raise ArgumentError(f"`cache` must have at least one slot for each of the {time} tokens, got {cache!r}.")
         if config.bounded_positions and cache > config.max_length:
             raise ArgumentError(
-                f"`cache` of {cache} slots, for the prompt and what is to come, is more than the model's "
-                f"{config.max_length} positions."
+                f"`cache` must have at most {config.max_length} slots, the model's positions, for the prompt and new "
+                f"tokens, got {cache}."
             )
         return empty_cache(config.cache_sizes, batch=batch, slots=cache, dtype=dtype)
     if not isinstance(cache, Cache):

@@ -343,8 +343,8 @@ def test_an_adapter_goes_both_ways():
 @pytest.mark.parametrize(
     ("function", "tree", "message"),
     [
-        (models.stack_layers, {"norm": jnp.ones(1)}, r"must have its layers side by side below \"layers\""),
-        (models.stack_layers, {"layers": {"kernel": jnp.ones((2, 1))}}, r"these are stacked already"),
+        (models.stack_layers, {"norm": jnp.ones(1)}, r"must have one subtree per layer below \"layers\""),
+        (models.stack_layers, {"layers": {"kernel": jnp.ones((2, 1))}}, r"got stacked layers"),
         (
             models.stack_layers,
             {"layers": {"0": {"a": jnp.ones(2)}, "1": {"a": jnp.ones(3)}}},
@@ -355,12 +355,12 @@ def test_an_adapter_goes_both_ways():
             {"layers": {"0": {"a": jnp.ones(2)}, "1": {"b": jnp.ones(2)}}},
             r"layers that can't be stacked, as they differ",
         ),
-        (models.unstack_layers, {"layers": {"0": {"a": jnp.ones(2)}}}, r"these are side by side already"),
+        (models.unstack_layers, {"layers": {"0": {"a": jnp.ones(2)}}}, r"got one subtree per layer"),
         (models.unstack_layers, {}, r"must have its layers stacked below \"layers\""),
         (
             models.unstack_layers,
             {"layers": {"a": jnp.ones((2, 1)), "b": jnp.ones((3, 1))}},
-            r"different numbers of layers: \[2, 3\]",
+            r"same number of layers in each stacked leaf, got \[2, 3\]",
         ),
     ],
 )
@@ -438,7 +438,7 @@ def test_the_last_token_alone():
     [
         ({"cache": 8}, r"`cache` must have at least one slot for each of the 9 tokens, got 8"),
         ({"cache": True}, r"`cache` must have at least one slot"),
-        ({"cache": 49}, r"`cache` of 49 slots, for the prompt and what is to come, is more than the model's 48 pos"),
+        ({"cache": 49}, r"`cache` must have at most 48 slots, the model's positions, .*got 49"),
         ({"cache": {}}, r"`cache` must be a number of slots or a `Cache`, got dict"),
         (
             {"position_ids": np.zeros((2, 8), int)},
