@@ -85,7 +85,7 @@ def test_counts_of_bert_base_are_the_formulas(method: lj.Method, formula: int) -
 def test_an_adapter_computes_its_formula() -> None:
     from scipy.special import erf
 
-    from lora_jax.models.nn.insertion import Adapter
+    from lora_jax.models.nn.insertion import InsertedAdapter
 
     rng = np.random.default_rng(0)
     shapes = {"down/kernel": (4, 2), "down/bias": (2,), "up/kernel": (2, 4), "up/bias": (4,)}
@@ -94,7 +94,7 @@ def test_an_adapter_computes_its_formula() -> None:
     inner = h.astype(np.float64) @ arrays["down/kernel"] + arrays["down/bias"]
     inner = inner * (1 + erf(inner / np.sqrt(2))) / 2
     wanted = h + inner @ arrays["up/kernel"] + arrays["up/bias"]
-    found = Adapter({name: jnp.asarray(array) for name, array in arrays.items()})(jnp.asarray(h))
+    found = InsertedAdapter({name: jnp.asarray(array) for name, array in arrays.items()})(jnp.asarray(h))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
@@ -316,7 +316,7 @@ def test_folders_for_others_are_refused(method: lj.Method, folder: Any, tmp_path
     tree = trained(model.params, method)
     with pytest.raises(lj.AdapterError, match=r"keep the folder that `lj.save_adapter` writes"):
         lj.interop.export_peft(tmp_path / "peft", tree, method, names=model.names)
-    with pytest.raises(ValueError, match="which the base hasn't and transformers doesn't know"):
+    with pytest.raises(ValueError, match="which neither the base nor transformers has"):
         lj.models.save_pretrained(tmp_path / "whole", model, lj.merge_params(tree), source=folder / "bert")
 
 

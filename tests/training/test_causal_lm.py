@@ -255,7 +255,7 @@ def test_an_end_beyond_the_embeddings_is_refused(tmp_path):
 def test_a_base_without_an_end_is_refused(tmp_path):
     folder = Path(write_language_base(tmp_path / "base", eos_token_id=None))
     write_json(folder / "tokenizer_config.json", {})
-    with pytest.raises(files.FileError, match=r"names no end-of-text: neither `eos_token` in tokenizer_config.json"):
+    with pytest.raises(files.FileError, match=r"has no end-of-text token: add `eos_token` to tokenizer_config.json"):
         lj.models.read_special_tokens(folder)
     write_json(folder / "tokenizer_config.json", [])
     with pytest.raises(files.FileError, match=r"must be a JSON object, and is a list"):

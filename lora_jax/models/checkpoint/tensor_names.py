@@ -1,4 +1,4 @@
-"""The two names of every parameter: its leaf path here, and its tensor in a Hugging Face checkpoint."""
+"""`TensorNames`: maps leaf paths to the names of tensors and modules in Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ _NUMBER = re.compile(r"(?<=[/.])\d+(?=[/.])")
 # Norms in checkpoints converted from TensorFlow.
 _OLD_SUFFIXES = {".gamma": ".weight", ".beta": ".bias"}
 
-# In checkpoints of old versions, and no parameters.
+# Buffers in checkpoints of old versions, which aren't parameters.
 _BUFFERS = re.compile(r"embeddings\.(position_ids|token_type_ids)")
 
 
 def is_kernel(path: str) -> bool:
-    """Whether the leaf at `path` is a linear layer's weight: `(in, out)` here, `(out, in)` in `torch.nn.Linear`."""
+    """Whether the leaf at `path` is the weight of a linear layer, `(in, out)` here and `(out, in)` in PyTorch."""
     return path.endswith("/kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NameTable:
-    """The names of a family.
+class TensorNames:
+    """A family's names in Hugging Face checkpoints.
 
     Attributes:
-        modules: `{module here: module there}`, with `{}` for the number of a layer.
-        prefix: the attribute, with its dot, in which the task classes of transformers keep the model without head.
-        outside: modules here that the task classes keep beside that attribute, heads.
-        unused: a regular expression for tensors that checkpoints hold and no model here has, the heads of pretraining.
-        is_transposed: whether the leaf at a path is the transpose of its tensor.
+        modules: `{module path: Hugging Face module}`, with `{}` for the number of a layer.
+        prefix: Attribute, with its dot, in which the task classes of transformers keep the model without its head.
+        outside: Module paths that the task classes keep outside that attribute: heads.
+        unused: Regular expression for the tensors of a checkpoint that no bundled model has, such as pretraining heads.
+        is_transposed: Function that says whether the leaf at a path is the transpose of its tensor.
 
     Example:
-        >>> table = NameTable(modules={"layers/{}/up": "layer.{}.dense", "head": "cls"}, prefix="m.", outside=("head",))
+        >>> modules = {"layers/{}/up": "layer.{}.dense", "head": "cls"}
+        >>> table = TensorNames(modules=modules, prefix="m.", outside=("head",))
         >>> table.tensor("layers/3/up/kernel", prefix="m."), table.tensor("head/bias", prefix="m.")
         ('m.layer.3.dense.weight', 'cls.bias')
     """
@@ -48,8 +49,8 @@ class NameTable:
         """The Hugging Face module of the leaf at `path`.
 
         Args:
-            path: a leaf path of a model of the family.
-            prefix: of what isn't `outside`: the table's own in the task classes, nothing in the class without head.
+            path: Leaf path in a model of the family.
+            prefix: Prefix of modules that aren't `outside`: the family's own in the task classes, none otherwise.
         """
         module = path.rpartition("/")[0]
         number = _NUMBER.search(module)
@@ -65,14 +66,14 @@ class NameTable:
         return {path: self.module(path, prefix=prefix) for path in paths}
 
     def tops(self, head: str) -> frozenset[str]:
-        """The first segments that the names of the tensors of a top-level module here have there."""
+        """The first segments of the Hugging Face names of a top-level module's tensors."""
         return frozenset(name.split(".")[0] for path, name in self.modules.items() if path.split("/")[0] == head)
 
     def modern(self, tensors: Iterable[str]) -> dict[str, str]:
-        """`{name as in the class without head: name in the checkpoint}`, for the tensors that mean something.
+        """`{name in the class without a head: name in the checkpoint}`, without buffers and pretraining heads.
 
-        Takes the prefix off, `gamma` and `beta` for what is now `weight` and `bias`, and leaves out buffers and
-        pretraining heads. Where two tensors would get one name, the later is found under its own.
+        Removes the prefix, and replaces the old `gamma` and `beta` by `weight` and `bias`. If two tensors would get the
+        same name, the second keeps its own.
         """
         names: dict[str, str] = {}
         for tensor in tensors:
@@ -85,7 +86,7 @@ class NameTable:
         return names
 
     def layer_count(self, names: Iterable[str]) -> int:
-        """One more than the highest number of a layer in Hugging Face tensor names without the prefix."""
+        """Number of layers, judged by the highest layer index in Hugging Face tensor names without the prefix."""
         numbers = (self._layer.match(name) for name in names)
         return max((int(number.group(1)) + 1 for number in numbers if number), default=0)
 

@@ -1,15 +1,15 @@
-"""How far reading or writing weights has come, for whoever wants to show it: the library itself prints nothing."""
+"""Progress of reading or writing weights, reported to a callback."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# Called with the bytes done so far and those to do.
+# Called with the bytes done and the bytes in total.
 Progress = Callable[[int, int], None]
 
 
 class ByteCount:
-    """Tells a `Progress` at the start, and after each part.
+    """Calls a `Progress` at the start and after each part.
 
     Example:
         >>> count = ByteCount(12, lambda done, total: print(f"{done} of {total}"))

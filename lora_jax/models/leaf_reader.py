@@ -1,4 +1,4 @@
-"""The leaves of a tree from the tensors of a checkpoint, one after the other."""
+"""Reads a model's leaves from the tensors of a checkpoint, one at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..files import FileError
-from .checkpoint.reporting import ByteCount, Progress
+from .checkpoint.byte_progress import ByteCount, Progress
 from .checkpoint.weight_files import Located, read_tensors
 from .family import Family
 from .stacking import is_stacked
@@ -22,18 +22,18 @@ def read_leaves(
     tensors: Mapping[str, Located],
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
-    """Reads what a checkpoint holds. Beside the result, memory is taken for one leaf.
+    """Reads leaves from a checkpoint. Peak memory is the result and one leaf.
 
     Args:
-        family: says which tensors are transposed.
-        leaves: shapes and dtypes by path.
-        held: the tensors that each leaf is made of: one, or those of the layers of a stacked one. A tensor may be that
-            of two leaves.
-        tensors: where they are.
-        progress: see `load`.
+        family: The model's family, which knows which tensors are transposed.
+        leaves: Shapes and dtypes of the leaves, by path.
+        held: Names of the tensors that make up each leaf: one, or one per layer for a stacked leaf. Two leaves may
+            share a tensor.
+        tensors: Locations of the tensors, by name.
+        progress: See `load`.
 
     Raises:
-        FileError: A tensor that holds NaN or an infinity, or does once it has the leaf's dtype.
+        FileError: A tensor holds NaN or an infinity, or does after the cast to the leaf's dtype.
     """
     stacks = {path: names for path, names in held.items() if is_stacked(path)}
     single: dict[str, list[str]] = {}
@@ -46,8 +46,8 @@ def read_leaves(
     for name, array in read_tensors(tensors, single):
         for path in single[name]:
             turned = array.T if family.names.is_transposed(path) else array
-            # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
-            with np.errstate(over="ignore"):  # told below
+            # A copy, since a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
+            with np.errstate(over="ignore"):  # `_check_finite` reports it
                 cast = turned.astype(leaves[path].dtype, copy=False)
             _check_finite(cast, array, name, tensors[name])
             values[path] = jnp.array(cast, copy=True)
@@ -65,17 +65,17 @@ def read_leaves(
 
 
 def _check_finite(cast: np.ndarray, array: np.ndarray, name: str, located: Located) -> None:
-    """A single NaN in a base makes one of every loss, and looks as if training had diverged."""
-    # The sum is finite if all are: half of the time, and no array of flags.
+    """A single NaN in a base makes every loss NaN, which looks as if training had diverged."""
+    # If the sum is finite, so is every value. This takes half the time, and no array of flags.
     if np.isfinite(cast.sum(dtype=np.float64)) or (finite := np.isfinite(cast.astype(np.float64))).all():
         return
     count = f"{finite.size - finite.sum():,} of {finite.size:,} values"
     if np.isfinite(array.astype(np.float64)).all():
         raise FileError(
-            f"{located.file}: {count} of the tensor '{name}' are too large for {cast.dtype} (they are {array.dtype}): "
-            "load it with another `dtype`."
+            f"{located.file}: {count} in the tensor '{name}' ({array.dtype}) are too large for {cast.dtype}: load the "
+            "model with another `dtype`."
         )
     raise FileError(
-        f"{located.file}: {count} of the tensor '{name}' are NaN or infinite. The file is damaged, or was saved after "
-        "training had diverged: take another."
+        f"{located.file}: {count} in the tensor '{name}' are NaN or infinite. The file is damaged, or was saved after "
+        "training had diverged: use another."
     )
