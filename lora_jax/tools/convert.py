@@ -21,7 +21,8 @@ from lora_jax.models.stacking import is_stacked, layer_path
 from lora_jax.paths import leaves_by_path
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.examples import Columns
-from lora_jax.training.task import KINDS, restore_task
+from lora_jax.training.options import TASKS
+from lora_jax.training.task import restore_task
 from lora_jax.training.task_file import TaskFile, write_task
 
 from .inspect import Group, trained_groups
@@ -261,7 +262,7 @@ def _layer_paths(path: str, layers: int) -> list[str]:
 
 def _task_file(source: AdapterSource, labels: Sequence[str] | None) -> TaskFile | None:
     model = source.model
-    if source.task_file is not None or model.task not in KINDS:
+    if source.task_file is not None or model.task not in TASKS:
         return source.task_file
     return TaskFile(
         base=source.base,

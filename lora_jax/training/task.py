@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,9 @@ from .data.table import shown
 from .errors import ConfigError, DataError
 from .examples import Examples
 from .metrics import classification_metrics, language_metrics, regression_metrics
+from .options import TASKS, TaskKind
 
-Kind = Literal["classification", "regression", "causal-lm"]
 _LARGEST = float(np.finfo(np.float32).max)
-KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class Task(abc.ABC):
         labels: the label names in the order of the logits; empty where there are none.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[TaskKind]
     metrics: ClassVar[tuple[str, ...]]
     has_accuracy: ClassVar[bool] = True
     labels: tuple[str, ...] = ()
@@ -103,7 +102,7 @@ class LabelledTask(Task):
 class Classification(LabelledTask):
     """One of the `labels`."""
 
-    kind: ClassVar[Kind] = "classification"
+    kind: ClassVar[TaskKind] = "classification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews", "loss")
 
     @property
@@ -156,7 +155,7 @@ class Classification(LabelledTask):
 class Regression(LabelledTask):
     """A number."""
 
-    kind: ClassVar[Kind] = "regression"
+    kind: ClassVar[TaskKind] = "regression"
     metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "loss")
     has_accuracy: ClassVar[bool] = False
 
@@ -198,7 +197,7 @@ class CausalLM(Task):
             vocabulary, as PyTorch's cross entropy has it. Metrics are without.
     """
 
-    kind: ClassVar[Kind] = "causal-lm"
+    kind: ClassVar[TaskKind] = "causal-lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "loss")
     label_smoothing: float = 0.0
 
@@ -237,7 +236,7 @@ def make_task(kind: str, train: Examples) -> LabelledTask:
     if kind == "regression":
         return Regression()
     if kind != "classification":
-        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
+        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(TASKS)} is expected.")
     if train.labels is None:
         raise DataError(f"{train.name} was read without a label column.")
     names = {_label_name(value, train.name, row) for row, value in zip(train.numbers, train.labels, strict=True)}
@@ -262,7 +261,7 @@ def restore_task(kind: str, labels: Sequence[str]) -> Task:
     """The task of a saved adapter."""
     tasks = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
     if kind not in tasks:
-        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
+        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(TASKS)} is expected.")
     return tasks[kind](labels=tuple(labels))
 
 

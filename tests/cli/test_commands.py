@@ -17,7 +17,8 @@ from lora_jax import files
 from lora_jax.cli import demo
 from lora_jax.cli.main import main, make_parser
 from lora_jax.training import load_predictor
-from lora_jax.training.config import TrainConfig, read_yaml
+from lora_jax.training.config import RunConfig, resolve
+from lora_jax.training.config_file import read_yaml
 
 COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "analyze", "demo")
 

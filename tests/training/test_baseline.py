@@ -12,7 +12,7 @@ import pytest
 from lora_jax.cli.main import main
 from lora_jax.training import TrainConfig, train
 from lora_jax.training.baseline import Baseline, baseline_of
-from lora_jax.training.config import read_yaml
+from lora_jax.training.config_file import read_yaml
 from lora_jax.training.run.events import Evaluated
 from lora_jax.training.run.progress import verdict
 from lora_jax.training.task import Classification, Regression

@@ -21,7 +21,7 @@ from lora_jax.training.run import loop
 from lora_jax.training.run.checkpoint import Checkpoints
 from lora_jax.training.run.events import Evaluated, Note, StepDone
 from lora_jax.training.run.folder import RunFolder, held_alone
-from lora_jax.training.run.setup import prepare
+from lora_jax.training.run.setup import prepare_run
 from lora_jax.training.task import Classification
 
 from .test_checkpoint import threads_left_to_end
@@ -53,7 +53,7 @@ def test_a_tiny_model_learns(finished):
 
 
 def test_padding_is_what_the_batches_hold(finished, options):
-    run = prepare(TrainConfig(**options, output="out"), lambda event: None)
+    run = prepare_run(TrainConfig(**options, output="out"), lambda event: None)
     batches = [run.batches.batch(step) for step in range(run.steps)]
     tokens = sum(batch.tokens for batch in batches)
     assert tokens == 5 * run.splits["train"].lengths.sum()
@@ -155,7 +155,7 @@ def test_in_bfloat16_what_is_trained_moves_and_goes_on_after_an_interruption(met
     options = {**options, "dev": None, "dtype": "bfloat16", "method": method, "lr": 1e-3, "accumulate": 2}
     config = TrainConfig(**options, output=str(tmp_path / "run"))
     result = train(config)
-    run = prepare(config, lambda event: None)
+    run = prepare_run(config, lambda event: None)
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         state = checkpoints.restore(result.steps, run.state).state
     moved = []
@@ -243,7 +243,7 @@ def test_a_dev_set_of_one_row_has_no_correlation(options, tmp_path):
 
 def test_dropout_rate_replaces_the_base_s(options, tmp_path):
     def loss(dropout):
-        run = prepare(TrainConfig(**{**options, "dropout": dropout}, output="out"), lambda event: None)
+        run = prepare_run(TrainConfig(**{**options, "dropout": dropout}, output="out"), lambda event: None)
         batch = run.batches.batch(0)
         params = lj.combine(run.state.trainable, run.frozen)
         return np.asarray(run.apply(params, **batch.inputs, dropout_key=jax.random.key(0)))
@@ -295,7 +295,7 @@ def test_long_texts_are_reported(options, tmp_path):
     notes = []
     config = TrainConfig(**{**options, "max_length": 99}, output=str(tmp_path / "run"))
     (tmp_path / "long.tsv").write_text("text\tlabel\n" + "good " * 50 + "\tpos\nbad\tneg\n")
-    run = prepare(TrainConfig(**{**config.to_dict(), "train": str(tmp_path / "long.tsv")}), notes.append)
+    run = prepare_run(TrainConfig(**{**config.to_dict(), "train": str(tmp_path / "long.tsv")}), notes.append)
     messages = [note.message for note in notes if isinstance(note, Note)]
     assert "train: 1 of 2 texts cut at 32 tokens" in messages
     assert "`max_length` 99 is more than the base's positions: 32 are used" in messages
@@ -377,7 +377,7 @@ def test_results_that_no_run_wrote_are_made_anew(run_again, finished, change, me
             r"metrics\.jsonl isn't the log of a run: line 1 is no object",
         ),
         ("metrics.jsonl", b"[" * 100_000 + b"\n", r"metrics\.jsonl isn't the log of a run: line 1 is JSON nested"),
-        ("config.yaml", b"epoch: 0\n", r"config\.yaml: `epoch` is no option.*Mend the file, or choose another folder"),
+        ("config.yaml", b"epoch: 0\n", r"config\.yaml: 'epoch' is no option.*Fix the file, or choose another folder"),
         ("config.yaml", b"epochs: 1\nepochs: 2\n", r"config\.yaml.*`epochs` is there twice"),
     ],
 )
@@ -514,7 +514,7 @@ def test_a_run_of_before_whose_labels_had_other_numbers_is_refused(anew, begun, 
     folder, mine = begun
     shutil.copytree(folder / "late", tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
-    monkeypatch.setattr(loop, "prepare", lambda *args: prepare(*args)._replace(**anew))
+    monkeypatch.setattr(loop, "prepare_run", lambda *args: prepare_run(*args)._replace(**anew))
     with pytest.raises(RunFolderError, match=r"holds a run of an earlier version, which had the labels in another"):
         train(TrainConfig(**mine, output=str(tmp_path / "run")))
 
@@ -612,7 +612,7 @@ def test_a_damaged_checkpoint_has_one_before_it(case, twice, options, finished, 
             on_progress=lambda event: notes.append(event.message) if isinstance(event, Note) else None,
         )
     assert any(note.startswith("an earlier checkpoint is taken: that of step 16 is damaged, ") for note in notes)
-    assert "going on from step 8 of 40" in notes
+    assert "resuming from step 8 of 40" in notes
     assert result.resumed_from == 8
     assert_same_run(result.output, finished.output)
     assert result.metrics == finished.metrics

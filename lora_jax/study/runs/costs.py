@@ -20,7 +20,7 @@ from lora_jax.training.data.batching import AnyBatch, BatchPlan
 from lora_jax.training.run.evaluate import Forward, make_forward
 from lora_jax.training.run.events import Event, Listener, Note
 from lora_jax.training.run.loop import step_of
-from lora_jax.training.run.setup import prepare as prepare_run
+from lora_jax.training.run.setup import prepare_run
 
 from ..grid.plan import PlannedRun, Rows, chosen_rate
 from ..grid.settings import Prepared
@@ -94,7 +94,7 @@ def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> AnyBat
 
 def _step_memory(config: TrainConfig, batch: AnyBatch) -> int | None:
     run = prepare_run(config, _unheard)
-    memory = step_of(run, config).lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
+    memory = step_of(run).lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
     if memory is None:  # a backend that doesn't tell
         return None
     # What is donated is counted among arguments and results both.
