@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lora_jax.tools.convert import Conversion
 
 NAME = "convert"
+USAGE = ""
 HELP = "an adapter in PEFT's format or from it, of lower rank, or out of two full models"
 DESCRIPTION = """\
 With --adapter: writes an adapter in another format, or with a lower rank. The folder may be a run's, an adapter's or

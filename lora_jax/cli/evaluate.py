@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .options import (
-    add_base_argument,
-    add_column_arguments,
-    add_generation_arguments,
+    add_base_flag,
+    add_column_flags,
+    add_generation_flags,
     generation_options,
     given_columns,
     refuse_generation,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Score = tuple[dict[str, Any], dict[str, float | None], Baseline | None]
 
 NAME = "eval"
+USAGE = "--adapter FOLDER --test DATA [flags]"
 HELP = "score an adapter on a data set"
 DESCRIPTION = """\
 Scores a saved adapter: on labelled texts with its metrics, a language model with its perplexity; with --generate also
@@ -46,8 +47,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
     parser.add_argument("--test", required=True, metavar="DATA", help="a file or a hub data set, as for train")
-    add_column_arguments(parser)
-    add_base_argument(parser)
+    add_column_flags(parser)
+    add_base_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--generate", action="store_true", help="a language model: write, and score what is written")
     parser.add_argument("--limit", type=int, metavar="N", help="write to the first N prompts only")
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL to write: each row's prediction, or what is written with --generate",
     )
-    add_generation_arguments(parser)
+    add_generation_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,7 +110,7 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
         text_pair=columns.text_pair,
         label=columns.label,
         split="test",
-        skip_bad_rows=hasattr(args, "skip_bad_rows"),
+        skip_bad_rows=getattr(args, "skip_bad_rows", False),
     )
     assert isinstance(saved.task, LabelledTask)
     targets = saved.task.encode(examples)  # an unknown label is told before the model is loaded
@@ -163,7 +164,7 @@ def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns)
     from .weights_progress import WeightsProgress
 
     options = generation_options(args)
-    base, skip = getattr(args, "base", None), hasattr(args, "skip_bad_rows")
+    base, skip = getattr(args, "base", None), getattr(args, "skip_bad_rows", False)
     special = lj.models.read_special_tokens(base or saved.base)
     escaped = getattr(args, "escape_special_tokens", saved.escape_special_tokens)
     documents = read_documents(

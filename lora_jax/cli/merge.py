@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_base_argument
+from .options import add_base_flag
 
 NAME = "merge"
+USAGE = ""
 HELP = "fold an adapter into its base"
 DESCRIPTION = """\
 Folds an adapter into its base, W + (alpha/r) B A, and writes a Hugging Face folder: config.json, model.safetensors and
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of a weights file; larger models are split (5GB)",
     )
-    add_base_argument(parser)
+    add_base_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:

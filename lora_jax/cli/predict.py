@@ -14,9 +14,9 @@ from lora_jax.text import json_line
 
 from .arrivals import arriving_lines, chunks
 from .options import (
-    add_base_argument,
-    add_column_arguments,
-    add_generation_arguments,
+    add_base_flag,
+    add_column_flags,
+    add_generation_flags,
     generation_options,
     given_columns,
     refuse_generation,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Load = Callable[[Progress], Answer]
 
 NAME = "predict"
+USAGE = "--adapter FOLDER [flags] [FILE]"
 HELP = "label texts, or continue prompts, from lines, JSONL or a data file"
 DESCRIPTION = """\
 Labels texts; writes one JSON object a line, in the order of the input:
@@ -61,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
     parser.add_argument("--jsonl", action="store_true", help="standard input is JSONL")
     parser.add_argument("--all", action="store_true", help="add the probability of every label")
-    add_column_arguments(parser)
-    add_base_argument(parser)
-    add_generation_arguments(parser)
+    add_column_flags(parser)
+    add_base_flag(parser)
+    add_generation_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -225,7 +226,7 @@ def _rows(
     from lora_jax.training.data.sources import SUFFIXES, read_examples
     from lora_jax.training.errors import DataError
 
-    suffix, skip = Path(args.input).suffix.lower(), hasattr(args, "skip_bad_rows")
+    suffix, skip = Path(args.input).suffix.lower(), getattr(args, "skip_bad_rows", False)
     if suffix in SUFFIXES and suffix != ".jsonl":
         examples = read_examples(args.input, text=text, text_pair=pair, skip_bad_rows=skip)
         left.rows = examples.left_out

@@ -118,7 +118,10 @@ def test_default_method():
         ({"seed": 10**30}, r"`seed` must be an integer below 2\*\*63, got 1000000000000000000000000000000"),
         ({"skip_bad_rows": "yes"}, r"`skip_bad_rows` must be one of True, False, got 'yes'"),
         ({"accumulate": 3}, r"`accumulate` must divide `batch_size` 32, got 3"),
-        ({"remat": "some"}, r"`remat` must be one of nothing_saveable, dots_saveable, dots_with_no_batch_dims_saveable, got 'some'"),
+        (
+            {"remat": "some"},
+            r"`remat` must be one of nothing_saveable, dots_saveable, dots_with_no_batch_dims_saveable, got 'some'",
+        ),
         ({"lr": "fast"}, r"`lr` must be a number of at least 0, got 'fast'"),
         ({"lr": float("nan")}, r"`lr` must be a number of at least 0, got nan"),
         ({"lr": {"head": -1}}, r"`lr` must be a number of at least 0, got -1 for 'head'"),

@@ -83,7 +83,10 @@ def test_decay_by_label():
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"lora_a": 1e-3, "lora_b": 1e-3}, r"`lr` must have the labels .*, head, lora_a, lora_b, got lora_a, lora_b: 'head' is missing"),
+        (
+            {"lora_a": 1e-3, "lora_b": 1e-3},
+            r"`lr` must have the labels .*, head, lora_a, lora_b, got lora_a, lora_b: 'head' is missing",
+        ),
         ({"lora_a": 1, "lora_b": 1, "head": 1, "bias": 1}, r"'bias' is not trained"),
     ],
 )
