@@ -31,9 +31,9 @@ _MOST = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="a run's folder, an adapter's, or PEFT's")
-    parser.add_argument("--other", metavar="ADAPTER", help="another LoRA adapter of the same base")
-    parser.add_argument("--output", metavar="FOLDER", help="a new or empty folder for tables and figures")
+    parser.add_argument("adapter", metavar="ADAPTER", help="Folder of a run, an adapter or a PEFT adapter.")
+    parser.add_argument("--other", metavar="ADAPTER", help="Another LoRA adapter of the same base.")
+    parser.add_argument("--output", metavar="FOLDER", help="New or empty folder for tables and figures.")
     add_base_flag(parser)
 
 

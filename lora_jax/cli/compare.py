@@ -29,11 +29,11 @@ examples:
       --seeds 0 1 --output study
   lora-jax compare --train train.tsv --grid grid.yaml --output study
   lora-jax compare --train train.tsv --preset paper-lora-rank --output study
-  lora-jax compare --train train.tsv --preset low-data --grid rows.yaml --output study
+  lora-jax compare --train train.tsv --preset low-data --grid rows.yaml --output s
 
 a grid file (x is an entry's place on the preset's axis, train_rows its data):
   - {name: bitfit}
-  - {name: lora, rank: 4, targets: [query, value], lr: [5e-4, 2e-3], label: small}
+  - {name: lora, rank: 4, targets: [query, value], lr: [5e-4, 2e-3]}
   - {name: full, label: "full, 100 rows", series: full, train_rows: 100}
 
 in the output folder:

@@ -1,4 +1,4 @@
-"""`lora-jax demo`: the whole of it in a few minutes, on the messages shipped with the package."""
+"""`lora-jax demo`: everything in a few minutes, on the messages shipped with the package."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ SENTENCES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs/demo", metavar="FOLDER", help="for the runs (default: runs/demo)")
-    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of each method (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument(
+        "--output", default="runs/demo", metavar="FOLDER", help="Folder of the runs. Default: runs/demo."
+    )
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="Epochs of each method. Default: 5.")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Seed. Default: 0.")
     add_base_flag(parser)
 
 

@@ -34,28 +34,30 @@ NAME = "eval"
 USAGE = "--adapter FOLDER --test DATA [flags]"
 HELP = "score an adapter on a data set"
 DESCRIPTION = """\
-Scores a saved adapter: on labelled texts with its metrics, a language model with its perplexity; with --generate also
-with BLEU and ROUGE-L of what it writes to each prompt. Rows that share a prompt are its references."""
+Scores a saved adapter: on labelled texts by the metrics of its task, a language model by its perplexity; with
+--generate also by BLEU and ROUGE-L of its completions. Rows that share a prompt are its references."""
 EPILOG = """\
 examples:
   lora-jax eval --adapter out --test test.tsv
   lora-jax eval --adapter out --test test.tsv --predictions predicted.jsonl
   lora-jax eval --adapter out --test owner/name@test --text sentence --json
-  lora-jax eval --adapter out --test test.jsonl --generate --num-beams 10 --predictions written.jsonl"""
+  lora-jax eval --adapter out --test test.jsonl --generate --num-beams 10"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
-    parser.add_argument("--test", required=True, metavar="DATA", help="a file or a hub data set, as for train")
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="Folder of a run, or of its adapter.")
+    parser.add_argument("--test", required=True, metavar="DATA", help="Data to score on, a file or a hub data set.")
     add_column_flags(parser)
     add_base_flag(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--generate", action="store_true", help="a language model: write, and score what is written")
-    parser.add_argument("--limit", type=int, metavar="N", help="write to the first N prompts only")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    parser.add_argument(
+        "--generate", action="store_true", help="Generate completions with a language model, and score them."
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="Number of prompts to complete. Default: all.")
     parser.add_argument(
         "--predictions",
         metavar="FILE",
-        help="JSONL to write: each row's prediction, or what is written with --generate",
+        help="JSONL file to write: predictions, or completions with --generate.",
     )
     add_generation_flags(parser)
 
@@ -173,7 +175,7 @@ def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns)
     for note in documents.notes:
         print(f"note: {note}", file=sys.stderr)
     if not args.generate and (args.predictions is not None or args.limit is not None):
-        raise ConfigError("`predictions` and `limit` are for what is written: pass `--generate` too.")
+        raise ConfigError("`predictions` and `limit` are for generated completions: pass `generate=True` too.")
     prompts = with_references(pairs_of(documents))[: args.limit] if args.generate else []
     with WeightsProgress() as progress:
         completer = load_completer(args.adapter, base=base, escape_special_tokens=escaped, progress=progress)

@@ -18,8 +18,8 @@ HELP = "what a method would train, or what an adapter holds"
 DESCRIPTION = """\
 Without a folder: what a method would train on a base model, its memory and the size of its file, before any training.
 
-With a folder: the content of a saved adapter. For a PEFT adapter also whether lora_jax can read it, and if not, why, and
-what vLLM would refuse."""
+With a folder: the content of a saved adapter. For a PEFT adapter also whether lora_jax can read it, and if not, why,
+and what vLLM would refuse."""
 EPILOG = """\
 examples:
   lora-jax inspect

@@ -1,4 +1,4 @@
-"""Flags that commands share, and how they become a `TrainConfig`; a flag that isn't given leaves the value of the file."""
+"""Flags that commands share, and how they become a `TrainConfig`; a flag not given leaves the file's value."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ HELP = "label texts, or continue prompts, from lines, JSONL or a data file"
 DESCRIPTION = """\
 Labels texts; writes one JSON object a line, in the order of the input:
 {"text": ..., "label": ..., "probability": ...}. With an adapter of a language model, continues prompts:
-{"prompt": ..., "completion": ...}. Of standard input, what has arrived is answered when no more is there for the
-moment, so it may stay open.
+{"prompt": ..., "completion": ...}. Lines of standard input are answered as they
+arrive, so it may stay open.
 
 The input has one text a line (blank lines are left out); one JSON object a line where it ends in .jsonl or with
 --jsonl, whose other fields are passed through (its own `label` as `given_label`); or columns where it ends in .tsv,
@@ -52,16 +52,16 @@ examples:
   echo "where is my order?" | lora-jax predict --adapter out
   lora-jax predict --adapter out --text sentence data.jsonl > labelled.jsonl
   lora-jax predict --adapter out prompts.txt --max-new-tokens 60 --num-beams 4
-  lora-jax predict --adapter out prompts.txt --temperature 0.8 --top-p 0.95 --seed 1"""
+  lora-jax predict --adapter out prompts.txt --temperature 0.8 --top-p 0.9"""
 
 _CHUNK = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", nargs="?", default="-", metavar="FILE", help="texts; - (default) is standard input")
-    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
-    parser.add_argument("--jsonl", action="store_true", help="standard input is JSONL")
-    parser.add_argument("--all", action="store_true", help="add the probability of every label")
+    parser.add_argument("input", nargs="?", default="-", metavar="FILE", help="Texts; - is standard input. Default: -.")
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="Folder of a run, or of its adapter.")
+    parser.add_argument("--jsonl", action="store_true", help="Read standard input as JSONL.")
+    parser.add_argument("--all", action="store_true", help="Add the probability of every label.")
     add_column_flags(parser)
     add_base_flag(parser)
     add_generation_flags(parser)
@@ -308,7 +308,7 @@ def _parse(
         if column is not None and not isinstance(row.get(column), kinds):
             raise DataError(
                 f"{where}: field '{column}' holds {shown(row.get(column))}, and a text is expected. The fields are "
-                f"{some_names(list(row))}; choose with `--text`, `--text-pair`, `--prompt` or `--messages`."
+                f"{some_names(list(row))}; choose with `text`, `text_pair`, `prompt` or `messages`."
             )
     return row
 

@@ -122,7 +122,7 @@ def extract_adapter(
     """
     _check(to, output)
     if rank is None and energy is None:
-        raise ConfigError("How much to keep isn't said: pass `--rank`, or `--energy` (0.9 keeps 90 % of Σσ²), or both.")
+        raise ConfigError("How much to keep isn't said: pass `rank`, or `energy` (0.9 keeps 90 % of Σσ²), or both.")
     task, num_labels = models.checkpoint_task(tuned)
     kinds = [models.read_model_config(models.find_base(source)).model_type for source in (base, tuned)]
     if kinds[0] != kinds[1]:
@@ -198,7 +198,7 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
     if model.pooling == "mean":
         raise ConfigError(
             "The head of this adapter sees the mean over the tokens (`pooling: mean`), and transformers has no class "
-            "that does, so PEFT can't load it. `--to delta` writes the values."
+            "that does, so PEFT can't load it. `to='delta'` writes the values."
         )
     interop.export_peft(
         folder,

@@ -271,7 +271,7 @@ def _label_name(value: Any, name: str, row: int) -> str:
     if isinstance(value, float):
         if not value.is_integer():
             raise DataError(
-                f"{name}, row {row} has the label {value}, which names no class. Choose `--task regression` to "
+                f"{name}, row {row} has the label {value}, which names no class. Choose `task='regression'` to "
                 "predict numbers."
             )
         return str(int(value))

@@ -240,3 +240,25 @@ def test_options_from_a_file_are_refused_in_a_line(options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         TrainConfig.from_dict({"train": "a.tsv", "output": "out", **options})
     assert len(str(caught.value)) < 1_500
+
+
+def test_what_was_asked_stays_as_it_was_given():
+    given = {"train": "a", "output": "b", "method": "bitfit", "warmup": 0, "lr": {"bias": 1, "head": 2}}
+    before = TrainConfig(**given)
+    settled = resolve(before)
+    assert {name: getattr(before, name) for name in given} == given
+    assert (before.max_length, settled.max_length) == (None, 128)
+    assert settled.method == lj.BitFit(targets="all", also_train=("classifier",))
+    assert settled.lr == {"bias": 1.0, "head": 2.0}
+    assert resolve(settled) is settled
+    assert resolve(TrainConfig.from_dict(settled.to_dict())) == settled
+
+
+def test_every_option_is_described_at_its_field():
+    for option in OPTIONS.values():
+        text = option.describe()
+        assert text[0].isupper()
+        assert text.endswith(".")
+        assert f"{option.name}: {text}" in (TrainConfig.__doc__ or "")
+    assert OPTIONS["lr"].about.shown == "the method's, 5e-4 for lora and 1e-4 for full"
+    assert (config().lr, config(method="full").lr) == (5e-4, 1e-4)

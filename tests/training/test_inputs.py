@@ -98,9 +98,9 @@ def test_sources_are_told_by_their_bytes(options, tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ({"format": 2}, RunFolderError, "isn't of a run, or of another version's"),
-        ([], RunFolderError, "isn't of a run"),
-        ({"format": 1}, RunFolderError, "lacks parts of what a run is kept by"),
+        ({"format": 2}, RunFolderError, "isn't that of a run, or is of another version"),
+        ([], RunFolderError, "isn't that of a run"),
+        ({"format": 1}, RunFolderError, "is incomplete"),
         ({"format": 1, "checksum": "x"}, files.FileError, "isn't what its `checksum` was written for"),
     ],
 )

@@ -64,7 +64,7 @@ class Comparison:
         if varied := [name for name in _VARIED if name in self.options]:
             raise ConfigError(
                 f"`{varied[0]}` can't be given to a comparison: methods, rates and seeds vary there. Choose them by "
-                "`candidates` and `seeds` (`--methods`, `--grid`, `--seeds`)."
+                "`candidates` and `seeds`."
             )
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"`preset` is {self.preset!r}, and one of {', '.join(PRESETS)} is expected.")

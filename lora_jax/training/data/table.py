@@ -69,10 +69,11 @@ class BadRows:
     def _refuse(self, count: str) -> None:
         if len(self) == 1:
             raise DataError(
-                f"{self.source}, {self._shown()}. Fix or remove the row, or leave it out with `--skip-bad-rows`."
+                f"{self.source}, {self._shown()}. Fix or remove the row, or leave it out with `skip_bad_rows=True`."
             )
         raise DataError(
-            f"{self.source} has {count}: {self._shown()}. Fix or remove them, or leave them out with `--skip-bad-rows`."
+            f"{self.source} has {count}: {self._shown()}. Fix or remove them, or leave them out with "
+            "`skip_bad_rows=True`."
         )
 
     def _shown(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypedDict
@@ -148,8 +148,8 @@ class Checkpoints:
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             reason = "the disk (or the quota) is full" if full or "space" in str(error).lower() else _short(error)
             raise CheckpointError(
-                f"The checkpoint of step {step} can't be written to {self.folder}: {reason}. {kept}; free some space and "
-                "start the run again."
+                f"The checkpoint of step {step} can't be written to {self.folder}: {reason}. {kept}; free some space "
+                "and start the run again."
             ) from error
 
     def restore(self, step: int, template: TrainState) -> Checkpoint:

@@ -142,11 +142,11 @@ class RunFolder:
                 f"`{key}` is {theirs!r} there and {mine!r} here" for key, (theirs, mine) in differences.items()
             )
             raise RunFolderError(
-                f"`output` {self.path} holds another run: {shown}. Choose another folder, or the same options to resume "
-                "that run."
+                f"`output` {self.path} holds another run: {shown}. Choose another folder, or the same options to "
+                "resume that run."
             )
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: LogRow) -> None:
         """Adds a row to `metrics.jsonl`."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:

@@ -117,8 +117,8 @@ def read_result(folder: RunFolder, listen: Listener) -> RunResult | None:
         return None
     if expected is not None and found != expected:
         raise RunFolderError(
-            f"{folder.adapter} isn't the adapter of the run in {folder.path}. Move it elsewhere and start the run again: "
-            "its own adapter is made anew."
+            f"{folder.adapter} isn't the adapter of the run in {folder.path}. Move it elsewhere and start the run "
+            "again: its own adapter is made anew."
         )
     return result
 
