@@ -265,7 +265,7 @@ def restore_task(kind: str, labels: Sequence[str]) -> Task:
     return tasks[kind](labels=tuple(labels))
 
 
-def _label_name(value: Any, name: str, row: int) -> str:
+def _label_name(value: object, name: str, row: int) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -278,7 +278,7 @@ def _label_name(value: Any, name: str, row: int) -> str:
     return str(value)
 
 
-def _number(value: Any, name: str, row: int) -> float:
+def _number(value: str | float, name: str, row: int) -> float:
     try:
         number = float(value)
     except (ValueError, OverflowError):
