@@ -51,8 +51,8 @@ from .methods import TopLayers as TopLayers
 from .methods import VeRA as VeRA
 from .methods import VeRAWeight as VeRAWeight
 from .optimizer import make_optimizer as make_optimizer
-from .paths import SelectionError as SelectionError
 from .paths import leaf_paths as leaf_paths
+from .selection import SelectionError as SelectionError
 from .state import StateWarning as StateWarning
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from ..errors import ArgumentError
 from ..masks import copied
 from ..methods import LoRA, LoRAWeight, dtypes
 from ..methods.base import is_trainable, rooted
-from ..paths import Selector, leaves_by_path
+from ..paths import leaves_by_path
+from ..selection import Selector
 from ..state import marked_leaves, state_paths
 from ..weights import IN, OUT, STACK, is_adapted, wider
 from .changes import changed_leaves

@@ -32,17 +32,8 @@ from ..files import (
 from ..masks import label_params
 from ..methods import Frozen, Method
 from ..methods.base import FROZEN
-from ..paths import (
-    StateLeaf,
-    flatten_with_paths,
-    is_random_key,
-    leaves_by_path,
-    listed,
-    nearest,
-    shape_text,
-    with_leaves,
-)
-from ..state import lasting_state, marked_leaves, state_paths
+from ..paths import flatten_with_paths, is_random_key, leaves_by_path, listed, nearest, shape_text, with_leaves
+from ..state import StateLeaf, lasting_state, marked_leaves, state_paths
 from ..weights import IN, OUT, STACK, AdaptedWeight, is_adapted, placement
 from .fingerprint import differences as fingerprint_differences
 from .fingerprint import fingerprint

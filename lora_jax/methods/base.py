@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import ArgumentError
-from ..paths import SelectionError, Selector, StateLeaf, is_weight_name, select
+from ..paths import is_weight_name
+from ..selection import SelectionError, Selector, select
+from ..state import StateLeaf
 from ..weights import is_adapted
 from . import dtypes
 

@@ -30,7 +30,7 @@ class BitFit(Selection):
             stays frozen and is named in a warning.
             Names choose the biases of modules: the paper's {query, MLP-up} is `("attention/query", "mlp/up")`. A
             regular expression or a callable may choose any leaf so named, or any with a single axis; a table of biases
-            is chosen by its own name. See `paths.select`.
+            is chosen by its own name. See `selection.select`.
         also_train: the head, see `Method`. A bias of the head counts as head.
 
     Raises:

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from ..paths import SelectionError, Selector, leaf_name, listed, select
+from ..paths import leaf_name, listed
+from ..selection import SelectionError, Selector, select
 from . import dtypes
 from .base import Method, is_trainable, require_selector, rooted
 
@@ -16,7 +17,7 @@ class Selection(Method, abstract=True):
     """Base of the methods that train leaves of one kind, all or those that are named. Nothing needs merging.
 
     Attributes:
-        targets: `"all"` of the kind, or what `paths.select` reads.
+        targets: `"all"` of the kind, or what `selection.select` reads.
     """
 
     # The label of what is trained; what one such leaf is called; what `"all"` looks for; whether a name means

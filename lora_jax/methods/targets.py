@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 
 from ..errors import ArgumentError
-from ..paths import BIAS_NAMES, NORM_NAMES, SelectionError, Selector, leaf_name, matches_entry, select, shape_text
+from ..paths import BIAS_NAMES, NORM_NAMES, leaf_name, shape_text
+from ..selection import SelectionError, Selector, matches_entry, select
 from ..weights import IN, OUT, STACK, AdaptedWeight
 from . import dtypes
 from .base import Method, is_trainable, is_weight, require, require_selector, rooted

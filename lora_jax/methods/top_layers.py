@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..depth import layer_places, layer_sizes
-from ..paths import SelectionError, StateLeaf
+from ..selection import SelectionError
+from ..state import StateLeaf
 from . import dtypes
 from .base import Method, is_number, is_trainable, require
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from ..errors import ArgumentError
-from ..paths import SelectionError, Selector, select
+from ..selection import SelectionError, Selector, select
 from ..weights import AdaptedWeight
 from . import dtypes
 from .base import Method, is_number, require, require_selector, rooted
@@ -48,7 +48,7 @@ class WholeMethod(Method, abstract=True):
     """Base of the methods that put a `WholeWeight` at each of their targets.
 
     Attributes:
-        targets: `"all"`, which leaves out the head alone, or what `paths.select` reads.
+        targets: `"all"`, which leaves out the head alone, or what `selection.select` reads.
         seed: of what is drawn. The key of `attach` isn't used.
     """
 

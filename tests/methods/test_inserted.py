@@ -324,7 +324,7 @@ def test_folders_for_others_are_refused(method: lj.Method, folder: Any, tmp_path
     ("place", "message"),
     [
         ("encoder/layers/0/mlp/down/kernel", "and the base has a leaf there"),
-        ("encoder/layers/0/mlp/down/kernel/deeper", "doesn't fit this base: .*nested dicts are expected"),
+        ("encoder/layers/0/mlp/down/kernel/deeper", "doesn't fit this base: .*only nested dicts take new leaves"),
         ("a/" * 5000 + "a", "inserts an array 5000 levels deep"),
     ],
 )

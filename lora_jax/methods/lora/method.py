@@ -33,7 +33,7 @@ class LoRA(WeightMethod):
         rank: `r`, at least 1 and at most `min(in, out)`. A target of a preset with less room gets what it has room for,
             with a warning.
         alpha: `α`; with `alpha == rank` the scale is 1.
-        targets: which weights, see `paths.select`; or a preset: `"attention"` (query, key, value, or in GPT-2 the
+        targets: which weights, see `selection.select`; or a preset: `"attention"` (query, key, value, or in GPT-2 the
             one weight of all three, and output), `"mlp"` (up, gate, down), `"all-linear"` (both). They know the bundled
             models' names. On a model of your own pass `uses`, and `"all-linear"` is every weight of a matmul or
             convolution, without embeddings and output heads; `"attention"` and `"mlp"` are, beside the bundled names,
