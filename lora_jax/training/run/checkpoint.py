@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
 
 from lora_jax import files
 from lora_jax.errors import ArgumentError
 from lora_jax.masters import Masters
+from lora_jax.types import PyTree
 
 from ..errors import CheckpointError, DamagedCheckpointError, NotFiniteError
 from .meter import MeterState

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+
+from lora_jax.types import PyTree
 
 from ..data.batching import AnyBatch, Rows, plan_in_order
 from ..data.buckets import cover

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from jaxtyping import PyTree
 
 import lora_jax as lj
 from lora_jax.host_memory import memory_first
+from lora_jax.types import PyTree
 
 from ..config import TrainConfig, resolve
 from ..data.batching import AnyBatch, padding_share

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import jax
 import optax
-from jaxtyping import PyTree
 
 import lora_jax as lj
+from lora_jax.types import PyTree
 
 from ..config import RunConfig
 from ..errors import ConfigError

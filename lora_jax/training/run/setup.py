@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PyTree
 
 import lora_jax as lj
 from lora_jax.files import FileError
 from lora_jax.masks import ParamCount
 from lora_jax.models.model import Model, skeleton
+from lora_jax.types import PyTree
 
 from ..baseline import Baseline
 from ..config import RunConfig, TrainConfig, resolve

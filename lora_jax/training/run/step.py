@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 import lora_jax as lj
 from lora_jax.masters import widened
+from lora_jax.types import PyTree
 
 from ..data.batching import AnyBatch
 from ..task import Task
