@@ -29,7 +29,7 @@ examples:
       --seeds 0 1 --output study
   lora-jax compare --train train.tsv --grid grid.yaml --output study
   lora-jax compare --train train.tsv --preset paper-lora-rank --output study
-  lora-jax compare --train train.tsv --preset low-data --grid rows.yaml --output s
+  lora-jax compare --train train.tsv --preset low-data --grid g.yaml --output s
 
 a grid file (x is an entry's place on the preset's axis, train_rows its data):
   - {name: bitfit}

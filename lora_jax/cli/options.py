@@ -332,8 +332,8 @@ def _method_options(from_file: object, given: dict[str, object]) -> dict[str, ob
     if name != options.get("name", "lora"):
         options = {}
     flags = {flag.field: given.pop(name) for name, flag in _METHOD_FLAGS.items() if name in given}
-    if "targets" in flags:
-        flags["targets"] = preset_or_names(flags["targets"])
+    if isinstance(targets := flags.get("targets"), list):
+        flags["targets"] = preset_or_names(targets)
     return {**options, "name": name, **flags}
 
 

@@ -272,7 +272,8 @@ class TrainConfig:
     def to_dict(self) -> dict[str, object]:
         """Every option as it is settled, in plain types."""
         settled = resolve(self)
-        return {name: getattr(settled, name) for name in OPTIONS} | {"method": method_options(settled.method)}
+        options: dict[str, object] = {name: getattr(settled, name) for name in OPTIONS}
+        return options | {"method": method_options(settled.method)}
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[object, object]]:
         """`{option: (mine, the other's)}` where the two would not give the same result."""
@@ -339,7 +340,8 @@ def resolve(config: TrainConfig) -> RunConfig:
         _check_lora_plus(settled["lora_plus_ratio"], settled["lr"], method)
     if settled["max_length"] is None:
         settled["max_length"] = _MAX_LENGTHS[config.task]
-    return RunConfig(**settled | {"method": method})
+    fields: dict[str, Any] = settled | {"method": method}
+    return RunConfig(**fields)
 
 
 def _check_lora_plus(ratio: object, lr: object, method: Method) -> None:

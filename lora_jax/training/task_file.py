@@ -62,7 +62,7 @@ def read_task(folder: Path) -> TaskFile:
     whole = content
     # A file of an earlier version lacks columns of tasks that there weren't, and what wasn't kept.
     content = dataclasses.asdict(Columns()) | dict.fromkeys(_FLAGS, False) | {"prior": []} | content
-    kinds: dict[str, type | tuple[type, ...]] = dict.fromkeys(("task", *_PLAIN), str) | {
+    kinds: dict[str, type | tuple[type, ...]] = {"task": str, **dict.fromkeys(_PLAIN, str)} | {
         "max_length": int,
         "labels": list,
         "prior": list,

@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(stream)
         self._depth = self._nodes = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         mark = self.peek_event().start_mark
         self._depth += 1
         self._nodes += 1

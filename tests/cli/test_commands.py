@@ -102,7 +102,7 @@ def test_messages_of_the_library_name_arguments():
         raised = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.Constant))
         for text in raised:
             rest = re.sub(r"`(lora-jax|pip) [^`]*`?", "", text)
-            if text[0] in "'\"f" and re.search(r"`--[a-z]", rest):
+            if text[0] in "'\"f" and re.search(r"`--[a-z]|^f['\"]--\{", rest):
                 named.append(f"{file.name}: {text:.100}")
     assert named == []
 

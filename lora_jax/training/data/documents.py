@@ -88,7 +88,7 @@ def read_documents(
         if form != "text":
             raise DataError(f"{source} is plain text and has no columns: leave out `prompt` and `messages`.")
         return _framed(source, form, [(Part(_read_text(Path(source)), True),)], special, escape_special_tokens)
-    wanted = {f"--{name}": getattr(columns, name) for name in _COLUMNS[form]}
+    wanted = {name: getattr(columns, name) for name in _COLUMNS[form]}
     table = read_table(source, wanted, split=split, skip_bad_rows=skip_bad_rows)
     if form == "chat":
         assert columns.messages is not None

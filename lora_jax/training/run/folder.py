@@ -17,7 +17,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from lora_jax import files
 from lora_jax.files.locks import BusyError, locked
@@ -28,7 +28,7 @@ from ..errors import ConfigError, RunFolderError
 from .inputs import RunInputs, describe_differences, read_inputs, source_sums, write_inputs
 
 # A row of `metrics.jsonl`: step, split and numbers.
-LogRow = Mapping[str, int | float | str | None]
+LogRow = Mapping[str, Any]
 
 LOCK = ".lora_jax.lock"
 _LARGEST_LOG = 2**30
