@@ -62,11 +62,9 @@ def read_task(folder: Path) -> TaskFile:
     whole = content
     # A file of an earlier version lacks columns of tasks that there weren't, and what wasn't kept.
     content = dataclasses.asdict(Columns()) | dict.fromkeys(_FLAGS, False) | {"prior": []} | content
-    kinds: dict[str, type | tuple[type, ...]] = {"task": str, **dict.fromkeys(_PLAIN, str)} | {
-        "max_length": int,
-        "labels": list,
-        "prior": list,
-    }
+    kinds: dict[str, type | tuple[type, ...]] = {"task": str, "labels": list, "prior": list}
+    kinds.update(dict.fromkeys(_PLAIN, str))
+    kinds["max_length"] = int
     kinds |= {name: (str, type(None)) if default is None else str for name, default in vars(Columns()).items()}
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):

@@ -165,7 +165,7 @@ def test_a_conversation_is_trained_on_and_answered(paths, tmp_path, capsys, monk
         (("train", "--prompt", "question", "--completion", "x"), "has no column 'x'; its columns are"),
         (
             ("eval", "--limit", "2"),
-            "`--predictions` and `--limit` are for generated completions: pass `--generate` too",
+            "`--limit` are for generated completions: pass `--generate` too",
         ),
         (("eval", "--label", "y"), "`--label` is for classification and regression, and `task` is causal-lm"),
         (("eval", "--generate", "--prompt", "gone"), "has no column 'gone'"),

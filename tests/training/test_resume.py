@@ -22,9 +22,9 @@ from lora_jax.training.config_file import write_yaml
 RUN = """
 import os, signal, sys, threading
 from lora_jax.training import TrainConfig, train
-from lora_jax.training.checkpoint import Checkpoints
+from lora_jax.training.run.checkpoint import Checkpoints
 from lora_jax.training.config_file import read_yaml
-from lora_jax.training.events import StepDone
+from lora_jax.training.run.events import StepDone
 
 path, where, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -49,8 +49,8 @@ train(TrainConfig.from_dict(read_yaml(path)), on_progress=listen)
 FULL_DISK = """
 import resource, sys
 from lora_jax.cli.main import main
-from lora_jax.training.events import StepDone
-from lora_jax.training.progress import LiveProgress
+from lora_jax.training.run.events import StepDone
+from lora_jax.training.run.progress import LiveProgress
 
 show = LiveProgress.__call__
 

@@ -357,7 +357,7 @@ def test_pairs_are_prompt_and_answer(base, tmp_path):
     [
         ({"q": "x"}, PAIR, r"has no column 'a'; its columns are q. Choose with `prompt` and `completion`"),
         ({"q": "x", "a": " "}, PAIR, r"row 1: column 'a' is empty"),
-        ({"other": "x"}, Columns(), r"has no column 'text'; its columns are other. Choose with `--text`"),
+        ({"other": "x"}, Columns(), r"has no column 'text'; its columns are other. Choose with `text`"),
         ({"other": "x"}, CHAT, r"has no column 'messages'.*Choose with `messages`"),
         ({"messages": "Hi"}, CHAT, r"row 1: column 'messages' holds 'Hi', and a list of messages is expected"),
         ({"messages": []}, CHAT, r"row 1: column 'messages' holds \[\], and a list of messages"),
