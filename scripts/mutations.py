@@ -231,7 +231,7 @@ MUTATIONS = (
         "lora_jax/training/data/packing.py",
         "int(first[length:].argmin())",
         "int((first[length:] < none).argmax())",
-        ("tests/training/test_token_rows.py",),
+        ("tests/training/test_token_sequences.py",),
     ),
     Mutation(
         "packing: positions run on over the texts of a row",

@@ -20,6 +20,7 @@ from ..errors import LoraJaxError
 from ..host_memory import keep_freed_memory
 from ..text import printable
 from . import analyze, compare, convert, demo, evaluate, inspect, merge, predict, train
+from .parser import CommandParser, HelpFormatter, flags_of, in_flags
 
 # Errors of the operating system that the user can fix.
 _USERS = {
@@ -50,16 +51,16 @@ _EXTRAS = {
 
 _EPILOG = """\
 examples:
-  lora-jax demo                                        see it all at once, on the shipped messages
+  lora-jax demo
   lora-jax train --train data.tsv --dev dev.tsv --output out
-  lora-jax predict --adapter out messages.txt          JSONL with label and probability
-  lora-jax merge --adapter out --output merged         a folder that transformers loads
-  lora-jax convert --adapter out --to peft --output p  for peft, transformers and vLLM
-  lora-jax inspect --method bitfit                     what would be trained, and its memory
-  lora-jax compare --train data.tsv --output study     which method suits the task
-  lora-jax analyze out --output figures                what training changed
+  lora-jax predict --adapter out messages.txt
+  lora-jax merge --adapter out --output merged
+  lora-jax convert --adapter out --to peft --output out_peft
+  lora-jax inspect --method bitfit
+  lora-jax compare --train data.tsv --output study
+  lora-jax analyze out --output figures
 
-`lora-jax COMMAND --help` says more."""
+`lora-jax COMMAND --help` explains a command and its flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"{name}: interrupted. A run goes on from its last checkpoint with the same command.", file=sys.stderr)
+        print(
+            f"{name}: interrupted. Run the same command to resume a training run from its last checkpoint.",
+            file=sys.stderr,
+        )
         return 130
     except ModuleNotFoundError as error:
         if args.traceback or (error.name or "").partition(".")[0] not in _EXTRAS:
@@ -89,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.traceback or not _is_users(error):
             raise
-        print(f"{name}: error: {printable(error)}", file=sys.stderr)
+        print(f"{name}: error: {printable(in_flags(str(error), args.flags))}", file=sys.stderr)
         return 2
     return 0
 
@@ -143,11 +147,11 @@ def _formatted_warning(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lora-jax",
-        description="Fine-tunes, uses and looks into parameter-efficient adapters.",
+        description="Trains, uses and inspects parameter-efficient adapters.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for module in (train, evaluate, predict, merge, convert, inspect, compare, analyze, demo):
@@ -156,11 +160,13 @@ def make_parser() -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.DESCRIPTION,
             epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         module.add_arguments(command)
-        command.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
-        command.set_defaults(run=module.run)
+        command.add_argument("--traceback", action="store_true", help="Show the traceback of an error.")
+        command.set_defaults(run=module.run, flags=flags_of(command))
+        if module.USAGE:
+            command.usage = f"lora-jax {module.NAME} {module.USAGE}"
     return parser
 
 

@@ -28,23 +28,23 @@ class _Option(NamedTuple):
         return self.method.task_defaults("classification").get(self.field.name, declared)
 
 
-def add_method_flags(parser: argparse._ActionsContainer) -> None:
-    """`--method`, and a flag for every option of every method that says so in its field's metadata."""
+# Options that most methods have, or most runs set; the others are listed last.
+_COMMON = ("rank", "alpha", "targets", "also_train")
+
+
+def method_choices() -> dict[str, Any]:
+    """The choices and the help of `--method`, for `add_argument`."""
     known = sorted(Method.by_name)
-    parser.add_argument(
-        "--method",
-        choices=known,
-        metavar="NAME",
-        default=argparse.SUPPRESS,
-        help="; ".join(f"{name}: {Method.by_name[name].summary or Method.by_name[name].title}" for name in known),
-    )
+    summaries = (f"{name}, {Method.by_name[name].summary or Method.by_name[name].title}" for name in known)
+    return {"choices": known, "help": f"Fine-tuning method: {'; '.join(summaries)}. Default: lora.".replace("%", "%%")}
+
+
+def add_method_flags(parser: argparse._ActionsContainer, *, rare: bool) -> None:
+    """A flag for every option of every method that says so in its field's metadata; the common ones, or the rare."""
     for flag, options in _options().items():
-        parser.add_argument(
-            f"--{flag}",
-            default=argparse.SUPPRESS,
-            help=_help(options),
-            **_argument(options[0]),  # one field, one type
-        )
+        if (options[0].field.name in _COMMON) is not rare:
+            argument = _argument(options[0])  # one field, one type
+            parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=_help(options), **argument)
 
 
 def method_options(from_file: object, given: dict[str, Any]) -> dict[str, object]:
@@ -85,7 +85,7 @@ def _help(options: Sequence[_Option]) -> str:
     for option in options:
         default = option.default
         shown = " ".join(default) if isinstance(default, tuple) else default
-        text = option.field.metadata["help"] + ("" if default is None or default is False else f" (default: {shown})")
+        text = option.field.metadata["help"] + ("" if default is None or default is False else f" Default: {shown}.")
         names.setdefault(text, []).append(option.method.name)
     if len(names) == 1 and len(options) == len(Method.by_name):
         return next(iter(names)).replace("%", "%%")

@@ -14,9 +14,9 @@ from lora_jax.text import json_line
 
 from .arrivals import arriving_lines, chunks
 from .options import (
-    add_base_argument,
-    add_column_arguments,
-    add_generation_arguments,
+    add_base_flag,
+    add_column_flags,
+    add_generation_flags,
     generation_options,
     given_columns,
     refuse_generation,
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     Load = Callable[[Progress], Answer]
 
 NAME = "predict"
+USAGE = "--adapter FOLDER [flags] [FILE]"
 HELP = "label texts, or continue prompts, from lines, JSONL or a data file"
 DESCRIPTION = """\
 Labels texts; writes one JSON object a line, in the order of the input:
 {"text": ..., "label": ..., "probability": ...}. With an adapter of a language model, continues prompts:
-{"prompt": ..., "completion": ...}. Of standard input, what has arrived is answered when no more is there for the
-moment, so it may stay open.
+{"prompt": ..., "completion": ...}. Lines of standard input are answered as they
+arrive, so it may stay open.
 
 The input has one text a line (blank lines are left out); one JSON object a line where it ends in .jsonl or with
 --jsonl, whose other fields are passed through (its own `label` as `given_label`); or columns where it ends in .tsv,
@@ -51,19 +52,19 @@ examples:
   echo "where is my order?" | lora-jax predict --adapter out
   lora-jax predict --adapter out --text sentence data.jsonl > labelled.jsonl
   lora-jax predict --adapter out prompts.txt --max-new-tokens 60 --num-beams 4
-  lora-jax predict --adapter out prompts.txt --temperature 0.8 --top-p 0.95 --seed 1"""
+  lora-jax predict --adapter out prompts.txt --temperature 0.8 --top-p 0.9"""
 
 _CHUNK = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", nargs="?", default="-", metavar="FILE", help="texts; - (default) is standard input")
-    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
-    parser.add_argument("--jsonl", action="store_true", help="standard input is JSONL")
-    parser.add_argument("--all", action="store_true", help="add the probability of every label")
-    add_column_arguments(parser)
-    add_base_argument(parser)
-    add_generation_arguments(parser)
+    parser.add_argument("input", nargs="?", default="-", metavar="FILE", help="Texts; - is standard input. Default: -.")
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="Folder of a run, or of its adapter.")
+    parser.add_argument("--jsonl", action="store_true", help="Read standard input as JSONL.")
+    parser.add_argument("--all", action="store_true", help="Add the probability of every label.")
+    add_column_flags(parser)
+    add_base_flag(parser)
+    add_generation_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -225,7 +226,7 @@ def _rows(
     from lora_jax.training.data.sources import SUFFIXES, read_examples
     from lora_jax.training.errors import DataError
 
-    suffix, skip = Path(args.input).suffix.lower(), hasattr(args, "skip_bad_rows")
+    suffix, skip = Path(args.input).suffix.lower(), getattr(args, "skip_bad_rows", False)
     if suffix in SUFFIXES and suffix != ".jsonl":
         examples = read_examples(args.input, text=text, text_pair=pair, skip_bad_rows=skip)
         left.rows = examples.left_out
@@ -304,7 +305,7 @@ def _parse(line: str, where: str, as_json: bool, text: str, pair: str | None, ki
         if column is not None and not isinstance(row.get(column), kinds):
             raise DataError(
                 f"{where}: field '{column}' must be a text, got {short_repr(row.get(column))}. The fields are "
-                f"{listed(list(row), 20)}; choose with `--text`, `--text-pair`, `--prompt` or `--messages`."
+                f"{listed(list(row), 20)}; choose with `text`, `text_pair`, `prompt` or `messages`."
             )
     return row
 

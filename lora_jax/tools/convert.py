@@ -23,7 +23,8 @@ from lora_jax.selection import Selector
 from lora_jax.text import listed
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.examples import Columns
-from lora_jax.training.task import KINDS, restore_task
+from lora_jax.training.options import TASKS
+from lora_jax.training.task import restore_task
 from lora_jax.training.task_file import TaskFile, save_task_adapter
 
 from .inspect import Group, trained_groups
@@ -123,7 +124,7 @@ def extract_adapter(
     """
     _check(to, output)
     if rank is None and energy is None:
-        raise ConfigError("How much to keep isn't said: pass `--rank`, or `--energy` (0.9 keeps 90 % of Σσ²), or both.")
+        raise ConfigError("How much to keep isn't said: pass `rank`, or `energy` (0.9 keeps 90 % of Σσ²), or both.")
     task, num_labels = models.checkpoint_task(tuned)
     kinds = [models.read_model_config(models.find_base(source)).model_type for source in (base, tuned)]
     if kinds[0] != kinds[1]:
@@ -214,7 +215,7 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
     if model.pooling == "mean":
         raise ConfigError(
             "The head of this adapter sees the mean over the tokens (`pooling: mean`), and transformers has no class "
-            "that does, so PEFT can't load it. `--to delta` writes the values."
+            "that does, so PEFT can't load it. `to='delta'` writes the values."
         )
     interop.export_peft(
         folder,
@@ -278,7 +279,7 @@ def _layer_paths(path: str, layers: int) -> list[str]:
 
 def _task_file(source: AdapterSource, labels: Sequence[str] | None) -> TaskFile | None:
     model = source.model
-    if source.task_file is not None or model.task not in KINDS:
+    if source.task_file is not None or model.task not in TASKS:
         return source.task_file
     return TaskFile(
         base=source.base,

@@ -14,8 +14,8 @@ import lora_jax as lj
 from lora_jax import files
 from lora_jax.adapters import TENSORS, read_description, saved_arrays
 from lora_jax.models import find_base, read_model_config, skeleton
-from lora_jax.training.config import TrainConfig
-from lora_jax.training.run.schedule import make_optimizer
+from lora_jax.training.config import TrainConfig, resolve
+from lora_jax.training.run.schedule import adamw_by_label
 from lora_jax.training.task_file import TaskFile, read_task
 from lora_jax.types import Leaf, Params, PyTree
 
@@ -72,6 +72,7 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
         config: Config of a run; base, method, task, pooling and dtype count, and no data is read.
         num_labels: Number of labels of a classification.
     """
+    config = resolve(config)
     base = read_model_config(find_base(config.base))
     shapes = skeleton(
         base,
@@ -84,7 +85,7 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
     labels = lj.label_params(params, config.method)
     counts = lj.count_params(params, labels)
     trainable = _trainable(params, config.method)
-    optimizer = jax.eval_shape(make_optimizer(config, labels, steps=1).init, trainable)
+    optimizer = jax.eval_shape(adamw_by_label(config, labels, steps=1).init, trainable)
     trained_bytes = _bytes(trainable)
     return MethodReport(
         groups=trained_groups(params, config.method),

@@ -129,7 +129,7 @@ def peft_base(folder: str | Path, config: PeftConfig, base: str | None) -> str:
     """The base of a PEFT folder: the one given, or the one that its config names."""
     if found := base or config.get("base_model_name_or_path"):
         return found
-    raise TrainingError(f"{Path(folder) / CONFIG} doesn't say its base (`base_model_name_or_path`): pass `--base`.")
+    raise TrainingError(f"{Path(folder) / CONFIG} doesn't say its base (`base_model_name_or_path`): pass `base`.")
 
 
 def check_peft_source(folder: str | Path, *, base: str | None = None) -> Names:
@@ -168,7 +168,7 @@ def _head_of_its_own(folder: Path, config: PeftConfig, sizes: ModelConfig, task:
 def _load_own(folder: Path, base: str | None, progress: models.Progress | None) -> AdapterSource:
     """An adapter without a `task.json`; the leaves that it names tell which head its model had."""
     if base is None:
-        raise TrainingError(f"`adapter` {folder} doesn't say its base, as it isn't a run's: pass `--base`.")
+        raise TrainingError(f"`adapter` {folder} doesn't say its base, as it isn't a run's: pass `base`.")
     description = read_description(folder)
     leaves = {path: tuple(entry["shape"]) for name in ("base", "tensors") for path, entry in description[name].items()}
     config = models.read_model_config(models.find_base(base))
@@ -225,7 +225,7 @@ def _peft_task(family: Family, base: str, folder: Path) -> CheckpointTask:
     if task.task is None:
         raise TrainingError(
             f"{folder} was trained on a model with a head, and the head is neither in it nor in its base {base}: save "
-            "it along (`modules_to_save`), or pass as `--base` the model that has it."
+            "it along (`modules_to_save`), or pass as `base` the model that has it."
         )
     return task
 

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,9 @@ from .data.table import BadRows, short_repr
 from .errors import ConfigError, DataError
 from .examples import Examples
 from .metrics import classification_metrics, language_metrics, regression_metrics
+from .options import TASKS, TaskKind
 
-Kind = Literal["classification", "regression", "causal-lm"]
 _LARGEST = float(np.finfo(np.float32).max)
-KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class Task(abc.ABC):
         labels: the label names in the order of the logits; empty where there are none.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[TaskKind]
     metrics: ClassVar[tuple[str, ...]]
     has_accuracy: ClassVar[bool] = True
     labels: tuple[str, ...] = ()
@@ -107,7 +106,7 @@ class LabelledTask(Task):
 class Classification(LabelledTask):
     """One of the `labels`."""
 
-    kind: ClassVar[Kind] = "classification"
+    kind: ClassVar[TaskKind] = "classification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews", "loss")
 
     @property
@@ -160,7 +159,7 @@ class Classification(LabelledTask):
 class Regression(LabelledTask):
     """A number."""
 
-    kind: ClassVar[Kind] = "regression"
+    kind: ClassVar[TaskKind] = "regression"
     metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "loss")
     has_accuracy: ClassVar[bool] = False
 
@@ -205,7 +204,7 @@ class CausalLM(Task):
             vocabulary, as PyTorch's cross entropy has it. Metrics are without.
     """
 
-    kind: ClassVar[Kind] = "causal-lm"
+    kind: ClassVar[TaskKind] = "causal-lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "loss")
     label_smoothing: float = 0.0
 
@@ -244,7 +243,7 @@ def make_task(kind: str, train: Examples) -> LabelledTask:
     if kind == "regression":
         return Regression()
     if kind != "classification":
-        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
+        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(TASKS)} is expected.")
     names = set(_converted(train, _label_name))
     if len(names) < 2:
         raise DataError(f"{train.name} has only the label {next(iter(names))!r}: two or more are needed to learn from.")
@@ -267,7 +266,7 @@ def restore_task(kind: str, labels: Sequence[str]) -> Task:
     """The task of a saved adapter."""
     tasks = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
     if kind not in tasks:
-        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
+        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(TASKS)} is expected.")
     return tasks[kind](labels=tuple(labels))
 
 
@@ -299,7 +298,7 @@ def _label_name(label: object) -> str:
         return str(label).lower()
     if isinstance(label, float):
         if not label.is_integer():
-            raise DataError(f"has the label {label}, which is no class (`--task regression` predicts numbers)")
+            raise DataError(f"has the label {label}, which is no class (`task='regression'` predicts numbers)")
         return str(int(label))
     return str(label)
 

@@ -29,7 +29,8 @@ from lora_jax.study.grid.candidates import read_grid
 from lora_jax.study.runs.results import ResultsFile
 from lora_jax.tools.inspect import inspect_adapter
 from lora_jax.training.baseline import Baseline
-from lora_jax.training.config import TrainConfig, read_yaml, write_yaml
+from lora_jax.training.config import TrainConfig
+from lora_jax.training.config_file import read_yaml, write_yaml
 from lora_jax.training.data import token_cache
 from lora_jax.training.data.chat import render_conversations
 from lora_jax.training.data.documents import read_documents

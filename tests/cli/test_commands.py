@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import gc
 import io
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,8 @@ from lora_jax.cli import demo
 from lora_jax.cli.main import main, make_parser
 from lora_jax.errors import ArgumentError, ArgumentTypeError
 from lora_jax.training import load_predictor
-from lora_jax.training.config import TrainConfig, read_yaml
+from lora_jax.training.config import OPTIONS, RunConfig, resolve
+from lora_jax.training.config_file import read_yaml
 from lora_jax.training.errors import ConfigError, DataError
 
 COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "analyze", "demo")
@@ -43,6 +46,82 @@ def test_help_reads_well(command, capsys):
     assert "example" in text
     assert f"lora-jax {command}" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
+
+
+def test_common_flags_come_first(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "--help")
+    text = capsys.readouterr().out
+    places = [
+        text.index(f"\n  {flag}") for flag in ("--train", "--lr", "--output", "--separator", "--buckets", "--hidden")
+    ]
+    assert places == sorted(places)
+
+
+def test_every_option_of_a_run_is_a_flag():
+    flags = make_parser().parse_args(["train"]).flags
+    assert {name: flags.get(name) for name in OPTIONS} == {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--trian", "a.tsv"), "there is no flag --trian; the nearest is --train."),
+        (("train", "--bach-size=3"), "there is no flag --bach-size; the nearest is --batch-size."),
+        (("train", "-lr", "3"), "there is no flag -lr; the nearest is --lr."),
+        (("merge", "--adaptor", "x"), "there is no flag --adaptor; the nearest is --adapter."),
+        (("eval", "--qqqq"), "there is no flag --qqqq; `lora-jax eval --help` lists them all."),
+        (("demo", "extra"), "unexpected arguments: extra"),
+        (("trian",), "there is no command trian; the nearest is train."),
+    ],
+)
+def test_a_mistyped_flag_is_told_with_the_nearest(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    command = arguments[0] if arguments[0] in COMMANDS else ""
+    assert error.startswith(f"usage: lora-jax {command}")
+
+
+def test_the_beginning_of_a_flag_is_enough():
+    assert parsed("--train", "a", "--outp", "b", "--epoch=3", "--weight", "0.1").epochs == 3
+
+
+def test_messages_of_the_library_name_arguments():
+    """A whole command in backticks may be named; a flag of ours alone is the command line's word."""
+    root = Path(lj.__file__).parent
+    named = []
+    for file in sorted(root.rglob("*.py")):
+        if file.is_relative_to(root / "cli") or file.name == "vllm.py":  # vLLM's flags
+            continue
+        tree = ast.parse(file.read_text("utf-8"))
+        raised = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.Constant))
+        for text in raised:
+            rest = re.sub(r"`(lora-jax|pip) [^`]*`?", "", text)
+            if text[0] in "'\"f" and re.search(r"`--[a-z]|^f['\"]--\{", rest):
+                named.append(f"{file.name}: {text:.100}")
+    assert named == []
+
+
+def test_messages_become_flags_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "a.tsv").write_bytes(b"text\tlabel\ngood\n")
+    assert run("train", "--train", tmp_path / "a.tsv", "--output", tmp_path / "out") == 2
+    assert "leave it out with `--skip-bad-rows`" in capsys.readouterr().err
+    assert run("train", "--train", "a", "--output", "b", "--lora-dropout", 2) == 2
+    assert "`--method` lora: `--lora-dropout` must" in capsys.readouterr().err
+    assert run("train", "--train", "a", "--output", "b", "--dropout", 2) == 2
+    assert "`--dropout` must be a number" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands(capsys):
@@ -68,10 +147,10 @@ def test_help_imports_nothing_heavy():
     assert process.stdout.strip() == "[]", process.stderr
 
 
-def parsed(*arguments) -> TrainConfig:
+def parsed(*arguments) -> RunConfig:
     from lora_jax.cli.options import make_config
 
-    return make_config(make_parser().parse_args(["train", *arguments]))
+    return resolve(make_config(make_parser().parse_args(["train", *arguments])))
 
 
 def test_flags_become_a_config():
@@ -299,10 +378,10 @@ def test_predict_of_pairs_needs_fields(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--prompt", "text"), "`prompt` is for causal-lm, and `task` is classification"),
-        (("--top-k", 3), "`top_k` is for adapters of a causal-lm, and this one is of a classification"),
-        (("--generate",), "`generate` is for adapters of a causal-lm"),
-        (("--limit", 3), "`limit` is for adapters of a causal-lm"),
+        (("--prompt", "text"), "`--prompt` is for causal-lm, and `task` is classification"),
+        (("--top-k", 3), "`--top-k` is for adapters of a causal-lm, and this one is of a classification"),
+        (("--generate",), "`--generate` is for adapters of a causal-lm"),
+        (("--limit", 3), "`--limit` is for adapters of a causal-lm"),
     ],
 )
 def test_an_adapter_with_labels_writes_nothing(flags, message, finished, data, capsys):
@@ -374,14 +453,14 @@ def test_inspect_an_adapter(finished, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--output", "x"), "`train` is missing"),
+        (("train", "--output", "x"), "`--train` is missing"),
         (("train", "--train", "gone.tsv", "--output", "x"), "gone.tsv doesn't exist"),
-        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`rank` must be a positive integer"),
+        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`--rank` must be a positive integer"),
         (("train", "--train", "a", "--output", "x", "--method", "bitfit", "--rank", "4"), "no option of bitfit"),
         (("train", "--config", "gone.yaml"), "gone.yaml doesn't exist"),
-        (("merge", "--adapter", "gone", "--output", "x"), "`adapter` gone doesn't exist"),
-        (("inspect", "--targets", "qurey"), "`targets`"),
-        (("inspect", "--rank", "5000"), "`rank` 5000 is larger than"),
+        (("merge", "--adapter", "gone", "--output", "x"), "`--adapter` gone doesn't exist"),
+        (("inspect", "--targets", "qurey"), "`--targets`"),
+        (("inspect", "--rank", "5000"), "`--rank` 5000 is larger than"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, base, tmp_path, capsys, monkeypatch):
@@ -515,7 +594,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "run", interrupted)
     assert run("train") == 130
-    assert "goes on from its last checkpoint with the same command" in capsys.readouterr().err
+    assert "Run the same command to resume" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -153,12 +153,12 @@ def test_a_foreign_folder_stays_as_it_is(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--to", "peft"), "What to convert isn't said: pass either --adapter, or --base and --tuned"),
-        (("--to", "peft", "--adapter", "a", "--tuned", "b"), "What to convert isn't said"),
-        (("--to", "peft", "--tuned", "b", "--rank", "2"), "--tuned needs --base"),
+        (("--to", "peft"), "There is nothing to convert: pass either `--adapter`, or `--base` and `--tuned`"),
+        (("--to", "peft", "--adapter", "a", "--tuned", "b"), "There is nothing to convert"),
+        (("--to", "peft", "--tuned", "b", "--rank", "2"), "`--tuned` needs `--base`"),
         (("--to", "peft", "--tuned", "BASE", "--base", "BASE"), "How much to keep isn't said: pass `--rank`"),
-        (("--to", "peft", "--adapter", "a", "--rest", "drop"), "--rest go with --tuned"),
-        (("--to", "peft", "--adapter", "gone"), "`adapter` gone doesn't exist"),
+        (("--to", "peft", "--adapter", "a", "--rest", "drop"), "`--rest` can't be combined with `--adapter`"),
+        (("--to", "peft", "--adapter", "gone"), "`--adapter` gone doesn't exist"),
         (("--to", "peft", "--adapter", "."), "holds no adapter: neither a run's task.json, nor lora_jax_adapter.json"),
         (("--to", "peft", "--adapter", "BASE"), "is a whole model and no adapter. `lora-jax convert --base BASE"),
         (("--to", "peft", "--tuned", "BASE", "--base", "BASE", "--rank", "2"), "None of the targets differs"),
@@ -239,7 +239,7 @@ def test_models_of_two_kinds_are_refused(base, tmp_path, capsys):
     assert (
         run("convert", "--base", base, "--tuned", other, "--rank", 2, "--to", "peft", "--output", tmp_path / "x") == 2
     )
-    assert "is a bert, and `tuned`" in error_of(capsys)
+    assert "is a bert, and `--tuned`" in error_of(capsys)
 
 
 # Decoders: adapters that were saved from Python, in either form of the layers.
@@ -358,6 +358,6 @@ def test_inspect_names_a_target_that_the_base_has_not(as_peft, tmp_path, capsys)
 
 def test_inspect_asks_for_one_folder(as_peft, tmp_path, base, capsys):
     assert run("inspect", as_peft, "--adapter", as_peft) == 2
-    assert "What to inspect is said twice" in error_of(capsys)
+    assert "Two folders to inspect are given" in error_of(capsys)
     assert run("inspect", base) == 2
     assert "is a whole model and no adapter" in error_of(capsys)

@@ -22,7 +22,7 @@ from lora_jax.training import ConfigError, RunFolderError, TrainConfig, Training
 from lora_jax.training.data.batching import AnyBatch, plan_in_order
 from lora_jax.training.data.documents import read_documents
 from lora_jax.training.run.evaluate import make_forward, predict_outputs
-from lora_jax.training.run.setup import prepare
+from lora_jax.training.run.setup import prepare_run
 from lora_jax.training.run.step import make_step
 from lora_jax.training.task import CausalLM
 from tests.tiny_language import write_language_base, write_pairs
@@ -55,7 +55,7 @@ def finished(options, tmp_path_factory):
 
 
 def prepared(options, **changed):
-    return prepare(TrainConfig(**{**options, **changed}, output="out"), lambda event: None)
+    return prepare_run(TrainConfig(**{**options, **changed}, output="out"), lambda event: None)
 
 
 def test_it_learns_and_the_best_is_the_lowest_perplexity(finished):

@@ -345,7 +345,7 @@ def test_all_bad_rows_are_told_of_at_once(name, tmp_path):
     told = (
         rf"{name} has 4 bad rows: row 2 \(line {first + 1}\) .*; "
         rf"row 4: column 'text' is empty \(line {first + 4}\); row 5 \(line {first + 5}\) is not UTF-8: .*; "
-        rf"row 6 has no label in column 'label' \(line {first + 6}\)\. Fix or remove them, .*`--skip-bad-rows`"
+        rf"row 6 has no label in column 'label' \(line {first + 6}\)\. Fix or remove them, .*`skip_bad_rows=True`"
     )
     with pytest.raises(DataError, match=told):
         read_examples(write(tmp_path / name, MESSY[name]), text="text", label="label")

@@ -16,14 +16,14 @@ import pytest
 
 from lora_jax import files
 from lora_jax.training import TrainConfig, train
-from lora_jax.training.config import write_yaml
+from lora_jax.training.config_file import write_yaml
 
 # argv: config.yaml, what to die in ("step", "save" or "nothing"), at which step or save.
 RUN = """
 import os, signal, sys, threading
 from lora_jax.training import TrainConfig, train
 from lora_jax.training.run.checkpoint import Checkpoints
-from lora_jax.training.config import read_yaml
+from lora_jax.training.config_file import read_yaml
 from lora_jax.training.run.events import StepDone
 
 path, where, number = sys.argv[1], sys.argv[2], int(sys.argv[3])

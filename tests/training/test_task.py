@@ -60,7 +60,7 @@ def test_one_label_is_not_enough():
 
 
 def test_fractions_are_no_classes():
-    with pytest.raises(DataError, match=r"row 2 has the label 0\.5, .*--task regression"):
+    with pytest.raises(DataError, match=r"row 2 has the label 0\.5, .*task='regression'"):
         make_task("classification", examples(1.0, 0.5))
 
 

@@ -355,10 +355,10 @@ def test_pairs_are_prompt_and_answer(base, tmp_path):
 @pytest.mark.parametrize(
     ("row", "columns", "message"),
     [
-        ({"q": "x"}, PAIR, r"has no column 'a'; its columns are q. Choose with `--prompt` and `--completion`"),
+        ({"q": "x"}, PAIR, r"has no column 'a'; its columns are q. Choose with `prompt` and `completion`"),
         ({"q": "x", "a": " "}, PAIR, r"row 1: column 'a' is empty"),
-        ({"other": "x"}, Columns(), r"has no column 'text'; its columns are other. Choose with `--text`"),
-        ({"other": "x"}, CHAT, r"has no column 'messages'.*Choose with `--messages`"),
+        ({"other": "x"}, Columns(), r"has no column 'text'; its columns are other. Choose with `text`"),
+        ({"other": "x"}, CHAT, r"has no column 'messages'.*Choose with `messages`"),
         ({"messages": "Hi"}, CHAT, r"row 1: column 'messages' must be a list of messages .*, got 'Hi'"),
         ({"messages": []}, CHAT, r"row 1: column 'messages' must be a list of messages .*, got \[\]"),
         (
@@ -478,7 +478,7 @@ def test_a_text_without_an_end_is_not_read(make, base, tmp_path):
         ("gone.txt", None, Columns(), r"gone.txt doesn't exist"),
         ("a.txt", b" \n", Columns(), r"a.txt is empty"),
         ("a.txt", b"ab\xff", Columns(), r"a.txt is not UTF-8: byte 3 is 0xff"),
-        ("a.txt", b"ab", PAIR, r"a.txt is plain text without columns: don't use `--prompt` or `--messages`"),
+        ("a.txt", b"ab", PAIR, r"a.txt is plain text and has no columns: leave out `prompt` and `messages`"),
     ],
 )
 def test_messages_of_bad_text_files(base, tmp_path, name, content, columns, message):

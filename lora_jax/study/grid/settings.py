@@ -63,8 +63,8 @@ class Comparison:
     def __post_init__(self) -> None:
         if varied := [name for name in _VARIED if name in self.options]:
             raise ConfigError(
-                f"`{varied[0]}` can't be set for a comparison, in which methods, rates and seeds vary. Use "
-                "`candidates` and `seeds` (`--methods`, `--grid`, `--seeds`)."
+                f"`{varied[0]}` can't be given to a comparison: methods, rates and seeds vary there. Choose them by "
+                "`candidates` and `seeds`."
             )
         if self.preset is not None and self.preset not in PRESETS:
             raise ConfigError(f"`preset` must be one of {', '.join(PRESETS)}, got {self.preset!r}.")

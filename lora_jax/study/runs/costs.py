@@ -20,7 +20,7 @@ from lora_jax.training.data.batching import AnyBatch, BatchPlan
 from lora_jax.training.run.evaluate import Forward, make_forward
 from lora_jax.training.run.events import Event, Listener, Note
 from lora_jax.training.run.loop import step_of
-from lora_jax.training.run.setup import prepare as prepare_run
+from lora_jax.training.run.setup import prepare_run
 
 from ..grid.plan import PlannedRun, chosen_rate
 from ..grid.result_row import ResultRows
@@ -104,7 +104,7 @@ def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> AnyBat
 
 def _step_memory(config: TrainConfig, batch: AnyBatch) -> int | None:
     run = prepare_run(config, _unheard)
-    step = cast(jax.stages.Wrapped, step_of(run, config))
+    step = cast(jax.stages.Wrapped, step_of(run))
     memory = step.lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
     if memory is None:  # the backend doesn't report it
         return None

@@ -85,9 +85,9 @@ def read_documents(
     form = format_of(columns)
     if Path(source).suffix.lower() == ".txt":
         if form != "text":
-            raise DataError(f"{source} is plain text without columns: don't use `--prompt` or `--messages`.")
+            raise DataError(f"{source} is plain text and has no columns: leave out `prompt` and `messages`.")
         return _framed(source, form, [(Part(_read_text(Path(source)), True),)], special, escape_special_tokens)
-    wanted = {f"--{name}": getattr(columns, name) for name in _COLUMNS[form]}
+    wanted = {name: getattr(columns, name) for name in _COLUMNS[form]}
     table = read_table(source, wanted, split=split, skip_bad_rows=skip_bad_rows)
     if form == "chat":
         assert columns.messages is not None

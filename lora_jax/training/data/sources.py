@@ -62,7 +62,7 @@ def read_examples(
             have the wrong number of fields, or have no text or no usable label (all are reported, by number).
     """
     table = read_table(
-        source, {"--text": text, "--text-pair": text_pair, "--label": label}, split=split, skip_bad_rows=skip_bad_rows
+        source, {"text": text, "text_pair": text_pair, "label": label}, split=split, skip_bad_rows=skip_bad_rows
     )
     for column in (text, text_pair):
         if column is not None:

@@ -43,8 +43,8 @@ def special_text_note(texts: Iterable[str], special: Sequence[str]) -> list[str]
     names = sorted(set().union(*found))
     return [
         f"{count:,} of {len(texts):,} texts spell out special tokens: {', '.join(map(repr, names[:4]))}"
-        f"{', …' if len(names) > 4 else ''}. They act as control tokens there; `--escape-special-tokens` takes them as "
-        "plain text"
+        f"{', …' if len(names) > 4 else ''}. They act as control tokens there; `escape_special_tokens=True` takes them "
+        "as plain text"
     ]
 
 

@@ -74,9 +74,12 @@ class BadRows:
 
     def _refuse(self, count: str) -> None:
         if len(self) == 1:
-            raise DataError(f"{self.source}, {self._shown()}. Fix or remove this row, or skip it: `--skip-bad-rows`.")
+            raise DataError(
+                f"{self.source}, {self._shown()}. Fix or remove the row, or leave it out with `skip_bad_rows=True`."
+            )
         raise DataError(
-            f"{self.source} has {count}: {self._shown()}. Fix or remove them, or skip them: `--skip-bad-rows`."
+            f"{self.source} has {count}: {self._shown()}. Fix or remove them, or leave them out with "
+            "`skip_bad_rows=True`."
         )
 
     def _shown(self) -> str:
