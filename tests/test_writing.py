@@ -28,7 +28,7 @@ from lora_jax.files import FileError, folders, locks, new_folder, replacing, set
 from lora_jax.files.locks import BusyError, locked
 from lora_jax.study.runs.results import ResultsFile
 from lora_jax.training import TrainConfig
-from lora_jax.training.config import read_yaml, write_yaml
+from lora_jax.training.config_file import read_yaml, write_yaml
 from lora_jax.training.data import token_cache
 from lora_jax.training.data.encoding import Encoded
 from lora_jax.training.examples import Columns
