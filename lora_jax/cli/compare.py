@@ -159,11 +159,11 @@ def _settings(own: dict[str, Any], options: dict[str, Any]) -> Comparison:
 
 def _show_plan(settings: Comparison) -> None:
     from lora_jax.study.grid.plan import count_runs
-    from lora_jax.study.grid.settings import prepare
+    from lora_jax.study.grid.settings import prepare_comparison
 
     from .output import print_facts, print_table
 
-    checked = prepare(settings)
+    checked = prepare_comparison(settings)
     rows = [
         (
             candidate.label,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .options import preset_or_names
+from lora_jax.text import listed
+
+from .method_flags import preset_or_names
 
 if TYPE_CHECKING:
     from lora_jax.tools.convert import Conversion
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 def _show(result: Conversion) -> None:
     from lora_jax.training.run.progress import format_bytes
 
-    from .output import format_some, print_facts, print_groups, print_line, print_table
+    from .output import print_facts, print_groups, print_line, print_table
 
     print_facts(
         {
@@ -121,9 +123,9 @@ def _show(result: Conversion) -> None:
         print_table(("weight", "rank before", "rank", "relative error", "energy kept"), rows)
     facts = {path.name: format_bytes(path.stat().st_size) for path in sorted(result.output.iterdir())}
     if result.carried:
-        facts["in full"] = f"{format_some(result.carried)}: changed, and no targets (`--rest drop` leaves them out)"
+        facts["in full"] = f"{listed(result.carried)}: changed, and no targets (`--rest drop` leaves them out)"
     if result.dropped:
-        facts["left out"] = f"{format_some(result.dropped)}: changed in the tuned model, and as the base has them here"
+        facts["left out"] = f"{listed(result.dropped)}: changed in the tuned model, and as the base has them here"
     print_facts(facts)
     for notice in result.notices:
         print_line(f"note: {notice}")

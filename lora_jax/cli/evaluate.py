@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         return
     facts = {"rows": f"{counts['rows']:,}"} | score_facts("metrics", metrics, baseline)
     if counts["truncated"]:
-        facts["truncated"] = f"{counts['truncated']:,} texts cut at {counts['max_length']} tokens"
+        facts["truncated"] = f"{counts['truncated']:,} texts truncated to {counts['max_length']} tokens"
     if counts["skipped"]:
         facts["bad rows"] = f"{counts['skipped']:,} left out"
     if "prompts" in counts:
@@ -106,6 +106,7 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
         raise ConfigError(f"`generate` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
     if args.limit is not None:
         raise ConfigError(f"`limit` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
+    assert isinstance(saved.task, LabelledTask)
     examples = read_examples(
         args.test,
         text=columns.text,
@@ -113,9 +114,9 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
         label=columns.label,
         split="test",
         skip_bad_rows=getattr(args, "skip_bad_rows", False),
+        check_label=saved.task.target,
     )
-    assert isinstance(saved.task, LabelledTask)
-    targets = saved.task.encode(examples)  # an unknown label is told before the model is loaded
+    targets = saved.task.encode(examples)
     with WeightsProgress() as progress:
         predictor = load_predictor(
             args.adapter,
@@ -127,7 +128,7 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
         for note in special_text_note([*examples.texts, *(examples.pairs or ())], predictor.special_texts):
             print(f"note: {note}", file=sys.stderr)
     encoded = predictor.encode(examples.texts, examples.pairs)
-    counts = {"rows": encoded.rows, "truncated": encoded.truncated, "max_length": predictor.max_length}
+    counts = {"rows": encoded.num_sequences, "truncated": encoded.truncated, "max_length": predictor.max_length}
     counts |= {"skipped": examples.skipped}
     outputs = predictor.encoded_outputs(encoded)
     if args.predictions is not None:

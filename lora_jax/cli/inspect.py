@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_jax.text import listed
+
 from .options import BASE, COLUMNS, add_run_flags, make_config
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ def _show_adapter(report: AdapterReport) -> None:
 def _show_peft(report: PeftReport) -> None:
     from lora_jax.training.run.progress import format_bytes
 
-    from .output import format_some, print_facts
+    from .output import print_facts
 
     config = report.config
     # Said elsewhere here: how targets were chosen, by what they are. Or about the file, not the adapter.
@@ -144,10 +146,10 @@ def _show_peft(report: PeftReport) -> None:
         "base": str(config.get("base_model_name_or_path", "not said")),
         "task type": str(config.get("task_type", "not said")),
         "options": ", ".join(f"{name} {_option(value)}" for name, value in sorted(config.items()) if name not in known),
-        "targets": format_some([f"{t.name} × {t.modules} (rank {t.rank})" for t in report.targets], 16) or "none",
+        "targets": listed([f"{t.name} × {t.modules} (rank {t.rank})" for t in report.targets], 16) or "none",
     }
     if report.whole:
-        facts["in full"] = format_some(report.whole)
+        facts["in full"] = listed(report.whole)
     read = "yes, onto its base: `lora-jax convert --to lora_jax`"
     if report.refusal is not None:
         read = f"no: {report.refusal}"
@@ -162,11 +164,9 @@ def _show_peft(report: PeftReport) -> None:
 
 
 def _option(value: object) -> str:
-    from .output import format_some
-
     if isinstance(value, dict):
-        return f"({format_some([f'{key}: {item}' for key, item in value.items()], 3)})"
-    return f"({format_some(list(map(str, value)), 5)})" if isinstance(value, list) else str(value)
+        return f"({listed([f'{key}: {item}' for key, item in value.items()], 3)})"
+    return f"({listed(list(map(str, value)), 5)})" if isinstance(value, list) else str(value)
 
 
 def _show_tensors(tensors: list[Tensor]) -> None:

@@ -1,9 +1,10 @@
-"""`lora-jax COMMAND ...`: finds the command, and tells the user's mistakes in one line."""
+"""`lora-jax COMMAND ...`: finds the command; a mistake of the user's is one line, a defect a traceback."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -12,12 +13,27 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
 
+from ..errors import LoraJaxError
 from ..host_memory import keep_freed_memory
 from ..text import printable
 from . import analyze, compare, convert, demo, evaluate, inspect, merge, predict, train
 from .parser import CommandParser, HelpFormatter, flags_of, in_flags
 
+# Errors of the operating system that the user can fix.
+_USERS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
 _EXTRAS = {
     "datasets",
@@ -56,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     name = f"lora-jax {args.command}"
     try:
-        with contextlib.nullcontext() if args.traceback else _quiet_libraries():
+        with contextlib.nullcontext() if args.traceback else _one_line_each():
             args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `lora-jax predict ... | head`
@@ -75,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {error.name} is not installed: pip install 'lora_jax[{extras}]'", file=sys.stderr)
         return 2
     except Exception as error:
-        if args.traceback or not _is_message(error):
+        if args.traceback or not _is_users(error):
             raise
         print(f"{name}: error: {printable(in_flags(str(error), args.flags))}", file=sys.stderr)
         return 2
@@ -90,18 +106,36 @@ def _write_utf8() -> None:
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """A failed save reaches the user as one line; Orbax's threads and its log would print pages beside it."""
+def _one_line_each() -> Iterator[None]:
+    """Warnings are one line each; and a failed save is one error, not also pages from Orbax's threads and its log."""
     logger = logging.getLogger("absl")
-    before = logger.level, threading.excepthook, sys.unraisablehook, warnings.formatwarning
-    logger.setLevel(logging.CRITICAL)
-    threading.excepthook = sys.unraisablehook = lambda args: None
-    warnings.formatwarning = _formatted_warning
+    before = threading.excepthook, sys.unraisablehook, warnings.formatwarning
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if not _is_orbax(args.exc_traceback):
+            before[0](args)
+
+    def unraisable(args: sys.UnraisableHookArgs) -> None:
+        if not _is_orbax(args.exc_traceback):
+            before[1](args)
+
+    threading.excepthook, sys.unraisablehook, warnings.formatwarning = of_thread, unraisable, _formatted_warning
+    logger.addFilter(_is_not_orbax)
     try:
         yield
     finally:
-        level, threading.excepthook, sys.unraisablehook, warnings.formatwarning = before
-        logger.setLevel(level)
+        threading.excepthook, sys.unraisablehook, warnings.formatwarning = before
+        logger.removeFilter(_is_not_orbax)
+
+
+def _is_orbax(trace: TracebackType | None) -> bool:
+    """Whether an exception was raised in Orbax or TensorStore: it reaches the command as a `CheckpointError` too."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(trace)]
+    return any(module.partition(".")[0] in ("orbax", "tensorstore") for module in modules)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
 
 
 def _formatted_warning(
@@ -136,9 +170,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_message(error: Exception) -> bool:
-    """Whether lora_jax itself raised this, to tell the user something; what others raised is a defect to be seen."""
-    if not isinstance(error, (ValueError, TypeError, OSError)):
-        return False
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lora_jax.")
+def _is_users(error: Exception) -> bool:
+    """Whether it tells the user what to fix; any other error is a defect, to be seen with its traceback."""
+    return isinstance(error, LoraJaxError) or (isinstance(error, OSError) and error.errno in _USERS)

@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from .method_flags import add_method_flags, method_choices, method_options
 from .parser import in_flags
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from lora_jax.training.examples import Columns
     from lora_jax.training.options import Option
     from lora_jax.training.task_file import TaskFile
-
-_PRESETS = ("all", "all-linear", "attention", "mlp", "keys-values-mlp")
 
 # What all runs of a comparison share, and what a saved adapter brings along.
 LOOP = (
@@ -73,7 +72,7 @@ def _add_option(parser: argparse._ActionsContainer, option: Option) -> None:
         _add(parser, flag, action=argparse.BooleanOptionalAction, help=_help(text[0].upper() + text[1:]))
         return
     if option.name == "method":
-        _add(parser, flag, choices=_method_names(), metavar=about.unit, help=_help(_methods()))
+        _add(parser, flag, **method_choices(), metavar=about.unit)
         return
     if len(about.tasks) == 1:
         text = f"({about.tasks[0]}) {text}"
@@ -101,134 +100,12 @@ def _help(text: str) -> str:
     return in_flags(text, names).replace("`", "").replace("%", "%%")
 
 
-def _method_names() -> tuple[str, ...]:
-    from lora_jax.training.method_options import METHODS
-
-    return tuple(METHODS)
-
-
-def _methods() -> str:
-    return f"Fine-tuning method: {', '.join(_method_names())}. Default: lora. README.md says what each one trains."
-
-
-class MethodFlag(NamedTuple):
-    """A flag of one or a few methods.
-
-    Attributes:
-        field: Field of the method that it sets.
-        text: Its help.
-        options: Further arguments of `add_argument`.
-        rare: Whether it is listed after the common ones.
-    """
-
-    field: str
-    text: str
-    options: dict[str, Any]
-    rare: bool = True
-
-
 def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         return None if text.lower() == "none" else kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it in its message
     return parse
-
-
-def _size(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text  # the method refuses what it doesn't know
-
-
-def _of(kind: Callable[[str], object], unit: str) -> dict[str, Any]:
-    return {"type": kind, "metavar": unit}
-
-
-_METHOD_FLAGS: dict[str, MethodFlag] = {
-    "rank": MethodFlag(
-        "rank", "Rank of the factors of lora, dora and vera. Default: 8, or 256 for vera.", _of(int, "R"), rare=False
-    ),
-    "alpha": MethodFlag(
-        "alpha", "Scale of the updates of lora and dora, which is alpha/rank. Default: 16.", _of(float, "A"), rare=False
-    ),
-    "targets": MethodFlag(
-        "targets",
-        "Weights to adapt: all-linear, attention, mlp or modules (query value); for bitfit all or modules; for ia3 "
-        "keys-values-mlp or modules. Default: all-linear, all or keys-values-mlp, by method.",
-        {"nargs": "+", "metavar": "NAME"},
-        rare=False,
-    ),
-    "also_train": MethodFlag(
-        "also_train",
-        "Modules trained in full beside the method. Default: classifier, or none for causal-lm.",
-        {"nargs": "*", "metavar": "NAME"},
-        rare=False,
-    ),
-    "lora_dropout": MethodFlag(
-        "dropout", "Dropout rate of the input of the factors of lora and dora. Default: 0.", _of(float, "P")
-    ),
-    "scaling": MethodFlag(
-        "scaling",
-        "Scale of lora and dora: alpha/rank (standard) or alpha/√rank. Choices: standard, rank_stabilized. Default: "
-        "standard.",
-        {"choices": ("standard", "rank_stabilized"), "metavar": "NAME"},
-    ),
-    "init": MethodFlag(
-        "init",
-        "Initialization of the factors of lora and dora, at random or from the weight (pissa, orthogonal). Choices: "
-        "gaussian, kaiming, pissa, orthogonal. Default: gaussian.",
-        {"choices": ("gaussian", "kaiming", "pissa", "orthogonal"), "metavar": "NAME"},
-    ),
-    "freeze_a": MethodFlag("freeze_a", "Train only factor B of lora and dora (LoRA-FA).", {"action": "store_true"}),
-    "d_initial": MethodFlag("d_initial", "Initial value of vera's vector d. Default: 0.1.", _of(float, "D")),
-    "projection_seed": MethodFlag("projection_seed", "Seed of vera's shared factors. Default: 0.", _of(int, "N")),
-    "feedforward": MethodFlag(
-        "feedforward",
-        "Modules among the targets of ia3 whose input is scaled in place of the output. Default: mlp/down.",
-        {"nargs": "*", "metavar": "NAME"},
-    ),
-    "count": MethodFlag("count", "Number of layers that top-layers trains. Default: 2.", _of(int, "N")),
-    "size": MethodFlag(
-        "size",
-        "Width of adapter's bottleneck. Default: 16. For random-mask, the number of trained parameters, their share "
-        "(0.01), or bitfit for as many as biases. Default: bitfit.",
-        _of(_size, "K"),
-    ),
-    "placement": MethodFlag(
-        "placement",
-        "Place of adapter's bottlenecks: after attention and MLP (houlsby) or only after the MLP (pfeiffer). Choices: "
-        "houlsby, pfeiffer. Default: houlsby.",
-        {"choices": ("houlsby", "pfeiffer"), "metavar": "NAME"},
-    ),
-    "train_norms": MethodFlag(
-        "train_norms",
-        "Train the layers' norms with adapter. Default: yes for houlsby, no for pfeiffer, as in the papers.",
-        {"action": argparse.BooleanOptionalAction},
-    ),
-    "length": MethodFlag("length", "Keys and values that prefix adds to each layer. Default: 16.", _of(int, "M")),
-    "hidden": MethodFlag(
-        "hidden",
-        "Width of the network that prefix is trained through, or none for no network. Default: 512.",
-        _of(_optional(int), "K"),
-    ),
-    "kind": MethodFlag(
-        "kind",
-        "Pattern of random-mask: single parameters (uniform), rows or columns. Choices: uniform, rows, columns. "
-        "Default: uniform.",
-        {"choices": ("uniform", "rows", "columns"), "metavar": "NAME"},
-    ),
-    "dimension": MethodFlag("dimension", "Dimension of random-subspace. Default: 1000.", _of(int, "D")),
-}
-
-
-def add_method_flags(parser: argparse._ActionsContainer, *, rare: bool) -> None:
-    for name, flag in _METHOD_FLAGS.items():
-        if flag.rare == rare:
-            _add(parser, f"--{name.replace('_', '-')}", help=_help(flag.text), **flag.options)
 
 
 def add_base_flag(parser: argparse._ActionsContainer) -> None:
@@ -307,7 +184,7 @@ def make_config(args: argparse.Namespace, **defaults: object) -> TrainConfig:
 
     options, given = _read(args)
     options = defaults | options
-    method = _method_options(options.get("method", "lora"), given)
+    method = method_options(options.get("method", "lora"), given)
     return TrainConfig.from_dict({**options, **given, "method": method})
 
 
@@ -323,23 +200,6 @@ def _read(args: argparse.Namespace) -> tuple[dict[str, object], dict[str, object
 
     given = {key: value for key, value in vars(args).items() if key not in ("command", "run", "traceback", "flags")}
     return read_yaml(given.pop("config")) if "config" in given else {}, given
-
-
-def _method_options(from_file: object, given: dict[str, object]) -> dict[str, object]:
-    """Takes the method's flags out of `given`; over the file's options, if they are of the same method."""
-    options = dict(from_file) if isinstance(from_file, dict) else {"name": from_file}
-    name = given.pop("method", options.get("name", "lora"))
-    if name != options.get("name", "lora"):
-        options = {}
-    flags = {flag.field: given.pop(name) for name, flag in _METHOD_FLAGS.items() if name in given}
-    if isinstance(targets := flags.get("targets"), list):
-        flags["targets"] = preset_or_names(targets)
-    return {**options, "name": name, **flags}
-
-
-def preset_or_names(targets: list[str]) -> str | list[str]:
-    """What `--targets` means: one preset is a preset, and names are names."""
-    return targets[0] if len(targets) == 1 and targets[0] in _PRESETS else targets
 
 
 def _add(parser: argparse._ActionsContainer, *names: str, **options: Any) -> None:

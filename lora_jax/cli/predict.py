@@ -106,7 +106,7 @@ class _Left:
         if self.rows is not None:
             yield self.rows
         if self.cut:
-            yield f"{self.cut:,} texts cut at {self.max_length} tokens"
+            yield f"{self.cut:,} texts truncated to {self.max_length} tokens"
 
 
 def _label(
@@ -238,8 +238,8 @@ def _rows(
         raise DataError(f"This adapter takes pairs: give JSONL with the fields '{text}' and '{pair}'.")
     kinds = (str, list) if conversations else (str,)
     if args.input == "-":
-        lines = arriving_lines(sys.stdin.buffer)
-        yield from _parsed(lines, "standard input", as_json, text, pair, kinds, left if skip else None)
+        stream = arriving_lines(sys.stdin.buffer)
+        yield from _parsed(stream, "standard input", as_json, text, pair, kinds, left if skip else None)
         return
     if not Path(args.input).is_file():
         raise DataError(f"{args.input} doesn't exist or is no file.")
@@ -248,7 +248,7 @@ def _rows(
 
 
 def _parsed(
-    lines: Iterable[bytes | None],
+    stream: Iterable[bytes | None],
     name: str,
     as_json: bool,
     text: str,
@@ -261,24 +261,26 @@ def _parsed(
     Bad ones are told of in `left`, or refused where that is `None`.
     """
     from lora_jax.training.data.documents import check_messages
+    from lora_jax.training.data.file_formats import read_lines
     from lora_jax.training.data.table import BadRows
     from lora_jax.training.errors import DataError
 
-    bad, count, number = BadRows(name, skip=True), 0, 0
-    for raw in lines:
-        if raw is None:
+    bad, count = BadRows(name, skip=True), 0
+    for line in read_lines(stream, name):
+        if line is None:
             yield None
             continue
-        number += 1
         try:
-            where = f"{name}, line {number}"
-            row = _parse(raw, number, where, as_json, text, pair, kinds)
+            where = f"{name}, line {line.number}"
+            if line.fault is not None:
+                raise DataError(f"{where} {line.fault}.")
+            row = _parse(line.text.strip(), where, as_json, text, pair, kinds)
             if row and isinstance(row[text], list):
                 check_messages(row[text], f"{where}: field '{text}'")
         except DataError as error:
             if left is None:
                 raise
-            bad.add(number, str(error).removeprefix(f"{name}, "))
+            bad.add(line.number, str(error).removeprefix(f"{name}, "))
             row = {}
         if row is not None:
             count += 1
@@ -288,17 +290,12 @@ def _parsed(
         left.rows = bad.describe(count)
 
 
-def _parse(
-    raw: bytes, number: int, where: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
-) -> Row | None:
+def _parse(line: str, where: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]) -> Row | None:
+    from lora_jax.text import listed
     from lora_jax.training.data.json_lines import check_writable, parse_object
-    from lora_jax.training.data.table import shown, some_names
+    from lora_jax.training.data.table import short_repr
     from lora_jax.training.errors import DataError
 
-    try:
-        line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8.") from None
     if not line:
         return None
     row = parse_object(line, where) if as_json else {text: line}
@@ -307,8 +304,8 @@ def _parse(
     for column in (text, pair):
         if column is not None and not isinstance(row.get(column), kinds):
             raise DataError(
-                f"{where}: field '{column}' holds {shown(row.get(column))}, and a text is expected. The fields are "
-                f"{some_names(list(row))}; choose with `text`, `text_pair`, `prompt` or `messages`."
+                f"{where}: field '{column}' must be a text, got {short_repr(row.get(column))}. The fields are "
+                f"{listed(list(row), 20)}; choose with `text`, `text_pair`, `prompt` or `messages`."
             )
     return row
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_jax import files
+from lora_jax.adapters import save_with
+from lora_jax.methods import Method
+from lora_jax.types import Params
 
 from .errors import ConfigError, TrainingError
 from .examples import Columns
@@ -44,15 +47,21 @@ class TaskFile:
     prior: tuple[float, ...] = ()
 
 
-def write_task(folder: Path, saved: TaskFile) -> None:
-    """Writes `task.json`, atomically."""
+def save_task_adapter(folder: Path, params: Params, method: Method, saved: TaskFile) -> None:
+    """`lj.save_adapter`, with `task.json` beside the adapter; one doesn't take its place without the other."""
+    save_with(folder, params, method, {TASK_FILE: task_content(saved)})
+
+
+def task_content(saved: TaskFile) -> dict[str, object]:
+    """The content of `task.json`."""
     fields = {name: getattr(saved, name) for name in (*_PLAIN, *_FLAGS)} | {"prior": list(saved.prior)}
     content = {"format": _FORMAT, "task": saved.task.kind, "labels": list(saved.task.labels), **fields}
-    files.write_json(folder / TASK_FILE, files.with_checksum(content | dataclasses.asdict(saved.columns)))
+    return content | dataclasses.asdict(saved.columns)
 
 
 def read_task(folder: Path) -> TaskFile:
     """Reads `task.json`, and checks it: it may come from elsewhere."""
+    files.settle(folder)
     path = folder / TASK_FILE
     content: Any = files.read_json(path)
     if not isinstance(content, dict):

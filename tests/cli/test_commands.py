@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import errno
+import gc
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +24,11 @@ import lora_jax as lj
 from lora_jax import files
 from lora_jax.cli import demo
 from lora_jax.cli.main import main, make_parser
+from lora_jax.errors import ArgumentError, ArgumentTypeError
 from lora_jax.training import load_predictor
 from lora_jax.training.config import OPTIONS, RunConfig, resolve
 from lora_jax.training.config_file import read_yaml
+from lora_jax.training.errors import ConfigError, DataError
 
 COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "analyze", "demo")
 
@@ -244,7 +251,7 @@ def test_predict_keeps_every_field_of_the_input(finished, tmp_path, capsys):
 def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, monkeypatch):
     rows = b"text\tlabel\n" + b"good\tpos\nbad\tneg\n" * 8 + b"good\n\xff\tpos\n \tneg\ngreat\tpos\n"
     (tmp_path / "a.tsv").write_bytes(rows)
-    told = "3 of 20 rows left out: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
+    told = "3 of 20 rows skipped: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
     flags = ("--base", options["base"], "--steps", 1, "--batch-size", 8, "--buckets", 1, "--train", tmp_path / "a.tsv")
     assert run("train", *flags, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
@@ -273,7 +280,19 @@ def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, m
     assert run("predict", "--adapter", finished.output, "--skip-bad-rows", "--jsonl") == 0
     captured = capsys.readouterr()
     assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["good", "bad"]
-    assert "lora-jax predict: 3 of 5 rows left out: line 3: field 'text' holds 3" in captured.err
+    assert "lora-jax predict: 3 of 5 rows skipped: line 3: field 'text' must be a text, got 3" in captured.err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "-"])
+def test_predict_takes_the_line_ends_of_data_files(name, end, finished, tmp_path, monkeypatch, capsys):
+    lines = ["good", "bad"] if name == "a.txt" else ['{"text": "good"}', '{"text": "bad"}']
+    content = b"\xef\xbb\xbf" + "".join(line + end for line in lines).encode()
+    (tmp_path / "a.txt").with_name(name).write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    source = ("--jsonl", "-") if name == "-" else (tmp_path / name,)
+    assert run("predict", "--adapter", finished.output, *source) == 0
+    assert [row["text"] for row in rows_of(capsys)] == ["good", "bad"]
 
 
 def test_predict_says_what_it_cut(finished, tmp_path, capsys):
@@ -281,7 +300,7 @@ def test_predict_says_what_it_cut(finished, tmp_path, capsys):
     assert run("predict", "--adapter", finished.output, tmp_path / "a.txt") == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
-    assert "lora-jax predict: 2 texts cut at 32 tokens" in captured.err
+    assert "lora-jax predict: 2 texts truncated to 32 tokens" in captured.err
 
 
 def test_predict_reads_columns(finished, data, capsys):
@@ -293,8 +312,8 @@ def test_predict_reads_columns(finished, data, capsys):
     ("name", "content", "message"),
     [
         ("gone.txt", None, r"gone.txt doesn't exist"),
-        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8 (byte 1)"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' holds 3, and a text is expected. The fields are text"),
+        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8: byte 1 of the line is 0xff"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' must be a text, got 3. The fields are text"),
         ("a.jsonl", b"good\n", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a", "x": NaN}\n', "line 2 has a NaN or an infinity, which JSON lacks"),
         ("a.jsonl", b'{"text": "a", "x": [-1e999]}\n', "line 1 has a NaN or an infinity, which JSON lacks"),
@@ -306,7 +325,7 @@ def test_predict_reads_columns(finished, data, capsys):
             "line 1 has half a character (the lone",
         ),
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
-        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number of thousands of digits"),
+        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number with thousands of digits"),
         ("a.tsv", b"sentence\ngood\n", "has no column 'text'"),
     ],
 )
@@ -436,7 +455,7 @@ def test_inspect_an_adapter(finished, capsys):
     [
         (("train", "--output", "x"), "`--train` is missing"),
         (("train", "--train", "gone.tsv", "--output", "x"), "gone.tsv doesn't exist"),
-        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`--rank` must be an integer of at least 1"),
+        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`--rank` must be a positive integer"),
         (("train", "--train", "a", "--output", "x", "--method", "bitfit", "--rank", "4"), "no option of bitfit"),
         (("train", "--config", "gone.yaml"), "gone.yaml doesn't exist"),
         (("merge", "--adapter", "gone", "--output", "x"), "`--adapter` gone doesn't exist"),
@@ -461,15 +480,99 @@ def test_traceback_on_request(tmp_path):
         run("train", "--train", tmp_path / "gone.tsv", "--output", "x", "--traceback")
 
 
-def test_defects_are_not_hidden(monkeypatch):
+@pytest.mark.parametrize(
+    "defect",
+    [
+        lambda: int("x"),
+        lambda: list(zip([1], [], strict=True)),
+        lambda: {}["key"],
+        lambda: max(1, None),  # pyright: ignore[reportCallIssue, reportArgumentType]
+        lambda: os.close(-1),
+        lambda: (_ for _ in ()).throw(ZeroDivisionError),
+    ],
+)
+def test_a_defect_in_the_library_has_its_traceback(defect, monkeypatch):
+    """Whatever its class, and though the innermost frame is the library's."""
+    from lora_jax.tools import inspect
+
+    # As if it stood in the library's own code.
+    planted = types.FunctionType(defect.__code__, {**vars(inspect), "os": os})
+    monkeypatch.setattr(inspect, "inspect_adapter", lambda *_: planted())
+    monkeypatch.setattr("lora_jax.tools.source.folder_kind", lambda *_: "adapter")
+    with pytest.raises((ValueError, KeyError, TypeError, OSError, ZeroDivisionError)):
+        run("inspect", "--adapter", "x")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_in_a_thread_is_seen(monkeypatch):
+    from lora_jax.cli import inspect
+
+    seen = []
+
+    class Left:
+        def __del__(self):
+            int("left")
+
+    def broken(args):
+        thread = threading.Thread(target=lambda: int("x"))
+        thread.start()
+        thread.join()
+        Left()
+        gc.collect()
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: seen.append(str(args.exc_value)))
+    monkeypatch.setattr(inspect, "run", broken)
+    assert run("inspect") == 0
+    assert seen == [f"invalid literal for int() with base 10: '{text}'" for text in ("x", "left")]
+
+
+def test_what_orbax_s_threads_say_of_a_failed_save_is_left_out(monkeypatch):
     from lora_jax.cli import inspect
 
     def broken(args):
-        raise ZeroDivisionError
+        theirs: dict[str, Any] = {"__name__": "orbax.checkpoint.handler"}
+        exec("def save():\n    raise OSError('disk full')", theirs)
+        thread = threading.Thread(target=theirs["save"])
+        thread.start()
+        thread.join()
 
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
     monkeypatch.setattr(inspect, "run", broken)
-    with pytest.raises(ZeroDivisionError):
-        run("inspect")
+    assert run("inspect") == 0
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lj.LoraJaxError("a message"),
+        ArgumentError("a message"),
+        ArgumentTypeError("a message"),
+        lj.AdapterError("a message"),
+        lj.SelectionError("a message"),
+        files.FileError("a message"),
+        files.BusyError("a message"),
+        ConfigError("a message"),
+        DataError("a message"),
+        FileNotFoundError(errno.ENOENT, "a message"),
+        PermissionError(errno.EACCES, "a message"),
+        OSError(errno.ENOSPC, "a message"),
+    ],
+)
+def test_what_is_raised_on_purpose_is_one_line(error, monkeypatch, capsys):
+    from lora_jax.cli import inspect
+
+    def refuse(args):
+        raise error
+
+    monkeypatch.setattr(inspect, "run", refuse)
+    assert run("inspect") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lora-jax inspect: error: ")
+    assert "a message" in said
+    assert said.count("\n") == 1
 
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):

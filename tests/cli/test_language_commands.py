@@ -171,7 +171,7 @@ def test_a_conversation_is_trained_on_and_answered(paths, tmp_path, capsys, monk
         (("eval", "--generate", "--prompt", "gone"), "has no column 'gone'"),
         (("predict", "--all"), "`--all` is for adapters with labels"),
         (("predict", "--top-k", "3"), "`--top-k` is for drawing tokens: pass a `--temperature` above 0"),
-        (("predict", "--max-new-tokens", "0"), "`--max-new-tokens` is 0, and a whole number of at least 1"),
+        (("predict", "--max-new-tokens", "0"), "`--max-new-tokens` must be an integer of at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[Any, ...], message, adapter, paths, tmp_path, capsys):

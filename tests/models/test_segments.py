@@ -101,9 +101,9 @@ def test_the_mask_is_a_window_in_each_run():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"segments": SEGMENTS[:, :4]}, r"`segments` has shape \(1, 4\), and `input_ids` has \(2, 9\)"),
-        ({"segments": np.ones(IDS.shape)}, r"`segments` must be integers, not float"),
-        ({"segments": np.ones(IDS.shape, int), "cache": 12}, r"`segments` are for rows that are run at once"),
+        ({"segments": SEGMENTS[:, :4]}, r"`segments` must have the shape of `input_ids`, \(2, 9\), got \(1, 4\)"),
+        ({"segments": np.ones(IDS.shape)}, r"`segments` must be integers, got float"),
+        ({"segments": np.ones(IDS.shape, int), "cache": 12}, r"`segments` and `cache` can't be combined"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str):

@@ -139,12 +139,12 @@ def test_default_method():
         ({"dropout": 1.0}, r"`dropout` must be a number of at least 0 and below 1, got 1\.0"),
         ({"warmup": 2}, r"`warmup` must be a number of at least 0 and below 1, got 2"),
         ({"clip_norm": 0}, r"`clip_norm` must be above 0, got 0"),
-        ({"method": "lroa"}, r"`method` is 'lroa', and one of frozen, bitfit, lora, dora, ia3, vera, adapter"),
-        ({"method": 3}, r"`method` is a int, and one of frozen"),
+        ({"method": "lroa"}, r"`method` must be one of adapter, bitfit, .*, got 'lroa'; the nearest is `lora`"),
+        ({"method": 3}, r"`method` must be a method with a name, one of adapter, .*, got a int"),
         ({"method": {"name": "bitfit", "rank": 4}}, r"`rank` is no option of bitfit.*also_train, targets"),
         ({"method": {"name": "lora", "ranks": 4}}, r"`ranks` is no option of lora; the nearest is `rank`"),
-        ({"method": {"name": "lora", "rank": 0}}, r"`rank` must be an integer of at least 1, got 0"),
-        ({"method": {"name": "lora", "rank": -2}}, r"`rank` must be an integer of at least 1, got -2"),
+        ({"method": {"name": "lora", "rank": 0}}, r"`rank` must be a positive integer, got 0"),
+        ({"method": {"name": "lora", "rank": -2}}, r"`rank` must be a positive integer, got -2"),
     ],
 )
 def test_impossible_options_are_named(options, message):
@@ -230,7 +230,7 @@ def test_aliases_and_merged_mappings_are_read_as_they_are_meant(tmp_path):
     [
         ({"x" * 100_000: 1}, r"'x+ … x+' is no option of a training run"),
         ({"method": ["lora"]}, r"`method` is a list|`method` can't|`method`"),
-        ({"method": {"name": ["lora"]}}, r"`method` is \['lora'\], and one of"),
+        ({"method": {"name": ["lora"]}}, r"`method` must be one of adapter, .*, got \['lora'\]"),
         ({"method": {"name": "lora", "rank": 0}}, r"`method` lora: `rank` must be"),
         ({"method": {"name": "lora", "alpha": float("nan")}}, r"`method` lora: `alpha` must be a positive number"),
         ({"task": "x" * 100_000}, r"`task` must be one of .*, got 'x+"),

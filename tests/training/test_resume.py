@@ -86,14 +86,15 @@ def assert_same_adapter(ours: Path, theirs: Path, note: str = "") -> None:
         np.testing.assert_array_equal(value, other[name], err_msg=f"{name}, {note}")
 
 
+@pytest.mark.full
 @pytest.mark.slow
-def test_sigkill_at_random_steps(options, tmp_path):
+def test_sigkill_at_steps_and_in_a_save(options, tmp_path):
     options = {**options, "epochs": 4, "method": {"name": "lora", "dropout": 0.1}, "accumulate": 2}
     whole = TrainConfig(**options, output=str(tmp_path / "whole"))
     assert run(whole, tmp_path) == 0
 
     broken = TrainConfig(**options, output=str(tmp_path / "broken"))
-    first, second = sorted(random.SystemRandom().sample(range(1, 33), 2))
+    first, second = sorted(random.Random(0).sample(range(1, 33), 2))
     for where, number in (("step", first), ("save", 16), ("step", second)):
         if number < (last_checkpoint(tmp_path / "broken") or 0):
             continue  # that step is behind it
@@ -110,6 +111,7 @@ def last_checkpoint(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_full_disk(finished, options, tmp_path):
     config = TrainConfig(**options, output=str(tmp_path / "run"))

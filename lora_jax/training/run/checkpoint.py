@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from lora_jax import files
 from lora_jax.errors import ArgumentError
 from lora_jax.masters import Masters
+from lora_jax.text import error_line
 from lora_jax.types import PyTree
 
 from ..errors import CheckpointError, DamagedCheckpointError, NotFiniteError
@@ -146,7 +147,7 @@ class Checkpoints:
             earlier = self.last_step
             kept = f"That of step {earlier} is intact" if earlier is not None else "There is no earlier checkpoint"
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk (or the quota) is full" if full or "space" in str(error).lower() else _short(error)
+            reason = "the disk (or the quota) is full" if full or "space" in str(error).lower() else error_line(error)
             raise CheckpointError(
                 f"The checkpoint of step {step} can't be written to {self.folder}: {reason}. {kept}; free some space "
                 "and start the run again."
@@ -173,7 +174,7 @@ class Checkpoints:
                     "of fewer bits than float32 without float32 copies, and so lost small updates. Choose another "
                     "`output`."
                 ) from error
-            raise self._damaged(step, _short(error)) from error
+            raise self._damaged(step, error_line(error)) from error
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), abstract)
         if jax.tree.map(lambda x: (x.shape, str(x.dtype)), loaded["arrays"]) != shapes:
             raise CheckpointError(
@@ -196,7 +197,7 @@ class Checkpoints:
         try:
             content = files.without_checksum(content, "its progress")
         except files.FileError as error:
-            raise self._damaged(step, _short(error)) from None
+            raise self._damaged(step, error_line(error)) from None
         return content if {"progress", "arrays"} <= content.keys() else {"progress": content, "arrays": None}
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
@@ -275,8 +276,3 @@ def _state(arrays: Arrays, template: TrainState) -> TrainState:
         filled(template.optimizer, arrays["optimizer"]),
         arrays["step"],
     )
-
-
-def _short(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + " …"

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax.types import PyTree
 
-from ..data.batching import AnyBatch, Rows, plan_in_order
+from ..data.batching import AnyBatch, Sequences, plan_in_order
 from ..data.buckets import cover
 from ..errors import TrainingError
 from ..task import Task
@@ -31,11 +31,11 @@ def make_forward(apply: ModelApply, task: Task) -> Forward:
     return forward
 
 
-def predict_outputs(forward: Forward, params: PyTree, rows: Rows, *, buckets: Sequence[int]) -> np.ndarray:
+def predict_outputs(forward: Forward, params: PyTree, rows: Sequences, *, buckets: Sequence[int]) -> np.ndarray:
     """The results of `forward` for all rows, in their order: float32 `(rows, …)`."""
     lengths = rows.lengths
     buckets = cover(buckets, int(lengths.max()), rows.max_length)
-    size = min(rows.largest_batch, 1 << (rows.rows - 1).bit_length())
+    size = min(rows.largest_batch, 1 << (rows.num_sequences - 1).bit_length())
     plans = plan_in_order(lengths, buckets, batch_size=size)
     parts: list[jax.Array] = []
     for plan in plans:
@@ -43,9 +43,9 @@ def predict_outputs(forward: Forward, params: PyTree, rows: Rows, *, buckets: Se
         # A few are dispatched ahead, so that the device doesn't wait for the host; not all, as each takes memory.
         if len(parts) > _AHEAD:
             parts[-1 - _AHEAD].block_until_ready()
-    outputs = np.empty((rows.rows, *parts[0].shape[1:]), np.float32)
+    outputs = np.empty((rows.num_sequences, *parts[0].shape[1:]), np.float32)
     for plan, part in zip(plans, parts, strict=True):
-        outputs[plan.rows] = np.asarray(part, np.float32)[: len(plan.rows)]
+        outputs[plan.indices] = np.asarray(part, np.float32)[: len(plan.indices)]
     return outputs
 
 

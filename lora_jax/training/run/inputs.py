@@ -22,7 +22,7 @@ from lora_jax.models.checkpoint.hub import ALIASES, KNOWN, sha256_once
 from lora_jax.models.checkpoint.weight_files import locate_tensors, read_config
 
 from ..config import RunConfig, TrainConfig
-from ..data.splits import Data
+from ..data.run_data import RunData
 from ..errors import RunFolderError
 
 _FORMAT = 1
@@ -71,7 +71,7 @@ class RunInputs:
         return found + (["formats"] if self.formats != other.formats else [])
 
 
-def run_inputs(config: RunConfig, data: Data) -> RunInputs:
+def run_inputs(config: RunConfig, data: RunData) -> RunInputs:
     """Reads and hashes the inputs of a run.
 
     Args:

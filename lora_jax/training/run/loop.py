@@ -17,7 +17,7 @@ from ..config import TrainConfig, resolve
 from ..data.batching import AnyBatch, padding_share
 from ..errors import DamagedCheckpointError, NotFiniteError, RunFolderError
 from ..metrics import better
-from ..task_file import TaskFile, write_task
+from ..task_file import TaskFile, save_task_adapter
 from .checkpoint import Checkpoint, Checkpoints, RunProgress
 from .evaluate import make_forward, predict_outputs
 from .events import Evaluated, Event, Listener, Note, StepDone
@@ -259,10 +259,11 @@ class _Training:
             baseline = run.baselines.get("test")
             self.listen(Evaluated(step=step, split="test", metrics=metrics["test"], baseline=baseline))
 
-        params = lj.combine(chosen.state.trainable, run.frozen)
-        lj.save_adapter(folder.adapter, *config.method.folded(params))
-        write_task(
+        params, method = config.method.folded(lj.combine(chosen.state.trainable, run.frozen))
+        save_task_adapter(
             folder.adapter,
+            params,
+            method,
             TaskFile(
                 base=config.base,
                 task=run.task,

@@ -43,7 +43,7 @@ class RunResult:
         truncated: Number of texts cut at `max_length`, by split.
         dropped: Number of texts left out because all of their targets lie beyond `max_length`, by split.
         resumed_from: Step that this call resumed from; `None` for a run without interruption.
-        history: Rows of `metrics.jsonl`.
+        history: Sequences of `metrics.jsonl`.
     """
 
     output: Path

@@ -19,11 +19,11 @@ from lora_jax.types import PyTree
 
 from ..baseline import Baseline
 from ..config import RunConfig, TrainConfig, resolve
-from ..data.batching import Rows, TrainingBatches
+from ..data.batching import Sequences, TrainingBatches
 from ..data.buckets import choose_buckets
-from ..data.labelled import LabelledData, LabelledRows
+from ..data.labelled import LabelledData, LabelledSequences
 from ..data.language import LanguageData
-from ..data.splits import Data
+from ..data.run_data import RunData
 from ..errors import ConfigError
 from ..metrics import is_undefined
 from ..task import Task, sorted_labels
@@ -32,7 +32,7 @@ from .inputs import RunInputs, run_inputs
 from .schedule import adamw_by_label
 from .step import ModelApply, TrainState
 
-_DATA: dict[str, Callable[[RunConfig, dict[str, str]], Data]] = {
+_DATA: dict[str, Callable[[RunConfig, dict[str, str]], RunData]] = {
     "classification": LabelledData,
     "regression": LabelledData,
     "causal-lm": LanguageData,
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
     config: RunConfig
     task: Task
-    splits: Mapping[str, Rows]
+    splits: Mapping[str, Sequences]
     metric: str
     new_head: bool
     prior: np.ndarray | None
@@ -110,11 +110,11 @@ def prepare_run(config: TrainConfig, listen: Listener) -> Run:
     )
     tokenizer = lj.models.load_tokenizer(config.base)
     max_length = min(config.max_length, model.config.max_length)
-    splits = data.rows(tokenizer, max_length)
+    splits = data.sequences(tokenizer, max_length)
     _check_token_types(splits, model, config.base)
     rows = splits["train"]
     metric = choose_metric(task, config.metric, splits["dev"].targets if "dev" in splits else None)
-    steps = config.steps or config.epochs * math.ceil(rows.rows / config.batch_size)
+    steps = config.steps or config.epochs * math.ceil(rows.num_sequences / config.batch_size)
     buckets = choose_buckets(rows.lengths, count=config.buckets, max_length=max_length, steps=steps)
     batches = TrainingBatches(rows, buckets=buckets, batch_size=config.batch_size, seed=config.seed, steps=steps)
 
@@ -172,11 +172,11 @@ def choose_metric(task: Task, name: str | None, dev: np.ndarray | None) -> str:
     return "loss"
 
 
-def _check_token_types(splits: Mapping[str, Rows], model: Model, base: str) -> None:
+def _check_token_types(splits: Mapping[str, Sequences], model: Model, base: str) -> None:
     """A token type without an embedding would be looked up all the same, and give NaN."""
     known = getattr(model.config, "type_vocab_size", None)
-    for rows in splits.values():
-        if known is not None and isinstance(rows, LabelledRows) and (most := int(rows.encoded.types.max())) >= known:
+    for own in splits.values():
+        if known is not None and isinstance(own, LabelledSequences) and (most := int(own.encoded.types.max())) >= known:
             raise FileError(
                 f"{base}: tokenizer.json gives the second text of a pair the token type {most}, and the model has "
                 f"{known} types (`type_vocab_size` in config.json). Use the tokenizer that belongs to the model."
@@ -185,8 +185,8 @@ def _check_token_types(splits: Mapping[str, Rows], model: Model, base: str) -> N
 
 def _notes(
     config: RunConfig,
-    data: Data,
-    splits: Mapping[str, Rows],
+    data: RunData,
+    splits: Mapping[str, Sequences],
     counts: ParamCount,
     buckets: tuple[int, ...],
     max_length: int,
