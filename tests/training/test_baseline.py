@@ -105,7 +105,7 @@ def test_the_commands_print_it(base, data, tmp_path, capsys):
     assert "(always 'neg': accuracy 50.0 %)" in text.err
     assert "dev baseline    accuracy 50.0 %" in text.out
     score = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["dev"]["accuracy"]
-    assert ("dev warning   no better than always answering 'neg'" in text.out) == (score <= 0.5)
+    assert ("dev warning     no better than always answering 'neg'" in text.out) == (score <= 0.5)
 
     # What is answered is the majority of the training rows, though here all are of the other label.
     (tmp_path / "pos.tsv").write_text("text\tlabel\n" + "good film\tpos\n" * 4)

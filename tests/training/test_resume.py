@@ -119,7 +119,7 @@ def test_full_disk(finished, options, tmp_path):
     assert process.returncode == 2
     message = process.stderr.splitlines()[-1]
     assert message.startswith("lora-jax train: error: The checkpoint of step 16 can't be written to")
-    assert "Of the checkpoints, the one of step 8 is whole; free some space and start the same command" in message
+    assert "That of step 8 is intact; free some space and start the run again" in message
     assert "Traceback" not in process.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_8"]
 
