@@ -331,7 +331,7 @@ def _beam_search(run: _Run, prompt: _Prompt, options: _Options) -> Int[Array, "b
 
         # Sequences that ended, if they are among the best `k` of all candidates.
         scores = totals / length.astype(jnp.float32) ** options.length_penalty
-        counts = ends & (jnp.arange(candidates) < beams) & state.open[:, None]
+        counts = ends & (jnp.arange(candidates) < beams)[None] & state.open[:, None]
         ended_scores = jnp.concatenate([state.ended_scores, jnp.where(counts, scores, _NEVER)], axis=1)
         ended_scores, kept = jax.lax.top_k(ended_scores, beams)
         ended_tokens = _take(jnp.concatenate([state.ended_tokens, tokens], axis=1), kept)

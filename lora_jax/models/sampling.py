@@ -61,7 +61,7 @@ def forbid_repeats(
     start = jnp.maximum(count - before, 0)
     last = jax.lax.dynamic_slice_in_dim(tokens, start, before, axis=1)
     complete = (count >= before) & jax.lax.dynamic_slice_in_dim(known, start, before, axis=1).all(axis=1)
-    same = known[:, : slots - before] & (starts + before < count) & complete[:, None]
+    same = known[:, : slots - before] & (starts + before < count)[None] & complete[:, None]
     for offset in range(before):
         same &= tokens[:, offset : offset + slots - before] == last[:, offset, None]
     following = jnp.where(same, tokens[:, before:], scores.shape[1])  # an index outside the vocabulary is dropped

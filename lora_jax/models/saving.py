@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -189,7 +190,8 @@ def _config(
 ) -> dict[str, object]:
     # `torch_dtype` is the old name of `dtype`; the source's value would make transformers cast the weights.
     config = {name: value for name, value in source.items() if name not in ("torch_dtype", "num_labels")}
-    config["dtype"] = jnp.result_type(*leaves.values()).name
+    with jax.numpy_dtype_promotion("standard"):
+        config["dtype"] = jnp.result_type(*leaves.values()).name
     family = family_of(model.config)
     config["architectures"] = [family.architectures[model.task if _is_task_class(model) else None]]
     if model.task == "causal-lm":

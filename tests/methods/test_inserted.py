@@ -272,11 +272,11 @@ def test_a_foreign_tree_is_refused(method: lj.Method) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lj.BottleneckAdapter(size=0), "`size` must be an integer of at least 1, got 0"),
+        (lambda: lj.BottleneckAdapter(size=0), "`size` must be a positive integer, got 0"),
         (lambda: cast("Any", lj.BottleneckAdapter)(placement="before"), "`placement` must be one of"),
-        (lambda: cast("Any", lj.BottleneckAdapter)(train_norms="yes"), "`train_norms` must be true, false or None"),
-        (lambda: lj.PrefixTuning(length=True), "`length` must be an integer of at least 1"),
-        (lambda: lj.PrefixTuning(hidden=0), "`hidden` must be an integer of at least 1"),
+        (lambda: cast("Any", lj.BottleneckAdapter)(train_norms="yes"), "`train_norms` must be True, False or None"),
+        (lambda: lj.PrefixTuning(length=True), "`length` must be a positive integer"),
+        (lambda: lj.PrefixTuning(hidden=0), "`hidden` must be a positive integer"),
     ],
 )
 def test_wrong_options_are_refused(make: Any, message: str) -> None:

@@ -507,7 +507,7 @@ def test_rms_norm():
     assert norm.scale is not None
     norm.scale[...] = jnp.array([1.0, 2.0, 3.0])
     x = jnp.array([[1.0, -2.0, 4.0]])
-    expected = x / jnp.sqrt((x**2).mean() + jnp.float32(0.5)) * jnp.array([1.0, 2.0, 3.0])
+    expected = x / jnp.sqrt((x**2).mean() + jnp.float32(0.5)) * jnp.array([[1.0, 2.0, 3.0]])
     np.testing.assert_allclose(norm(x), expected, rtol=1e-6)
 
 

@@ -77,7 +77,9 @@ class Embeddings(nnx.Module):
         x = self.word(input_ids)
         if self.token_type is not None:
             x += self.token_type(jnp.zeros_like(input_ids) if token_types is None else token_types)
-        return dropout(self.norm(x + self.position(positions)), self.dropout, key_for(key, "embeddings"))
+        return dropout(
+            self.norm(x + self.position(jnp.atleast_2d(positions))), self.dropout, key_for(key, "embeddings")
+        )
 
 
 class Encoder(nnx.Module):

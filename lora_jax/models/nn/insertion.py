@@ -37,7 +37,7 @@ class InsertedAdapter(nnx.Module):
         down, c, up, e = (
             array[...].astype(h.dtype) for array in (self.down_kernel, self.down_bias, self.up_kernel, self.up_bias)
         )
-        return h + ACTIVATIONS["gelu"](h @ down + c) @ up + e
+        return h + ACTIVATIONS["gelu"](h @ down + c[None, None]) @ up + e[None, None]
 
 
 class InsertedPrefix(nnx.Module):

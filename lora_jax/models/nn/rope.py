@@ -124,7 +124,7 @@ class Rotation(NamedTuple):
 
 def rotation(positions: Int[Array, "batch_or_1 time"], frequencies: Float[np.ndarray, " pairs"]) -> Rotation:
     """The rotation at each position."""
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
