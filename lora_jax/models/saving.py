@@ -43,7 +43,7 @@ _COMPANIONS = (
 def save_pretrained(
     folder: str | os.PathLike[str],
     model: Model,
-    params: PyTree[Array],
+    params: PyTree,
     *,
     source: str | os.PathLike[str],
     labels: Sequence[str] | None = None,

@@ -280,7 +280,7 @@ def test_a_config_without_a_size_is_refused():
     [
         ((IDS[0],), r"`input_ids` must be \(batch, time\) integers, got int\d+ of shape \(6,\)"),
         ((IDS.astype(np.float32),), r"`input_ids` must be \(batch, time\) integers, got float32"),
-        ((np.zeros((1, 13), int),), r"has 13 tokens in a row, and the model has positions for 12: cut the texts"),
+        ((np.zeros((1, 13), int),), r"at most 12 tokens a row, .*got 13: truncate the texts"),
         ((IDS, MASK[:2]), r"`attention_mask` must have the shape of `input_ids`, \(3, 6\), got \(2, 6\)"),
         ((IDS, None, MASK[:, :2]), r"`token_type_ids` must have the shape .*, got \(3, 2\)"),
     ],

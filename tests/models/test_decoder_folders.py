@@ -245,7 +245,7 @@ def test_a_saved_folder_loads_again(family: str, scan: bool, task: Any, bases: d
     ("options", "message"),
     [
         ({"task": "classification", "num_labels": 2}, r'`task` of a llama must be "causal-lm" or None, got \'classifi'),
-        ({"task": "causal-lm", "num_labels": 2}, r'`num_labels` is 2, and a "causal-lm" has its vocabulary'),
+        ({"task": "causal-lm", "num_labels": 2}, r'`num_labels` must be omitted for "causal-lm", got 2'),
         ({"pooling": "mean"}, r"`pooling` applies to encoders with a head, and a llama is a decoder"),
         ({"tie_word_embeddings": False}, r"`tie_word_embeddings` applies to a decoder with logits: pass `task"),
         ({"task": "causal-lm", "tie_word_embeddings": 1}, r"`tie_word_embeddings` must be true, false or None, got 1"),

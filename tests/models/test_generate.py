@@ -289,7 +289,7 @@ def test_beams_of_padded_rows_are_those_of_the_rows_alone():
             {"attention_mask": np.array([[1] * 6, [0] * 6, [1] * 6])},
             r"`attention_mask` must leave a token in every row, got none in row 1",
         ),
-        ({"max_new_tokens": 44}, r"`cache` of 49 slots, for the prompt and what is to come, .* model's 48 positions"),
+        ({"max_new_tokens": 44}, r"`cache` must have at most 48 slots, the model's positions, .*got 49"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str):

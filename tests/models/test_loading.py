@@ -455,7 +455,7 @@ def test_a_tokenizer_that_reaches_beyond_the_embeddings_is_refused(folder: Path)
     tokenizer.add_special_tokens(["<extra>", "<more>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     message = (
-        rf"the ids of tokenizer.json reach {rows + 1}, and the embeddings have {rows} rows \(`vocab_size` in "
+        rf"tokenizer.json has ids up to {rows + 1}, but the embeddings have {rows} rows \(`vocab_size` in "
         rf"config.json\): no row for 2 tokens \('<extra>' {rows}, '<more>' {rows + 1}\). Use the tokenizer"
     )
     with pytest.raises(FileError, match=message):

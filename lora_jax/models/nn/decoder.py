@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..model_config import ModelConfig
 from .cache import Cache
@@ -179,7 +179,7 @@ def run_layers(
     scanned = not isinstance(layers, nnx.List)
 
     def run(
-        graph: nnx.GraphDef[Any], state: nnx.State, place: Place, x: Array, cache: Cache | None
+        graph: nnx.GraphDef[Any], state: PyTree, place: Place, x: Array, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
         layer_key = None if key is None else jax.random.fold_in(key, place.number)
         return nnx.merge(graph, state)(x, context, place, cache, layer_key)
@@ -198,7 +198,7 @@ def run_layers(
     places = Place(jnp.arange(count, dtype=jnp.int32), None if settings is None else jnp.asarray(settings))
 
     def step(
-        carry: tuple[Array, Cache | None], member: tuple[nnx.State, Place]
+        carry: tuple[Array, Cache | None], member: tuple[PyTree, Place]
     ) -> tuple[tuple[Array, Cache | None], None]:
         return run(graph, *member, *carry), None
 

@@ -7,7 +7,7 @@ Post-norm, learned absolute positions. Shapes: `batch` sequences of `time` token
 from __future__ import annotations
 
 import functools
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from .layers import ACTIVATIONS, Norm, Table, attend, dropout, key_for, linear
 Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
 
 
+@runtime_checkable
 class EncoderConfig(Protocol):
     """The configuration entries that the encoder reads, under BERT's names; other families have them as properties."""
 
