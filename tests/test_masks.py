@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -31,9 +32,10 @@ def test_labels_have_the_structure_of_the_tree() -> None:
     params = lj.attach(base(), lora(), key=KEY)
     labels = lj.label_params(params, lora())
     node = params["dense"]["kernel"]
+    assert (node.scale, node.axes) == (lora().alpha / lora().rank, "io")
     assert labels == {
         "dense": {
-            "kernel": lj.LoRAWeight("frozen", "lora_a", "lora_b", scale=node.scale, axes="io"),
+            "kernel": dataclasses.replace(node, base="frozen", a="lora_a", b="lora_b"),
             "bias": "frozen",
         },
         "head": {"kernel": "head"},

@@ -183,7 +183,8 @@ def test_haikus_modules_are_named_without_its_tildes() -> None:
     tree = lj.attach(params, by_name, key=jax.random.key(0))
     assert tree["block/~/attention/~/query"]["w"].rank == 2
     assert by_name.resolved(leaves_by_path(tree)).targets == ("/block/~/attention/~/query/w",)
-    assert len(lj.LoRA(rank=1, alpha=1, targets="attention").selected(leaves_by_path(params))) == 4
+    by_preset = lj.attach(params, lj.LoRA(rank=1, alpha=1, targets="attention"), key=jax.random.key(0))
+    assert sum(isinstance(leaf, lj.LoRAWeight) for leaf in leaves_by_path(by_preset).values()) == 4
     direct = {"mlp/~/w": jnp.ones((4, 4)), "other/w": jnp.ones((4, 4))}  # the index finds what `matches_entry` takes
     chosen = select(direct, ("mlp",), argument="a", eligible=lambda *_: True, kind="leaf")
     assert chosen == ["mlp/~/w"]

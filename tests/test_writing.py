@@ -28,6 +28,7 @@ from lora_jax.files import FileError, folders, locks, new_folder, replacing, set
 from lora_jax.files.locks import BusyError, locked
 from lora_jax.study.runs.results import ResultsFile
 from lora_jax.training import TrainConfig
+from lora_jax.training.config import resolve
 from lora_jax.training.config_file import read_yaml, write_yaml
 from lora_jax.training.data import token_cache
 from lora_jax.training.data.encoding import Encoded
@@ -37,6 +38,7 @@ from lora_jax.training.run.inputs import RunInputs, read_inputs, write_inputs
 from lora_jax.training.run.result import RunResult, read_result, write_result
 from lora_jax.training.task import Classification
 from lora_jax.training.task_file import TaskFile, read_task, save_task_adapter
+from tests.result_rows import result_row
 from tests.tiny_bert import write_tiny_bert
 
 BASE = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
@@ -270,7 +272,7 @@ def run_folder(folder: Path) -> RunFolder:
     folder.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "_check", lambda *_: None)
-        run = RunFolder(TrainConfig(train="train.tsv", output=str(folder)))
+        run = RunFolder(resolve(TrainConfig(train="train.tsv", output=str(folder))))
     run.adapter = task_adapter()
     return run
 
@@ -292,7 +294,9 @@ def save_inputs(folder: Path, value: float) -> None:
 
 
 def load_inputs(folder: Path) -> float:
-    return read_inputs(folder / "run.json").options["lr"]
+    rate = read_inputs(folder / "run.json").options["lr"]
+    assert isinstance(rate, float)
+    return rate
 
 
 def save_options(folder: Path, value: float) -> None:
@@ -301,15 +305,17 @@ def save_options(folder: Path, value: float) -> None:
 
 
 def load_options(folder: Path) -> float:
-    return read_yaml(folder / "config.yaml")["lr"]
+    rate = read_yaml(folder / "config.yaml")["lr"]
+    assert isinstance(rate, float)
+    return rate
 
 
 def save_row(folder: Path, value: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = ResultsFile(folder / "results.jsonl")
-    results.append({"id": f"{value}", "error": None, "candidate_id": "a", "rate": value})
+    results.append(result_row(f"{value}", rate=value))
     if value == 3:
-        results.append({"id": "failed", "error": "x", "candidate_id": "a", "rate": 0.0})
+        results.append(result_row("failed", error="x"))
         assert results.forget_failures() == 1
 
 

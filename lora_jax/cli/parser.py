@@ -7,19 +7,28 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeVar, overload
 
 from lora_jax.text import clipped, nearest_name
 
 _NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")  # what argparse takes for a negative number
 _ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 _WIDEST = 120
+Namespace = TypeVar("Namespace")
 
 
 class CommandParser(argparse.ArgumentParser):
     """A parser that names the nearest flag or command for one that doesn't exist, under that command's usage."""
 
-    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    @overload
+    def parse_known_args(
+        self, args: Iterable[str] | None = None, namespace: None = None
+    ) -> tuple[argparse.Namespace, list[str]]: ...
+    @overload
+    def parse_known_args(self, args: Iterable[str] | None, namespace: Namespace) -> tuple[Namespace, list[str]]: ...
+    @overload
+    def parse_known_args(self, *, namespace: Namespace) -> tuple[Namespace, list[str]]: ...
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: object = None) -> tuple[object, list[str]]:
         given = list(sys.argv[1:] if args is None else args)
         commands = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
         if commands is None:

@@ -192,7 +192,7 @@ class PrefixTuning(InsertingMethod):
         if self.hidden is None:
             value = draw(path, *stack, self.length, width, deviation=_DEVIATION)
             return {path: InsertedArray(None, value, axes=axes + "io")}
-        shared: dict[str, jax.Array | None] = dict.fromkeys(_SHARED)
+        shared: dict[str, jax.Array] = {}
         if first:
             # What all layers share has no path of its own: names take the place of paths.
             shared = {

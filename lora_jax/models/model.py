@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, Concatenate, NamedTuple, TypeVar
+from typing import Any, Concatenate, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,20 @@ from .nn.heads import Pooling
 from .nn.insertion import insert, split_inserted
 from .nn.layers import wide
 
-# `Model` lists the keywords of encoders and decoders. Only a decoder that is given a cache returns two values.
+# A function that generates texts: its two positional arguments are parameters and tokens.
 Apply = Callable[Concatenate[PyTree[Array], Int[ArrayLike, "batch time"], ...], Any]
 Module = TypeVar("Module")
+
+
+class ModelApply(Protocol):
+    """A bundled model's function; `Model` lists the arguments of encoders and decoders.
+
+    Only a decoder that is given a cache returns two values.
+    """
+
+    def __call__(
+        self, params: PyTree[Array], input_ids: Int[ArrayLike, "batch time"], *args: Any, **kwargs: Any
+    ) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +77,7 @@ class Model:
         new_head: Whether the head was drawn even though the checkpoint has one, see `load`.
     """
 
-    apply: Apply
+    apply: ModelApply
     params: dict[str, PyTree[Array]]
     config: Any  # A `ModelConfig`; which one, and so which sizes it has, is known once a folder has been read.
     names: Names
@@ -78,7 +89,7 @@ class Model:
 class Skeleton(NamedTuple):
     """A model without its parameters."""
 
-    apply: Apply
+    apply: ModelApply
     params: dict[str, PyTree[jax.ShapeDtypeStruct]]
 
 

@@ -36,7 +36,7 @@ class Shared:
         rng = np.random.default_rng(0)
 
         def filled(leaf: Any) -> Any:
-            if not is_adapted(leaf):
+            if not isinstance(leaf, lj.LoRAWeight):
                 return leaf
             b = jnp.asarray(0.02 * rng.standard_normal(leaf.b.shape, np.float32))
             return lj.LoRAWeight(leaf.base, leaf.a / 8, b, scale=leaf.scale, axes=leaf.axes)
@@ -49,7 +49,7 @@ class Shared:
             for path, node in zip(
                 lj.leaf_paths(self.params), jax.tree.leaves(self.params, is_leaf=is_adapted), strict=True
             )
-            if is_adapted(node)
+            if isinstance(node, lj.LoRAWeight)
         }
 
 
@@ -122,8 +122,8 @@ def textbook(shared: Shared) -> JaxCandidate:
 
         def dense(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             path = "/".join(context.module.path)
-            node: Any = leaves.get(f"{path}/kernel")
-            if context.method_name != "__call__" or not is_adapted(node):
+            node = leaves.get(f"{path}/kernel")
+            if context.method_name != "__call__" or not isinstance(node, lj.LoRAWeight):
                 return next_call(*args, **kwargs)
             (x,) = args
             return x @ node.base + node.scale * (x @ node.a.T) @ node.b + leaves[f"{path}/bias"]

@@ -42,7 +42,7 @@ def attach_everywhere(fn: Callable[..., Any], params: Any, *args: Any, dropout: 
     paths, nodes, treedef = flatten_with_paths(shapes)
 
     def filled(path: str, node: Any, leaf: Any) -> Any:
-        if not is_adapted(node):
+        if not isinstance(node, lj.LoRAWeight):
             return leaf
         a, b = normal(f"{path}/a", *node.a.shape), 0.3 * normal(f"{path}/b", *node.b.shape)
         return dataclasses.replace(node, base=leaf, a=a, b=b)
@@ -67,7 +67,7 @@ def merge_nodes(tree: Any) -> Any:
     """`merge_params` in the test's own words: one NumPy einsum a node, so that a mistake in `merge` shows."""
 
     def fold(leaf: Any) -> Any:
-        if not is_adapted(leaf):
+        if not isinstance(leaf, lj.LoRAWeight):
             return leaf
         letters = "abcdefghijklm"[: leaf.ndim]
         stack, inner, outer = ("".join(x for x, own in zip(letters, leaf.axes, strict=True) if own == s) for s in "sio")

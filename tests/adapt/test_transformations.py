@@ -117,9 +117,7 @@ def test_gradients_per_example(params: Any, x: jax.Array) -> None:
 def test_ensemble_of_adapters(params: Any, x: jax.Array) -> None:
     """Factors mapped, the base shared."""
     axes = jax.tree.map(lambda _: None, params)
-    axes["up"], axes["down"] = (
-        lj.LoRAWeight(None, 0, 0, scale=params[name].scale, axes=params[name].axes) for name in ("up", "down")
-    )
+    axes["up"], axes["down"] = (dataclasses.replace(params[name], base=None, a=0, b=0) for name in ("up", "down"))
     many = jax.tree.map(
         lambda leaf, axis: leaf if axis is None else jnp.stack([leaf, -leaf, leaf**2]),
         params,

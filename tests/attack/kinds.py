@@ -29,7 +29,7 @@ from lora_jax.study.grid.candidates import read_grid
 from lora_jax.study.runs.results import ResultsFile
 from lora_jax.tools.inspect import inspect_adapter
 from lora_jax.training.baseline import Baseline
-from lora_jax.training.config import TrainConfig
+from lora_jax.training.config import RunConfig, TrainConfig, resolve
 from lora_jax.training.config_file import read_yaml, write_yaml
 from lora_jax.training.data import token_cache
 from lora_jax.training.data.chat import render_conversations
@@ -38,13 +38,14 @@ from lora_jax.training.data.encoding import Encoded, encode
 from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import RunFolderError, TrainingError
 from lora_jax.training.examples import Columns, Examples
-from lora_jax.training.run.checkpoint import Checkpoint, Checkpoints
-from lora_jax.training.run.folder import RunFolder
+from lora_jax.training.run.checkpoint import Checkpoint, Checkpoints, RunProgress
+from lora_jax.training.run.folder import LogRow, RunFolder
 from lora_jax.training.run.result import RunResult, read_result, write_result
 from lora_jax.training.run.step import TrainState
 from lora_jax.training.task import Classification
 from lora_jax.training.task_file import TASK_FILE, TaskFile, read_task, task_content
 from tests.interop import kit
+from tests.result_rows import result_row
 from tests.tiny_bert import WORDS, write_tiny_bert
 from tests.tiny_encoders import byte_level
 from tests.tiny_language import write_language_base
@@ -247,7 +248,7 @@ def write_run(folder: Path, rng: Rng) -> None:
     lj.save_adapter(folder / "adapter", params, method)
     write_a_task(folder / "adapter", rng)
     split: dict[str, float | None] = {"accuracy": float(rng.random()), "macro_f1": 0.5, "matthews": None, "loss": 1.5}
-    rows = [{"step": step, "split": "train", "loss": 1 / step, "accuracy": 0.5} for step in range(1, 6)]
+    rows: list[LogRow] = [{"step": step, "split": "train", "loss": 1 / step, "accuracy": 0.5} for step in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = RunResult(
         output=folder,
@@ -275,8 +276,9 @@ def write_run(folder: Path, rng: Rng) -> None:
     write_result(RunFolder(_run_config(folder)), result)
 
 
-def _run_config(folder: Path) -> TrainConfig:
-    return TrainConfig(train="train.tsv", dev="dev.tsv", output=str(folder), method={"name": "lora", "rank": 4})
+def _run_config(folder: Path) -> RunConfig:
+    method = {"name": "lora", "rank": 4}
+    return resolve(TrainConfig(train="train.tsv", dev="dev.tsv", output=str(folder), method=method))
 
 
 def read_run(folder: Path) -> Any:
@@ -298,9 +300,9 @@ def _train_state() -> TrainState:
 
 
 def write_checkpoint(folder: Path, rng: Rng) -> None:
-    progress = {
+    progress: RunProgress = {
         "iterator": {"next_index": 3},
-        "meter": {"tokens": int(rng.integers(1000)), "seconds": 1.5},
+        "meter": {"seconds": 1.5, "waiting": 0.0, "tokens": int(rng.integers(1000)), "slots": 1000, "window": []},
         "data": "0" * 64,
         "dev": {"accuracy": 0.5},
     }
@@ -429,9 +431,7 @@ def write_grid(folder: Path, rng: Rng) -> None:
 def write_comparison(folder: Path, rng: Rng) -> None:
     results = ResultsFile(folder / "results.jsonl")
     for seed in range(3):
-        row = {"id": f"a-{seed}", "candidate_id": "a", "rate": 0.1, "seed": seed, "seconds": float(rng.random())}
-        row |= {"error": None, "metric": "accuracy", "metrics": {"dev": {"accuracy": 0.5}}}
-        results.append(row)
+        results.append(result_row(f"a-{seed}", rate=0.1, seed=seed, score=0.5, seconds=float(rng.random())))
 
 
 def read_comparison(folder: Path) -> Any:

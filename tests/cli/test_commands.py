@@ -161,8 +161,9 @@ def test_flags_become_a_config():
         *("--schedule", "cosine", "--warmup", "0.1", "--accumulate", "4", "--steps", "9", "--tensorboard"),
     )
     assert (config.text, config.text_pair, config.label) == ("sentence", "b", "y")
-    assert (config.method.rank, config.method.alpha, config.method.dropout) == (4, 2, 0.1)
-    assert config.method.targets == ("query", "value")
+    assert config.method == lj.LoRA(
+        rank=4, alpha=2, targets=("query", "value"), dropout=0.1, also_train=("classifier",)
+    )
     assert config.lr == {"lora_a": 1e-3, "lora_b": 2e-3, "head": 1e-2}
     assert (config.clip_norm, config.dropout, config.seed, config.steps, config.tensorboard) == (None, 0.0, 3, 9, True)
 
@@ -171,22 +172,28 @@ def test_flags_of_lora_plus_and_vera(tmp_path):
     data = ("--train", "a.tsv", "--output", "out")
     assert parsed(*data, "--lora-plus-ratio", "16").lora_plus_ratio == 16.0
     method = parsed(*data, "--method", "vera", "--d-initial", "0.5", "--projection-seed", "3").method
+    assert isinstance(method, lj.VeRA)
     assert (method.d_initial, method.projection_seed) == (0.5, 3)
     (tmp_path / "config.yaml").write_text("lora_plus_ratio: 8\nmethod: dora\n")
     assert parsed(*data, "--config", str(tmp_path / "config.yaml")).lora_plus_ratio == 8.0
 
 
 def test_one_preset_is_a_preset_and_names_are_names():
-    assert parsed("--train", "a", "--output", "b", "--targets", "mlp").method.targets == "mlp"
-    assert parsed("--train", "a", "--output", "b", "--targets", "query").method.targets == ("query",)
+    for given, wanted in (("mlp", "mlp"), ("query", ("query",))):
+        method = parsed("--train", "a", "--output", "b", "--targets", given).method
+        assert isinstance(method, lj.LoRA)
+        assert method.targets == wanted
 
 
 def test_flags_go_over_the_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("train: a.tsv\noutput: out\nseed: 1\nmethod: {name: lora, rank: 2, alpha: 4}\n")
     config = parsed("--config", str(path), "--seed", "2", "--alpha", "8")
+    assert isinstance(config.method, lj.LoRA)
     assert (config.seed, config.method.rank, config.method.alpha) == (2, 2, 8)
-    assert parsed("--config", str(path), "--method", "bitfit").method.targets == "all"
+    bitfit = parsed("--config", str(path), "--method", "bitfit").method
+    assert isinstance(bitfit, lj.BitFit)
+    assert bitfit.targets == "all"
 
 
 def test_train_eval_predict_merge(options, data, tmp_path, capsys, monkeypatch):

@@ -16,6 +16,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.files import read_safetensors, sha256_file, write_safetensors
+from lora_jax.methods.prefix_tuning import ReparametrizedPrefix
 from lora_jax.models.stacking import stack_layers, unstack_layers
 from lora_jax.paths import leaves_by_path
 from lora_jax.weights import is_adapted
@@ -116,7 +117,7 @@ def test_the_network_of_a_prefix_is_its_formula(folder: Any) -> None:
     """All layers' keys and values at once, in NumPy: `tanh(P' W₁ + c₁) W₂ + c₂`."""
     model, method = encoder("bert", folder / "bert"), METHODS["prefix"]
     tree = trained(model.params, method)
-    nodes = {path: leaf for path, leaf in leaves_by_path(tree).items() if is_adapted(leaf)}
+    nodes = {path: leaf for path, leaf in leaves_by_path(tree).items() if isinstance(leaf, ReparametrizedPrefix)}
     first = next(iter(nodes.values()))
     wide = {name: np.asarray(getattr(first, name), np.float64) for name in ("table", "hidden_kernel", "hidden_bias")}
     hidden = np.tanh(wide["table"] @ wide["hidden_kernel"] + wide["hidden_bias"])

@@ -12,26 +12,22 @@ from lora_jax.study.grid.plan import (
     pending,
     predicted_seconds,
 )
+from lora_jax.study.grid.result_row import ResultRow
+from tests.result_rows import result_row
 
 A = make_candidate("bitfit", rates=[0.1, 0.2, 0.3])
 B = make_candidate("full", rates=[1.0, 2.0])
 SEEDS = (5, 6, 7)
 
 
-def row(run: PlannedRun, score: float | None, *, seconds: float = 1.0, metric: str = "accuracy") -> dict:
-    return {
-        "id": run.id,
-        "candidate_id": run.candidate.id,
-        "metric": metric,
-        "metrics": None if score is None else {"dev": {metric: score}},
-        "error": "broke" if score is None else None,
-        "seconds": seconds,
-    }
+def row(run: PlannedRun, score: float | None, *, seconds: float = 1.0, metric: str = "accuracy") -> ResultRow:
+    error = "broke" if score is None else None
+    return result_row(run.id, candidate=run.candidate.id, metric=metric, score=score, seconds=seconds, error=error)
 
 
 def everything(score) -> list[tuple[str, float, int]]:
     """All runs in the order in which they come, where `score(run)` says how each ends."""
-    rows: dict[str, dict] = {}
+    rows: dict[str, ResultRow] = {}
     order = []
     while (run := next_run((A, B), SEEDS, rows, lambda run: True)) is not None:
         order.append((run.candidate.method["name"], run.rate, run.seed))
@@ -81,7 +77,7 @@ def test_predictions():
 
 
 def test_what_is_left():
-    rows: dict[str, dict] = {}
+    rows: dict[str, ResultRow] = {}
     for done, run in enumerate(iter(lambda: next_run((A, B), SEEDS, rows, lambda run: True), None)):
         assert count_left((A, B), SEEDS, rows) == count_runs((A, B), SEEDS) - done
         rows[run.id] = row(run, run.rate)

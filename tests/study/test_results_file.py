@@ -6,12 +6,14 @@ import json
 
 import pytest
 
+from lora_jax.study.grid.result_row import ResultRow
 from lora_jax.study.runs.results import ResultsFile
 from lora_jax.training.errors import RunFolderError
+from tests.result_rows import result_row
 
 
-def row(name: str, error: str | None = None) -> dict:
-    return {"id": name, "candidate_id": "c", "error": error, "text": "größer\u2028 <b>"}
+def row(name: str, error: str | None = None) -> ResultRow:
+    return {**result_row(name, candidate="c", error=error), "content": {"text": "größer\u2028 <b>"}}
 
 
 def test_rows_come_back(tmp_path):

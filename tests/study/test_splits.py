@@ -61,7 +61,7 @@ def test_a_slice_of_numbers_is_plain():
     examples = Examples("rows", [f"text {i}" for i in range(84)], None, [i / 84 for i in range(84)])
     drawn = take_rows(examples, make_task("regression", examples), 10, seed=0)
     assert len(drawn) == 10
-    assert [text.split()[1] for text in drawn.texts] == [str(round(84 * label)) for label in drawn.labels or ()]
+    assert [text.split()[1] for text in drawn.texts] == [str(round(84 * float(label))) for label in drawn.labels or ()]
 
 
 @pytest.mark.parametrize("count", [3, 85])

@@ -76,7 +76,7 @@ def test_a_run_tells_and_keeps_it(finished, options, data, tmp_path):
     assert {split: held.metrics["accuracy"] for split, held in finished.baselines.items()} == {"dev": 0.5, "test": 0.5}
     saved = json.loads((finished.output / "results.json").read_text())
     assert saved["baselines"]["test"]["answer"] == "'neg'"
-    config = TrainConfig(**read_yaml(finished.output / "config.yaml"))
+    config = TrainConfig.from_dict(read_yaml(finished.output / "config.yaml"))
     assert train(config).baselines == finished.baselines  # read again, as it is complete
 
     events = []

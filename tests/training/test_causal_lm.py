@@ -19,6 +19,7 @@ import lora_jax as lj
 from lora_jax import files
 from lora_jax.inference.complete import load_completer
 from lora_jax.training import ConfigError, RunFolderError, TrainConfig, TrainingError, load_predictor, train
+from lora_jax.training.config import resolve
 from lora_jax.training.data.batching import AnyBatch, plan_in_order
 from lora_jax.training.data.documents import read_documents
 from lora_jax.training.run.evaluate import make_forward, predict_outputs
@@ -212,9 +213,9 @@ def test_a_base_must_be_given(options):
 
 
 def test_defaults_of_a_language_model(options):
-    config = TrainConfig(**{**options, "lr": None, "max_length": None}, output="out")
+    config = resolve(TrainConfig(**{**options, "lr": None, "max_length": None}, output="out"))
     assert (config.lr, config.max_length, config.method.also_train) == (2e-4, 512, ())
-    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert resolve(TrainConfig.from_dict(config.to_dict())) == config
 
 
 # ---------------------------------------------------------------------------------------------------- special tokens

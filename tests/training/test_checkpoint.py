@@ -18,7 +18,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.training.errors import CheckpointError, NotFiniteError
-from lora_jax.training.run.checkpoint import Checkpoint, Checkpoints
+from lora_jax.training.run.checkpoint import Checkpoint, Checkpoints, RunProgress
+from lora_jax.training.run.meter import MeterState
 from lora_jax.training.run.step import TrainState
 
 METHOD = lj.LoRA(rank=2, alpha=2, targets=("w",))
@@ -31,8 +32,13 @@ def state(step, value=1.0, width=4):
     return TrainState(trainable, optax.adam(1e-3).init(trainable), jnp.asarray(step, jnp.int32))
 
 
+def progress(step: int) -> RunProgress:
+    meter: MeterState = {"seconds": 0.5, "waiting": 0.0, "tokens": step, "slots": step, "window": []}
+    return {"iterator": {"next_index": step}, "meter": meter, "data": "", "dev": None}
+
+
 def save(checkpoints, step, score=None, **options):
-    checkpoints.save(Checkpoint(state(step, **options), jax.random.key(7), {"position": step}), score=score)
+    checkpoints.save(Checkpoint(state(step, **options), jax.random.key(7), progress(step)), score=score)
 
 
 def steps(folder):
@@ -67,7 +73,7 @@ def test_everything_comes_back(tmp_path):
     expected = state(5, value=3.0)
     assert jax.tree.structure(found.state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, found.state, expected)
-    assert found.progress == {"position": 5}
+    assert found.progress == progress(5)
     assert jax.random.key_data(found.key).tolist() == jax.random.key_data(jax.random.key(7)).tolist()
 
 
@@ -138,7 +144,7 @@ def test_names_that_others_read_as_patterns_or_schemes(name, tmp_path, monkeypat
     for step in (1, 2, 3):
         with Checkpoints(folder) as checkpoints:
             save(checkpoints, step, 1 / step)
-            assert checkpoints.restore(step, state(0)).progress == {"position": step}
+            assert checkpoints.restore(step, state(0)).progress == progress(step)
             assert (checkpoints.last_step, checkpoints.best_step) == (step, 1)
     assert steps(folder) == [1, 3]
 

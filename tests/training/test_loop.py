@@ -14,6 +14,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import files, optimizer
 from lora_jax.training import CheckpointError, NotFiniteError, RunFolderError, TrainConfig, load_predictor, train
+from lora_jax.training.config import resolve
 from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.run import loop
@@ -748,7 +749,7 @@ def test_two_that_begin_in_one_folder(options, tmp_path):
     """The one that comes second, having read all its data, finds the first's."""
     config = TrainConfig(**options, output=str(tmp_path / "run"))
     other = TrainConfig(**{**options, "seed": 1}, output=str(tmp_path / "run"))
-    mine, second = RunFolder(config), RunFolder(other)
+    mine, second = RunFolder(resolve(config)), RunFolder(resolve(other))
     with mine, second:
         mine.start()
         with pytest.raises(RunFolderError, match="is in use by process"):
