@@ -18,11 +18,12 @@ from .adapters import AdapterError as AdapterError
 from .adapters import AdapterWithState as AdapterWithState
 from .adapters import load_adapter as load_adapter
 from .adapters import save_adapter as save_adapter
+from .adapters.extract import extract_lora as extract_lora
+from .adapters.truncate import truncate_lora as truncate_lora
 from .attach import attach as attach
 from .attach import detach as detach
 from .dropout import with_dropout as with_dropout
-from .extraction import extract_lora as extract_lora
-from .low_rank import truncate_lora as truncate_lora
+from .errors import LoraJaxError as LoraJaxError
 from .masks import ParamCount as ParamCount
 from .masks import Partition as Partition
 from .masks import combine as combine
@@ -50,8 +51,8 @@ from .methods import TopLayers as TopLayers
 from .methods import VeRA as VeRA
 from .methods import VeRAWeight as VeRAWeight
 from .optimizer import make_optimizer as make_optimizer
-from .paths import SelectionError as SelectionError
 from .paths import leaf_paths as leaf_paths
+from .selection import SelectionError as SelectionError
 from .state import StateWarning as StateWarning
 
 if TYPE_CHECKING:

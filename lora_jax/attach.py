@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from .errors import ArgumentError
 from .masks import copied
 from .methods import Method
 from .paths import flatten_with_paths, leaves_by_path, nearest, with_leaves, without_leaves
@@ -55,14 +56,14 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
     leaves, marked = leaves_by_path(params), marked_leaves(params)
     adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if adapted:
-        raise ValueError(
+        raise ArgumentError(
             f"`params` has factors already, at {', '.join(adapted[:5])}: take them off with `lj.detach`, or fold "
             "them in with `lj.merge_params`, first"
         )
     unknown = [path for path in uses or () if path not in leaves]
     if unknown:
         near = nearest(unknown[0], leaves)
-        raise ValueError(
+        raise ArgumentError(
             f"`uses` has `{unknown[0]}`, and `params` does not. Nearest paths: {', '.join(near) or 'none'}"
         )
     if lost := lost_state(params):

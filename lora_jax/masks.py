@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .errors import ArgumentError
 from .methods import Method
 from .methods.base import FROZEN, HEAD
 from .paths import flatten_with_paths, leaf_paths, listed, require_arrays
@@ -72,7 +73,9 @@ def label_params(params: Any, method: Method) -> Any:
     labels |= method.own_labels(leaves)
     labels |= dict.fromkeys(method.head(leaves), HEAD)
     if all(label == FROZEN for label in jax.tree.leaves(labels)):
-        raise ValueError(f"{method} trains nothing: name leaves in `also_train`, or choose a method that trains some")
+        raise ArgumentError(
+            f"{method} trains nothing: name leaves in `also_train`, or choose a method that trains some"
+        )
     if getattr(method, "targets", None) == "all":
         _warn_of_unknown_collections(unknown_collections(params), labels)
     _, _, treedef = flatten_with_paths(params)
@@ -158,7 +161,9 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
     def pick(path: Any, ours: Any, theirs: Any) -> Any:
         if ours is not None and theirs is not None:
-            raise ValueError(f"both sides have the leaf at `{jax.tree_util.keystr(path, simple=True, separator='/')}`")
+            raise ArgumentError(
+                f"both sides have the leaf at `{jax.tree_util.keystr(path, simple=True, separator='/')}`"
+            )
         return theirs if ours is None else ours
 
     try:
@@ -166,7 +171,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
     except ValueError as error:
         if "both sides" in str(error):
             raise
-        raise ValueError(
+        raise ArgumentError(
             f"`trainable` and `frozen` do not come from one `partition`: their structures differ. JAX says: {error}"
         ) from None
 
@@ -235,5 +240,5 @@ def _matching_leaves(argument: str, tree: Any, paths: list[str], leaves: list[An
         theirs = set(leaf_paths(tree))
         differing = [path for path in paths if path not in theirs] + sorted(theirs - set(paths)) or nodes
         where = f"; they differ at {', '.join(differing[:8])}" if differing else ""
-        raise ValueError(f"`{argument}` does not have the structure of `params`{where}")
+        raise ArgumentError(f"`{argument}` does not have the structure of `params`{where}")
     return others

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .errors import ArgumentError
+
 if TYPE_CHECKING:
     import optax
 
@@ -58,7 +60,7 @@ def with_masters(
         if not isinstance(state, Masters):
             return tx.update(updates, state, params, **extra)
         if params is None:
-            raise ValueError(
+            raise ArgumentError(
                 "`params` is missing: some trained leaves have fewer bits than float32, and their updates depend on "
                 "where they are: call `tx.update(gradients, state, params)`"
             )

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from .errors import ArgumentError
 from .paths import flatten_with_paths, require_arrays
 from .weights import AdaptedWeight, is_adapted, is_traced, merge_on_entry, not_finite, placement, wider
 
@@ -41,14 +42,14 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
         [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"`dtype` must be a floating type, got {dtype!r}")
+        raise ArgumentError(f"`dtype` must be a floating type, got {dtype!r}")
     paths, leaves, treedef = flatten_with_paths(params)
     require_arrays(paths, leaves)
     leaves = [leaf.with_key(None) if is_adapted(leaf) else leaf for leaf in leaves]
     _refuse_not_finite(dict(zip(paths, leaves, strict=True)))
     cut = [path for path, leaf in zip(paths, leaves, strict=True) if dtype is not None and _is_complex(leaf)]
     if cut:
-        raise ValueError(f"cannot merge `{cut[0]}` into {jnp.dtype(dtype)}, for it is complex: leave `dtype` out")
+        raise ArgumentError(f"cannot merge `{cut[0]}` into {jnp.dtype(dtype)}, for it is complex: leave `dtype` out")
     whole = merge_on_entry([_widened(leaf, dtype) if _is_whole(leaf) else leaf for leaf in leaves])
     merged = [
         _finished(array, leaf, dtype) if _is_whole(leaf) else _merged(leaf, dtype) if is_adapted(leaf) else leaf
@@ -81,7 +82,7 @@ def _refuse_not_finite(leaves: dict[str, Any]) -> None:
         if getattr(node, name) is not None
     }
     for path, name in not_finite(factors):
-        raise ValueError(
+        raise ArgumentError(
             f"cannot merge `{path}`: its factor `{name}` holds NaN or infinity; load an earlier checkpoint"
         )
 
@@ -96,7 +97,7 @@ def _refuse_overflow(leaves: dict[str, Any], merged: list[Any]) -> None:
     for path in not_finite(narrow):
         dtype = narrow[path].dtype
         if not leaves[path].has_base or not not_finite({path: leaves[path].base}):
-            raise ValueError(
+            raise ArgumentError(
                 f"cannot merge `{path}` into {dtype}: a merged number is larger than its largest, "
                 f"{float(jnp.finfo(dtype).max):g}; merge with `dtype=jnp.bfloat16` or `jnp.float32`"
             )

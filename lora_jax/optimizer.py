@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from .errors import ArgumentError
 from .masters import with_masters
 from .methods.base import FROZEN, is_number
 
@@ -70,16 +71,16 @@ def make_optimizer(
     transforms: dict[Hashable, optax.GradientTransformation] = {FROZEN: optax.set_to_zero(), **given}
     missing = [name for name in names if name not in transforms]
     if missing:
-        raise ValueError(
+        raise ArgumentError(
             f"`tx` has no transformation for the labels {', '.join(missing)}; it has {', '.join(sorted(given))}"
         )
 
     for name, ratio in (rate_ratios or {}).items():
         if name not in names or name == FROZEN:
             trained = ", ".join(label for label in names if label != FROZEN)
-            raise ValueError(f"`rate_ratios` has the label {name!r}, and what is trained is labelled {trained}")
+            raise ArgumentError(f"`rate_ratios` has the label {name!r}, and what is trained is labelled {trained}")
         if not is_number(ratio, float) or not 0 <= ratio < math.inf:
-            raise ValueError(f"`rate_ratios` must have finite numbers from 0, got {ratio!r} for {name!r}")
+            raise ArgumentError(f"`rate_ratios` must have finite numbers from 0, got {ratio!r} for {name!r}")
         transforms[name] = optax.chain(transforms[name], optax.scale(ratio))
 
     def labels_of(tree: Any) -> Any:

@@ -7,6 +7,7 @@ state from parameters, and all of them are known here by names, so that none has
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,16 +15,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .paths import (
-    BIAS_NAMES,
-    StateLeaf,
-    flatten_with_paths,
-    in_norm,
-    is_random_key,
-    leaf_name,
-    leaves_by_path,
-    listed,
-)
+from .paths import BIAS_NAMES, flatten_with_paths, in_norm, is_random_key, leaf_name, leaves_by_path, listed
+from .types import Leaf
 from .weights import is_adapted
 
 
@@ -63,6 +56,19 @@ _STATISTIC = re.compile(
     r"(.*/)?((running|moving)_(mean|var|variance)|num_batches_tracked|\w*_ema/(average|hidden|counter))"
 )
 _CACHE_NAMES = {"cached_key", "cached_value", "cache_index"}
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLeaf:
+    """Marks state in a table of leaves, so that no method trains it: see `marked_leaves`.
+
+    Attributes:
+        leaf: Leaf of the tree.
+        kind: Kind of state, for messages.
+    """
+
+    leaf: Leaf
+    kind: str
 
 
 def marked_leaves(tree: Any) -> dict[str, Any]:

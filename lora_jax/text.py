@@ -19,7 +19,6 @@ _CONTROLS = "\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 _UNSEEN = re.compile(f"[{_CONTROLS}]")
 _UNSEEN_OR_LINE_END = re.compile(f"[{_CONTROLS}\n]")
 _FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")
-_LONGEST_MESSAGE = 4_000
 _COMPARED = 100  # characters of a name; comparing takes the product of the lengths
 _MOST_COMPARED = 1_000
 
@@ -105,13 +104,6 @@ def clipped(text: object, length: int = 200) -> str:
         return text
     kept = length - len(_MIDDLE)
     return text[: kept - kept // 2] + _MIDDLE + text[len(text) - kept // 2 :]
-
-
-class ClippedError(ValueError):
-    """An error whose message stays one that can be read, whatever it quotes from elsewhere."""
-
-    def __init__(self, message: object = "") -> None:
-        super().__init__(clipped(message, _LONGEST_MESSAGE))
 
 
 def nearest_name(name: object, known: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
+from .errors import ArgumentTypeError
 from .matmul import Strategy
 
 IN, OUT, STACK = "i", "o", "s"
@@ -310,7 +311,7 @@ class AdaptedWeight:
         return "".join(labels)
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise TypeError(
+        raise ArgumentTypeError(
             f"a {type(self).__name__} of shape {getattr(self.base, 'shape', None)} was used as an array: wrap the "
             "function that takes these parameters with `lj.adapt`, or fold the factors in with `lj.merge_params`"
         )

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax import adapters
+from lora_jax.adapters import store as adapters
+from lora_jax.adapters.fingerprint import fingerprint
 from lora_jax.files import FileError, read_safetensors, sha256_file, write_safetensors
-from lora_jax.fingerprint import fingerprint
 
 KEY = jax.random.key(0)
 DESCRIPTION, TENSORS = "lora_jax_adapter.json", "adapter.safetensors"

@@ -562,7 +562,7 @@ BERT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads
 
 def bert_shapes(sizes: dict[str, int]) -> Any:
     """BERT's parameters with the pooler and two classes, without their memory."""
-    from lora_jax.models.bert import BertConfig
+    from lora_jax.models.families.bert import BertConfig
     from lora_jax.models.model import skeleton
 
     settings: Any = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, **sizes}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_jax.layers import layer_places, layer_sizes
+from lora_jax.depth import layer_places, layer_sizes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.host_memory import memory_first
-from lora_jax.models.bert import BertConfig
+from lora_jax.models.families.bert import BertConfig
 from lora_jax.models.model import skeleton
 
 HEAD = ("classifier",)

@@ -22,7 +22,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import files, interop
 from lora_jax.files import FileError, new_folder, replacing, settle
-from lora_jax.locks import BusyError, locked
+from lora_jax.files.locks import BusyError, locked
 
 BASE = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
 NAMES = {"dense/kernel": "dense", "dense/bias": "dense"}

@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from ..methods.base import is_weight
 from ..paths import flatten_with_paths, require_arrays
 from ..state import state_paths
+from ..types import Use
 from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, register
-from .walk import Encounter, is_array, new_walker, walk_function
+from .transform import is_array, new_walker, walk_function
+from .walk import Encounter
 
 # The axis is gone at the point of use: the function took one member of it, by an index.
 _GONE = "?"
-
-
-class Use(NamedTuple):
-    """How a function uses one weight.
-
-    Attributes:
-        op: the primitive that it works in.
-        labels: one letter per axis, `i` in, `o` out, `s` stack; `None` where factors cannot stand beside it.
-        reason: why `labels` is `None`, or where `fn` does need the merged weight beside its factored uses.
-    """
-
-    op: str
-    labels: str | None
-    reason: str = ""
 
 
 class Explanation(tuple[Encounter, ...]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .options import add_base_argument
 
 if TYPE_CHECKING:
-    from lora_jax.study.adapter_study import AdapterStudy
+    from lora_jax.study.analysis.adapter_study import AdapterStudy
 
 NAME = "analyze"
 HELP = "what training changed: which leaves and layers, along which directions"
@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from lora_jax.files import new_folder, require_new_folder
-    from lora_jax.study.adapter_study import study_adapter, write_study
-    from lora_jax.training.adapter_source import load_source
+    from lora_jax.study.analysis.adapter_study import study_adapter, write_study
+    from lora_jax.tools.source import load_source
 
-    from .tables import print_facts
+    from .output import print_facts
 
     if args.output is not None:
         import matplotlib  # noqa: F401, it is missed before anything is computed
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
 def _show(study: AdapterStudy) -> None:
     import numpy as np
 
-    from .tables import print_facts, print_table
+    from .output import print_facts, print_table
 
     rows = [(row.path, f"{row.change:.4g}", f"{row.base:.4g}", _percent(row.relative)) for row in study.changes[:_MOST]]
     print_table(("moved most", "‖ΔW‖", "‖W‖", "‖ΔW‖ / ‖W‖"), rows)

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     own = {name: vars(args).pop(name) for name in _OWN}
     settings = _settings(own, options_of(args))
     from lora_jax.study import compare
-    from lora_jax.study.live_table import LiveTable
+    from lora_jax.study.report.live_table import LiveTable
 
     if own["plan"]:
         _show_plan(settings)
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _settings(own: dict[str, Any], options: dict[str, Any]) -> Comparison:
     from lora_jax.study import Comparison, default_candidates, read_grid
-    from lora_jax.study.candidates import RATE_FACTORS
+    from lora_jax.study.grid.candidates import RATE_FACTORS
     from lora_jax.training.errors import ConfigError
 
     chosen = next((name for name in ("grid", "preset") if own[name] is not None), None)
@@ -138,10 +138,10 @@ def _settings(own: dict[str, Any], options: dict[str, Any]) -> Comparison:
 
 
 def _show_plan(settings: Comparison) -> None:
-    from lora_jax.study.plan import count_runs
-    from lora_jax.study.settings import prepare
+    from lora_jax.study.grid.plan import count_runs
+    from lora_jax.study.grid.settings import prepare
 
-    from .tables import print_facts, print_table
+    from .output import print_facts, print_table
 
     checked = prepare(settings)
     rows = [
@@ -163,10 +163,10 @@ def _show_plan(settings: Comparison) -> None:
 
 
 def _show(outcome: Outcome) -> None:
-    from lora_jax.study.report import answer, remarks, write_report
-    from lora_jax.study.tables import cost_table, quality_table
+    from lora_jax.study.report.page import answer, remarks, write_report
+    from lora_jax.study.report.tables import cost_table, quality_table
 
-    from .tables import print_facts, print_line, print_table
+    from .output import print_facts, print_line, print_table
 
     command = ["lora-jax", *sys.argv[1:]] if sys.argv[1:2] == [NAME] else None
     path = write_report(outcome, command=command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .options import preset_or_names
 
 if TYPE_CHECKING:
-    from lora_jax.training.conversion import Conversion
+    from lora_jax.tools.convert import Conversion
 
 NAME = "convert"
 HELP = "an adapter in PEFT's format or from it, of lower rank, or out of two full models"
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lora_jax.training.conversion import convert_adapter, extract_adapter
+    from lora_jax.tools.convert import convert_adapter, extract_adapter
     from lora_jax.training.errors import ConfigError
 
-    from .tables import print_json
+    from .output import print_json
 
     options = {name: getattr(args, name) for name in ("to", "rank", "energy", "labels")}
     if (args.adapter is None) == (args.tuned is None):
@@ -91,9 +91,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(result: Conversion) -> None:
-    from lora_jax.training.progress import format_bytes
+    from lora_jax.training.run.progress import format_bytes
 
-    from .tables import format_some, print_facts, print_groups, print_line, print_table
+    from .output import format_some, print_facts, print_groups, print_line, print_table
 
     print_facts(
         {

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_jax.errors import ArgumentError
+
 from .options import add_base_argument
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from lora_jax import data
     from lora_jax.training import TrainConfig, train
     from lora_jax.training.config import DEFAULT_BASE
-    from lora_jax.training.progress import LiveProgress
+    from lora_jax.training.run.progress import LiveProgress
 
     output = Path(args.output)
     results: dict[str, RunResult] = {}
@@ -64,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show_comparison(results: dict[str, RunResult]) -> None:
-    from lora_jax.training.progress import format_bytes
+    from lora_jax.training.run.progress import format_bytes
 
-    from .tables import print_table
+    from .output import print_table
 
     rows = [
         (
@@ -95,12 +97,12 @@ def _merge_and_classify(result: RunResult, folder: Path) -> None:
 
     import lora_jax as lj
     from lora_jax import data
-    from lora_jax.training.data import read_examples
-    from lora_jax.training.merging import merge_adapter
-    from lora_jax.training.predict import Predictor, load_predictor
-    from lora_jax.training.progress import format_bytes
+    from lora_jax.inference.classify import Predictor, load_predictor
+    from lora_jax.tools.merge import merge_adapter
+    from lora_jax.training.data.sources import read_examples
+    from lora_jax.training.run.progress import format_bytes
 
-    from .tables import print_facts
+    from .output import print_facts
 
     if not (folder / "config.json").exists():
         merge_adapter(result.adapter, folder)
@@ -124,7 +126,7 @@ def _merge_and_classify(result: RunResult, folder: Path) -> None:
         }
     )
     if agree < len(texts):
-        raise ValueError(f"The merged model disagrees with the adapted one on {len(texts) - agree} test messages.")
+        raise ArgumentError(f"The merged model disagrees with the adapted one on {len(texts) - agree} test messages.")
     print()
     for sentence, prediction in zip(SENTENCES, merged.predict(SENTENCES), strict=True):
         print(f"{prediction.label:>10}  {100 * (prediction.probability or 0):3.0f} %  {sentence}")

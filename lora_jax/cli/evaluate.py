@@ -19,12 +19,12 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from lora_jax.inference.classify import Prediction
+    from lora_jax.inference.complete import Completion
+    from lora_jax.inference.text_metrics import Referenced
     from lora_jax.models import SpecialTokens
     from lora_jax.training.baseline import Baseline
-    from lora_jax.training.completer import Completion
-    from lora_jax.training.data import Columns, Examples
-    from lora_jax.training.generation_metrics import Referenced
-    from lora_jax.training.predict import Prediction
+    from lora_jax.training.examples import Columns, Examples
     from lora_jax.training.task_file import TaskFile
 
     # Counts, metrics, and what one answer to all scores.
@@ -60,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lora_jax.training.predict import adapter_folder
+    from lora_jax.inference.classify import adapter_folder
     from lora_jax.training.task_file import read_task
 
-    from .tables import print_facts, score_facts
+    from .output import print_facts, score_facts
 
     saved = read_task(adapter_folder(args.adapter))
     score = _score_language if saved.task.kind == "causal-lm" else _score_labelled
@@ -89,11 +89,11 @@ def run(args: argparse.Namespace) -> None:
 def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> Score:
     import numpy as np
 
+    from lora_jax.inference.classify import load_predictor
     from lora_jax.training.baseline import baseline_of
-    from lora_jax.training.data import read_examples
+    from lora_jax.training.data.sources import read_examples
+    from lora_jax.training.data.special_text import special_text_note
     from lora_jax.training.errors import ConfigError
-    from lora_jax.training.predict import load_predictor
-    from lora_jax.training.special_text import special_text_note
     from lora_jax.training.task import LabelledTask
 
     from .weights_progress import WeightsProgress
@@ -155,10 +155,10 @@ def _write_predictions(path: str, examples: Examples, columns: Columns, predicti
 
 def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns) -> Score:
     import lora_jax as lj
-    from lora_jax.training.completer import load_completer
-    from lora_jax.training.documents import pairs_of, read_documents
+    from lora_jax.inference.complete import load_completer
+    from lora_jax.inference.text_metrics import with_references
+    from lora_jax.training.data.documents import pairs_of, read_documents
     from lora_jax.training.errors import ConfigError
-    from lora_jax.training.generation_metrics import with_references
 
     from .weights_progress import WeightsProgress
 
@@ -190,8 +190,8 @@ def _compare(
     prompts: Sequence[Referenced], written: Sequence[Completion], special: SpecialTokens, path: str | None
 ) -> dict[str, float]:
     from lora_jax import files
-    from lora_jax.training.generation_metrics import text_metrics
-    from lora_jax.training.special_text import unescape, without_control_tokens
+    from lora_jax.inference.text_metrics import text_metrics
+    from lora_jax.training.data.special_text import unescape, without_control_tokens
 
     texts = [completion.text.strip() for completion in written]
     # A rendered answer has the mark of its end, which a written one ends with.

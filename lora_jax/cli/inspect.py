@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from .options import TASKS, add_column_arguments, add_method_arguments, make_config
 
 if TYPE_CHECKING:
-    from lora_jax.training.inspection import AdapterReport, MethodReport, Tensor
-    from lora_jax.training.peft_inspection import PeftReport
+    from lora_jax.tools.inspect import AdapterReport, MethodReport, Tensor
+    from lora_jax.tools.inspect_peft import PeftReport
 
 NAME = "inspect"
 HELP = "what a method would train, or what an adapter holds"
@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lora_jax.training.adapter_source import folder_kind, no_adapter
+    from lora_jax.tools.inspect import inspect_adapter, inspect_method
+    from lora_jax.tools.inspect_peft import inspect_peft
+    from lora_jax.tools.source import folder_kind, no_adapter
     from lora_jax.training.errors import ConfigError
-    from lora_jax.training.inspection import inspect_adapter, inspect_method
-    from lora_jax.training.peft_inspection import inspect_peft
 
-    from .tables import print_json
+    from .output import print_json
 
     # What isn't an option of a run is taken out first.
     own = ("folder", "adapter", "max_lora_rank", "num_labels", "json")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _count_labels(config) -> int:
-    from lora_jax.training.labelled import read_labelled
+    from lora_jax.training.data.labelled import read_labelled
     from lora_jax.training.task import make_task
 
     if config.train == "(none)" or config.task != "classification":
@@ -87,9 +87,9 @@ def _count_labels(config) -> int:
 
 
 def _show_method(report: MethodReport, base: str, method: object) -> None:
-    from lora_jax.training.progress import format_bytes
+    from lora_jax.training.run.progress import format_bytes
 
-    from .tables import print_facts, print_groups, print_table
+    from .output import print_facts, print_groups, print_table
 
     print_facts({"base": base, "method": str(method)})
     print_groups(report.groups)
@@ -111,9 +111,9 @@ def _show_method(report: MethodReport, base: str, method: object) -> None:
 
 
 def _show_adapter(report: AdapterReport) -> None:
-    from lora_jax.training.progress import format_bytes
+    from lora_jax.training.run.progress import format_bytes
 
-    from .tables import print_facts
+    from .output import print_facts
 
     task = report.task
     options = {key: value for key, value in report.method.items() if key not in ("name", "targets", "also_train")}
@@ -130,9 +130,9 @@ def _show_adapter(report: AdapterReport) -> None:
 
 
 def _show_peft(report: PeftReport) -> None:
-    from lora_jax.training.progress import format_bytes
+    from lora_jax.training.run.progress import format_bytes
 
-    from .tables import format_some, print_facts
+    from .output import format_some, print_facts
 
     config = report.config
     # Said elsewhere here: how targets were chosen, by what they are. Or about the file, not the adapter.
@@ -161,7 +161,7 @@ def _show_peft(report: PeftReport) -> None:
 
 
 def _option(value: object) -> str:
-    from .tables import format_some
+    from .output import format_some
 
     if isinstance(value, dict):
         return f"({format_some([f'{key}: {item}' for key, item in value.items()], 3)})"
@@ -169,7 +169,7 @@ def _option(value: object) -> str:
 
 
 def _show_tensors(tensors: list[Tensor]) -> None:
-    from .tables import format_shape, print_table
+    from .output import format_shape, print_table
 
     rows = [(t.name, t.dtype, format_shape(t.shape), f"{t.norm:.4g}") for t in tensors]
     print_table(("tensor", "dtype", "shape", "norm"), rows, text_columns=2)

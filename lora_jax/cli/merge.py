@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lora_jax.training.merging import merge_adapter
-    from lora_jax.training.progress import format_bytes
+    from lora_jax.tools.merge import merge_adapter
+    from lora_jax.training.run.progress import format_bytes
 
-    from .tables import print_facts
+    from .output import print_facts
     from .weights_progress import WeightsProgress
 
     with WeightsProgress() as progress:

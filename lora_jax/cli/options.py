@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_jax.inference.complete import GenerationOptions
     from lora_jax.training import TrainConfig
-    from lora_jax.training.completer import GenerationOptions
-    from lora_jax.training.data import Columns
+    from lora_jax.training.examples import Columns
     from lora_jax.training.task_file import TaskFile
 
 TASKS = ("classification", "regression", "causal-lm")
@@ -261,7 +261,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generation_options(args: argparse.Namespace) -> GenerationOptions:
     """How to write, by the flags that were given."""
-    from lora_jax.training.completer import GenerationOptions
+    from lora_jax.inference.complete import GenerationOptions
 
     names = [field.name for field in dataclasses.fields(GenerationOptions)]
     return GenerationOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
@@ -269,7 +269,7 @@ def generation_options(args: argparse.Namespace) -> GenerationOptions:
 
 def refuse_generation(args: argparse.Namespace, kind: str) -> None:
     """Tells that a flag of `add_generation_arguments` means nothing for an adapter with labels."""
-    from lora_jax.training.completer import GenerationOptions
+    from lora_jax.inference.complete import GenerationOptions
     from lora_jax.training.errors import ConfigError
 
     for field in dataclasses.fields(GenerationOptions):

@@ -23,10 +23,10 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from lora_jax.inference.classify import Prediction
+    from lora_jax.inference.complete import Completer
     from lora_jax.models import Progress
-    from lora_jax.training.completer import Completer
-    from lora_jax.training.data import Columns
-    from lora_jax.training.predict import Prediction
+    from lora_jax.training.examples import Columns
     from lora_jax.training.task_file import TaskFile
 
     Row = dict[str, Any]
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lora_jax.training.predict import adapter_folder
+    from lora_jax.inference.classify import adapter_folder
     from lora_jax.training.task_file import read_task
 
     from .weights_progress import WeightsProgress
@@ -111,8 +111,8 @@ class _Left:
 def _label(
     args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _Left
 ) -> tuple[Iterator[Row | None], Load]:
-    from lora_jax.training.predict import load_predictor
-    from lora_jax.training.special_text import special_text_note
+    from lora_jax.inference.classify import load_predictor
+    from lora_jax.training.data.special_text import special_text_note
 
     note = _tell_once()
     refuse_generation(args, saved.task.kind)
@@ -145,9 +145,9 @@ def _label(
 def _complete(
     args: argparse.Namespace, saved: TaskFile, columns: Columns, left: _Left
 ) -> tuple[Iterator[Row | None], Load]:
-    from lora_jax.training.completer import load_completer
+    from lora_jax.inference.complete import load_completer
+    from lora_jax.training.data.special_text import special_text_note
     from lora_jax.training.errors import ConfigError
-    from lora_jax.training.special_text import special_text_note
 
     note = _tell_once()
     if args.all:
@@ -195,9 +195,9 @@ def _said(prompt: Any) -> str:
 
 
 def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[str]:
-    from lora_jax.training.chat import render_prompts
-    from lora_jax.training.documents import WEIGHT, check_messages
-    from lora_jax.training.special_text import check_marks, escape
+    from lora_jax.training.data.chat import render_prompts
+    from lora_jax.training.data.documents import WEIGHT, check_messages
+    from lora_jax.training.data.special_text import check_marks, escape
 
     if columns.messages is None:
         return [value + (columns.separator if columns.prompt is not None else "") for value in values]
@@ -222,7 +222,7 @@ def _prompts(values: list[Any], columns: Columns, completer: Completer) -> list[
 def _rows(
     args: argparse.Namespace, text: str, pair: str | None, left: _Left, *, conversations: bool = False
 ) -> Iterator[Row | None]:
-    from lora_jax.training.data import SUFFIXES, read_examples
+    from lora_jax.training.data.sources import SUFFIXES, read_examples
     from lora_jax.training.errors import DataError
 
     suffix, skip = Path(args.input).suffix.lower(), hasattr(args, "skip_bad_rows")
@@ -259,9 +259,9 @@ def _parsed(
 
     Bad ones are told of in `left`, or refused where that is `None`.
     """
-    from lora_jax.training.documents import check_messages
+    from lora_jax.training.data.documents import check_messages
+    from lora_jax.training.data.table import BadRows
     from lora_jax.training.errors import DataError
-    from lora_jax.training.table import BadRows
 
     bad, count, number = BadRows(name, skip=True), 0, 0
     for raw in lines:
@@ -290,9 +290,9 @@ def _parsed(
 def _parse(
     raw: bytes, number: int, where: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
 ) -> Row | None:
+    from lora_jax.training.data.json_lines import check_writable, parse_object
+    from lora_jax.training.data.table import shown, some_names
     from lora_jax.training.errors import DataError
-    from lora_jax.training.json_lines import check_writable, parse_object
-    from lora_jax.training.table import shown, some_names
 
     try:
         line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     config = make_config(args)
     from lora_jax.training import train
-    from lora_jax.training.progress import LiveProgress
+    from lora_jax.training.run.progress import LiveProgress
 
     with LiveProgress() as progress:
         result = train(config, on_progress=progress)
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(result: RunResult) -> None:
-    from lora_jax.training.progress import format_bytes, format_seconds
+    from lora_jax.training.run.progress import format_bytes, format_seconds
 
-    from .tables import print_facts, score_facts
+    from .output import print_facts, score_facts
 
     facts: dict[str, str] = {}
     for split, metrics in result.metrics.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import ArgumentError
+
 _SPLITS = ("train", "dev", "test")
 
 
@@ -28,5 +30,5 @@ def path(split: str) -> Path:
         'messages_dev.tsv'
     """
     if split not in _SPLITS:
-        raise ValueError(f"`split` must be one of {', '.join(map(repr, _SPLITS))}, not {split!r}.")
+        raise ArgumentError(f"`split` must be one of {', '.join(map(repr, _SPLITS))}, not {split!r}.")
     return Path(__file__).with_name(f"messages_{split}.tsv")

@@ -9,9 +9,9 @@ Knows no model: it takes the names of its modules, `{leaf path: Hugging Face mod
 
 from .delta import apply_delta as apply_delta
 from .delta import export_delta as export_delta
-from .names import ModuleNames as ModuleNames
-from .peft_config import read_peft_config as read_peft_config
-from .peft_export import export_peft as export_peft
-from .peft_import import check_peft as check_peft
-from .peft_import import import_peft as import_peft
+from .module_names import ModuleNames as ModuleNames
+from .peft.adapter_config import read_peft_config as read_peft_config
+from .peft.read import check_peft as check_peft
+from .peft.read import import_peft as import_peft
+from .peft.write import export_peft as export_peft
 from .vllm import vllm_problems as vllm_problems

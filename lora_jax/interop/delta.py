@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..adapters import AdapterError, require_held
-from ..changes import changed_leaves
+from ..adapters.changes import changed_leaves
+from ..adapters.fingerprint import differences, fingerprint
+from ..errors import ArgumentError
 from ..files import (
     TensorInfo,
     read_json,
@@ -28,11 +30,10 @@ from ..files import (
     write_json,
     write_safetensors,
 )
-from ..fingerprint import differences, fingerprint
 from ..paths import flatten_with_paths, leaves_by_path, nearest
 from ..weights import is_adapted, placement
 from .layout import leaf_layout
-from .names import Names, NameTable, kind
+from .module_names import Names, NameTable, kind
 
 DESCRIPTION, TENSORS = "lora_jax_delta.json", "delta.safetensors"
 FORMAT, VERSION = "lora_jax delta", 1
@@ -163,7 +164,7 @@ def apply_delta(
         See `export_delta`.
     """
     if check_base not in ("error", "warn", "ignore"):
-        raise ValueError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
+        raise ArgumentError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
     folder = Path(folder)
     description, header, tensors = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read(folder))
     if names is None:

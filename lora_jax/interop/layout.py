@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..adapters import AdapterError
-from ..methods.low_rank import LowRankWeight
+from ..methods.lora.weight import LowRankWeight
 from ..methods.targets import by_convention
 from ..paths import is_weight_name, leaf_name, shape_text, words
 from ..weights import IN, OUT, STACK

@@ -17,7 +17,7 @@ import numpy as np
 from ..adapters import AdapterError
 from ..paths import shape_text
 from ..weights import STACK, AdaptedWeight
-from .names import Names
+from .module_names import Names
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

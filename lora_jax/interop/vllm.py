@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..adapters import AdapterError
+from ..errors import ArgumentError
 from ..files import read_safetensors_header
-from .patterns import PatternError, Patterns
-from .peft_config import read_peft_config, scale_of, variants, weights_file
-from .peft_keys import FactorKey, LeafKey, parse_key
+from .peft.adapter_config import read_peft_config, scale_of, variants, weights_file
+from .peft.keys import FactorKey, LeafKey, parse_key
+from .peft.patterns import PatternError, Patterns
 
 # What `--max-lora-rank` accepts; 16 unless it is set.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,7 +54,7 @@ def vllm_problems(
         `/ √r`) is the scale of all. So patterns do no harm where every module's scale is that one.
     """
     if max_lora_rank not in RANKS:
-        raise ValueError(f"`max_lora_rank` must be one of {', '.join(map(str, RANKS))}, got {max_lora_rank!r}")
+        raise ArgumentError(f"`max_lora_rank` must be one of {', '.join(map(str, RANKS))}, got {max_lora_rank!r}")
     config = read_peft_config(folder)
     file = weights_file(folder)
     header = read_safetensors_header(file)

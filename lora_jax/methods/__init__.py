@@ -9,8 +9,8 @@ from .frozen import Frozen as Frozen
 from .full import FullFineTune as FullFineTune
 from .ia3 import IA3 as IA3
 from .ia3 import IA3Weight as IA3Weight
-from .lora import LoRA as LoRA
-from .low_rank import LoRAWeight as LoRAWeight
+from .lora.method import LoRA as LoRA
+from .lora.weight import LoRAWeight as LoRAWeight
 from .norm_tuning import NormTuning as NormTuning
 from .prefix_tuning import PrefixTuning as PrefixTuning
 from .random_mask import RandomMask as RandomMask

@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..paths import SelectionError, Selector, StateLeaf, is_weight_name, select
+from ..errors import ArgumentError
+from ..paths import is_weight_name
+from ..selection import SelectionError, Selector, select
+from ..state import StateLeaf
 from ..weights import is_adapted
 from . import dtypes
 
@@ -101,7 +104,7 @@ def require_selector(value: Any, argument: str) -> None:
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ArgumentError(message)
 
 
 def is_number(value: Any, kind: type) -> bool:

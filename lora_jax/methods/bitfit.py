@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..paths import BIAS_NAMES, in_norm, is_bias_name, is_scale_name, leaf_name, listed, shape_text, words
 from .base import is_trainable
-from .selection import Selection
+from .leaf_sets import Selection
 
 # Words of a name that speak of a bias, be the leaf one or not.
 _BIAS_WORDS = BIAS_NAMES - {"b"} | {"betas", "offsets", "shift", "intercept"}
@@ -30,7 +30,7 @@ class BitFit(Selection):
             stays frozen and is named in a warning.
             Names choose the biases of modules: the paper's {query, MLP-up} is `("attention/query", "mlp/up")`. A
             regular expression or a callable may choose any leaf so named, or any with a single axis; a table of biases
-            is chosen by its own name. See `paths.select`.
+            is chosen by its own name. See `selection.select`.
         also_train: the head, see `Method`. A bias of the head counts as head.
 
     Raises:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ..paths import path_key
 from . import dtypes
 from .base import is_number, require
-from .inserted import InsertedArray, InsertingMethod, Sublayer, sublayers
+from .inserted_arrays import InsertedArray, InsertingMethod, Sublayer, sublayers
 from .norm_tuning import NormTuning
 
 Placement = Literal["houlsby", "pfeiffer"]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, register, wider
-from .lora import LoRA
-from .low_rank import LoRAWeight, LowRankWeight, multiple
+from .lora.method import LoRA
+from .lora.weight import LoRAWeight, LowRankWeight, multiple
 from .scaling import scaled, scaled_conv, scaled_dot, scaled_ragged_dot, scaled_take, vector_axes
 from .targets import Target
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..paths import SelectionError, shape_text
+from ..paths import shape_text
+from ..selection import SelectionError
 from ..weights import is_adapted
 
 _COMPLEX = (

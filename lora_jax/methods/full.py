@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from .base import is_trainable
-from .selection import Selection
+from .leaf_sets import Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class FullFineTune(Selection):
     """Trains every leaf of a floating type, or those at and below what is named.
 
     Args:
-        targets: `"all"`, or the parts to train, `("attention",)` say; see `paths.select`.
+        targets: `"all"`, or the parts to train, `("attention",)` say; see `selection.select`.
         also_train: leaves labelled `"head"` rather than `"full"`, so that an optimizer can treat them differently.
 
     Raises:

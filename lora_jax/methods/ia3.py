@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from ..paths import Selector
+from ..selection import Selector
 from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, register
 from .base import FROZEN, require, require_selector, rooted
 from .scaling import scaled, scaled_conv, scaled_dot, scaled_ragged_dot, scaled_take, vector_axes
@@ -84,7 +84,7 @@ class IA3(WeightMethod):
     into it exactly.
 
     Args:
-        targets: which weights, see `paths.select`; or the preset `"keys-values-mlp"`: the bundled models'
+        targets: which weights, see `selection.select`; or the preset `"keys-values-mlp"`: the bundled models'
             `attention/key`, `attention/value` (in GPT-2 the one weight of query, key and value) and `mlp/down`.
         feedforward: names of those targets whose *input* is rescaled, as in a sequence of `targets`; of the others it
             is the output. The preset knows its own, `mlp/down`; with other targets say which, `()` for none.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..paths import BIAS_NAMES, NORM_NAMES, in_norm, leaf_name
 from .base import is_trainable
-from .selection import Selection
+from .leaf_sets import Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class NormTuning(Selection):
         targets: which. `"all"` takes the scales and shifts of the modules that are named as norms are (`norm`,
             `LayerNorm_0`, `final_layernorm`, `ln_1`, `bn1`) or have a leaf `scale` or `gamma`. Names choose among
             those, a regular expression (`".*scale"`, the scales alone) or a callable too; a leaf with a single axis
-            that is named outright is taken as it is. See `paths.select`.
+            that is named outright is taken as it is. See `selection.select`.
         also_train: the head, see `Method`.
 
     Raises:

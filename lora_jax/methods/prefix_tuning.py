@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from ..errors import ArgumentError
 from ..paths import flatten_with_paths, path_key
 from ..weights import register
 from .base import is_number, require
-from .inserted import InsertedArray, InsertingMethod, Insertion, Sublayer, sublayers
+from .inserted_arrays import InsertedArray, InsertingMethod, Insertion, Sublayer, sublayers
 
 _DEVIATION = 0.02
 _SHARED = ("table", "hidden_kernel", "hidden_bias")
@@ -77,7 +78,9 @@ class ReparametrizedPrefix(Insertion):
         return self.merge_all([self])[0]
 
     def stacked(self) -> Any:
-        raise ValueError("a prefix that is still reparametrized can't be taken apart: fold it first, `method.folded`")
+        raise ArgumentError(
+            "a prefix that is still reparametrized can't be taken apart: fold it first, `method.folded`"
+        )
 
     def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         sizes = {"m": self.length}

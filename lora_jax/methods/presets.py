@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..paths import SelectionError, in_norm, listed, matches_entry, words
+from ..paths import in_norm, listed, words
+from ..selection import SelectionError, matches_entry
 from .base import is_weight
 
 _FUSED, _GATE = "attention/query_key_value", "mlp/gate"

@@ -126,7 +126,7 @@ class RandomMask(WholeMethod):
         kind: `"uniform"` chooses single numbers, `"rows"` and `"columns"` whole rows and columns of weights: a row is
             what one input gives to all outputs, a column what one output takes from all inputs.
         targets: what is chosen from: `"all"` leaves (for rows and columns, all weights) but the head's, or those at and
-            below what is named; see `paths.select`.
+            below what is named; see `selection.select`.
         seed: of the places; that of a leaf follows from it and the leaf's path. The key of `attach` isn't used.
         also_train: the head, see `Method`.
 

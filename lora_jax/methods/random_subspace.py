@@ -96,7 +96,7 @@ class RandomSubspace(WholeMethod):
         dimension: `d`, the vector's numbers, and with `structure_aware` the gains' too.
         structure_aware: `θ = θ₀ + λ · P z` with a `λ` for each leaf that learns too and starts at 1. Of the `d` numbers
             as many as there are leaves are these; the rest are `z`.
-        targets: what moves: `"all"` leaves but the head's, or those at and below what is named; see `paths.select`.
+        targets: what moves: `"all"` leaves but the head's, or those at and below what is named; see `selection.select`.
         seed: of `P`. The key of `attach` isn't used.
         also_train: the head, see `Method`.
 

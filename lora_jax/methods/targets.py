@@ -10,7 +10,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 
-from ..paths import BIAS_NAMES, NORM_NAMES, SelectionError, Selector, leaf_name, matches_entry, select, shape_text
+from ..errors import ArgumentError
+from ..paths import BIAS_NAMES, NORM_NAMES, leaf_name, shape_text
+from ..selection import SelectionError, Selector, matches_entry, select
 from ..weights import IN, OUT, STACK, AdaptedWeight
 from . import dtypes
 from .base import Method, is_trainable, is_weight, require, require_selector, rooted
@@ -167,4 +169,4 @@ def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
         why, way_out = "", f"pass `uses=lj.trace_weights(fn, params, ...)`, or {by_hand}"
     else:
         why, way_out = " (`uses` has no entry for it: the function doesn't use it)", f"give them yourself, {by_hand}"
-    raise ValueError(f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown{why}: {way_out}")
+    raise ArgumentError(f"the roles of the axes of `{path}` {shape_text(leaf)} are unknown{why}: {way_out}")

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..layers import layer_places, layer_sizes
-from ..paths import SelectionError, StateLeaf
+from ..depth import layer_places, layer_sizes
+from ..selection import SelectionError
+from ..state import StateLeaf
 from . import dtypes
 from .base import Method, is_number, is_trainable, require
 
@@ -19,7 +20,7 @@ class TopLayers(Method):
     Of `L` layers of `n` numbers each that is `count · n`. The backward pass ends at the lowest trained layer, so a step
     costs less than with LoRA; nothing is added to the model, so nothing needs merging.
 
-    Layers are what numbers tell apart in leaf paths, see `layers.layer_places`. Layers that one leaf holds along an
+    Layers are what numbers tell apart in leaf paths, see `depth.layer_places`. Layers that one leaf holds along an
     axis (of a scan) can't be trained in part: `lj.models.unstack_layers` makes them leaves of their own, in the bundled
     models.
 

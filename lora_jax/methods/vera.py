@@ -11,20 +11,9 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from ..weights import (
-    IN,
-    OUT,
-    STACK,
-    AdaptedWeight,
-    ConvSpec,
-    DotSpec,
-    RaggedDotSpec,
-    TakeSpec,
-    register,
-    wider,
-)
+from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, register, wider
 from .base import FROZEN, is_number, require
-from .low_rank import LoRAWeight, key_for_use, keys_of, multiple
+from .lora.weight import LoRAWeight, key_for_use, keys_of, multiple
 from .targets import Target, WeightMethod
 
 # More than any weight has use for, and few enough that a file can't ask for much memory.

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
-from ..paths import SelectionError, Selector, select
+from ..errors import ArgumentError
+from ..selection import SelectionError, Selector, select
 from ..weights import AdaptedWeight
 from . import dtypes
 from .base import Method, is_number, require, require_selector, rooted
@@ -36,7 +37,7 @@ class WholeWeight(AdaptedWeight):
 
     def _with(self, *_: Any) -> Any:
         # Every change of layout ends here.
-        raise ValueError(
+        raise ArgumentError(
             f"a {type(self).__name__} can't be moved or taken apart, since its random numbers belong to the leaf as a "
             "whole: fold it in first, with `lj.merge_params`"
         )
@@ -47,7 +48,7 @@ class WholeMethod(Method, abstract=True):
     """Base of the methods that put a `WholeWeight` at each of their targets.
 
     Attributes:
-        targets: `"all"`, which leaves out the head alone, or what `paths.select` reads.
+        targets: `"all"`, which leaves out the head alone, or what `selection.select` reads.
         seed: of what is drawn. The key of `attach` isn't used.
     """
 

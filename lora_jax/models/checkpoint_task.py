@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..paths import leaves_by_path
-from .checkpoint import locate_tensors, read_config
-from .config import label_names
-from .families import family_of, read_model_config
+from .checkpoint.hub import find_base
+from .checkpoint.weight_files import locate_tensors, read_config
+from .families.registry import family_of, read_model_config
 from .family import Family, Task
-from .hub import find_base
 from .model import Model
+from .model_config import label_names
 
 
 class CheckpointTask(NamedTuple):

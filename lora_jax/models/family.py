@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..interop.names import ModuleNames
-from .config import ModelConfig
-from .names import NameTable, is_kernel
+from ..interop.module_names import ModuleNames
+from .checkpoint.name_table import NameTable, is_kernel
+from .model_config import ModelConfig
 
 Task = Literal["classification", "regression", "causal-lm"] | None
 

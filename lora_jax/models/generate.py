@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ArgumentError
 from ..paths import require_key
 from ..weights import is_traced
-from .cache import Cache
 from .model import Model
-from .next_token import forbid_repeats, keep_probable
+from .nn.cache import Cache
+from .sampling import forbid_repeats, keep_probable
 
 # Stands for -∞ in sums of log-probabilities.
 _NEVER = -1e9
@@ -135,48 +136,48 @@ def generate(
 def _check_options(options: _Options, key: jax.Array | None) -> None:
     for name, number in (("max_new_tokens", options.max_new_tokens), ("num_beams", options.num_beams)):
         if type(number) is not int or number < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, not {number!r}.")
+            raise ArgumentError(f"`{name}` must be an integer of at least 1, not {number!r}.")
     for name in ("temperature", "length_penalty"):
         number = getattr(options, name)
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise ValueError(f"`{name}` must be a number, not {number!r}.")
+            raise ArgumentError(f"`{name}` must be a number, not {number!r}.")
     if options.temperature < 0:
-        raise ValueError(f"`temperature` must be 0 (the most probable token) or more, not {options.temperature}.")
+        raise ArgumentError(f"`temperature` must be 0 (the most probable token) or more, not {options.temperature}.")
     ngram = options.no_repeat_ngram_size
     if ngram is not None and (type(ngram) is not int or ngram < 1):
-        raise ValueError(f"`no_repeat_ngram_size` must be an integer of at least 1, not {ngram!r}.")
+        raise ArgumentError(f"`no_repeat_ngram_size` must be an integer of at least 1, not {ngram!r}.")
     if options.top_k is not None and (type(options.top_k) is not int or options.top_k < 1):
-        raise ValueError(f"`top_k` must be an integer of at least 1, not {options.top_k!r}.")
+        raise ArgumentError(f"`top_k` must be an integer of at least 1, not {options.top_k!r}.")
     if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise ValueError(f"`top_p` must be above 0 and at most 1, not {options.top_p!r}.")
+        raise ArgumentError(f"`top_p` must be above 0 and at most 1, not {options.top_p!r}.")
     if options.temperature == 0:
         for name in ("top_k", "top_p"):
             if getattr(options, name) is not None:
-                raise ValueError(f"`{name}` is for drawing tokens: pass a `temperature` above 0.")
+                raise ArgumentError(f"`{name}` is for drawing tokens: pass a `temperature` above 0.")
     elif options.num_beams > 1:
-        raise ValueError("`num_beams` searches and `temperature` draws: leave one of them out.")
+        raise ArgumentError("`num_beams` searches and `temperature` draws: leave one of them out.")
     elif key is None:
-        raise ValueError("`key` is needed to draw tokens: pass `jax.random.key(seed)`.")
+        raise ArgumentError("`key` is needed to draw tokens: pass `jax.random.key(seed)`.")
     else:
         require_key(key)
     if options.num_beams == 1 and options.length_penalty != 1.0:
-        raise ValueError("`length_penalty` is for beam search: pass `num_beams` above 1.")
+        raise ArgumentError("`length_penalty` is for beam search: pass `num_beams` above 1.")
     for token in (*options.ends, options.padding):
         if type(token) is not int or token < 0:
-            raise ValueError(f"`eos_token_id` and `pad_token_id` must be tokens, 0 or more, not {token!r}.")
+            raise ArgumentError(f"`eos_token_id` and `pad_token_id` must be tokens, 0 or more, not {token!r}.")
 
 
 def _check_prompts(input_ids: Any, attention_mask: Any) -> tuple[jax.Array, jax.Array]:
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not input_ids.size or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise ValueError(
+        raise ArgumentError(
             f"`input_ids` must be (batch, time) integers, not {input_ids.dtype} of shape {input_ids.shape}."
         )
     mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
     if mask.shape != input_ids.shape:
-        raise ValueError(f"`attention_mask` has shape {mask.shape}, and `input_ids` has {input_ids.shape}.")
+        raise ArgumentError(f"`attention_mask` has shape {mask.shape}, and `input_ids` has {input_ids.shape}.")
     if not is_traced(mask) and not (some := np.asarray(mask.any(axis=1))).all():
-        raise ValueError(f"`attention_mask` leaves no token in row {int(np.argmin(some))}: begin with one at least.")
+        raise ArgumentError(f"`attention_mask` leaves no token in row {int(np.argmin(some))}: begin with one at least.")
     return input_ids.astype(jnp.int32), mask
 
 

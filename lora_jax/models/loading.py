@@ -13,18 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ArgumentError
 from ..files import FileError
 from ..paths import leaves_by_path, path_key
-from .checkpoint import Located, locate_tensors, read_tensors
-from .config import ModelConfig
-from .decoder import DecoderConfig
-from .encoder import Remat
-from .families import family_of, read_model_config
+from .checkpoint.hub import find_base
+from .checkpoint.reporting import Progress
+from .checkpoint.weight_files import Located, locate_tensors, read_tensors
+from .families.registry import family_of, read_model_config
 from .family import HEAD, WORDS, Family, Task
-from .heads import Pooling
-from .hub import find_base
 from .model import Model, check_options, difference, skeleton
-from .progress import Progress
+from .model_config import ModelConfig
+from .nn.decoder import DecoderConfig
+from .nn.encoder import Remat
+from .nn.heads import Pooling
 from .reading import read_leaves
 from .stacking import is_stacked, layer_path
 
@@ -97,7 +98,9 @@ def load(
     """
     _check_arguments(task, num_labels, pooling, remat)
     if new_head and task not in ("classification", "regression"):
-        raise ValueError(f"`new_head` is for a classification or a regression, and `task` is {task!r}: leave it out.")
+        raise ArgumentError(
+            f"`new_head` is for a classification or a regression, and `task` is {task!r}: leave it out."
+        )
     dtype = _float_dtype(dtype)
     folder = find_base(source)
     config = read_model_config(folder)
@@ -151,27 +154,27 @@ def load(
 
 def _check_arguments(task: object, num_labels: object, pooling: object, remat: object) -> None:
     if task is not None and task not in ("classification", "regression", "causal-lm"):
-        raise ValueError(f'`task` must be "classification", "regression", "causal-lm" or None, not {task!r}.')
+        raise ArgumentError(f'`task` must be "classification", "regression", "causal-lm" or None, not {task!r}.')
     if pooling not in get_args(Pooling):
-        raise ValueError(f'`pooling` must be "first" or "mean", not {pooling!r}.')
+        raise ArgumentError(f'`pooling` must be "first" or "mean", not {pooling!r}.')
     if remat is not None and remat not in get_args(Remat):
-        raise ValueError(f"`remat` must be one of {', '.join(get_args(Remat))} or None, not {remat!r}.")
+        raise ArgumentError(f"`remat` must be one of {', '.join(get_args(Remat))} or None, not {remat!r}.")
     if num_labels is None:
         return
     if task == "classification" and (type(num_labels) is not int or num_labels < 2):
-        raise ValueError(f"`num_labels` must be 2 or more, not {num_labels!r}; a single value is a regression.")
+        raise ArgumentError(f"`num_labels` must be 2 or more, not {num_labels!r}; a single value is a regression.")
     if task == "regression" and num_labels != 1:
-        raise ValueError(f"`num_labels` must be 1 (or left out) for a regression, not {num_labels!r}.")
+        raise ArgumentError(f"`num_labels` must be 1 (or left out) for a regression, not {num_labels!r}.")
     if task is None:
-        raise ValueError('`num_labels` needs a `task`: pass `task="classification"`.')
+        raise ArgumentError('`num_labels` needs a `task`: pass `task="classification"`.')
     if task == "causal-lm":
-        raise ValueError(f'`num_labels` is {num_labels!r}, and a "causal-lm" has its vocabulary: leave it out.')
+        raise ArgumentError(f'`num_labels` is {num_labels!r}, and a "causal-lm" has its vocabulary: leave it out.')
 
 
 def _float_dtype(dtype: jax.typing.DTypeLike | None) -> np.dtype:
     result = np.dtype(jnp.float32) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(result, jnp.floating) or jax.dtypes.canonicalize_dtype(result) != result:
-        raise ValueError(f"`dtype` must be float32, bfloat16, float16 (or float64 where JAX has it), not {result}.")
+        raise ArgumentError(f"`dtype` must be float32, bfloat16, float16 (or float64 where JAX has it), not {result}.")
     return result
 
 
@@ -208,7 +211,7 @@ def _count_outputs(
     outputs = tensors[held].info.shape[0] if held is not None and tensors[held].info.shape else None
     wanted = 1 if task == "regression" else num_labels
     if wanted is None and outputs is None:
-        raise ValueError(f"`num_labels` is needed: {folder} has no head of its own.")
+        raise ArgumentError(f"`num_labels` is needed: {folder} has no head of its own.")
     if wanted is not None and outputs is not None and wanted != outputs:
         raise FileError(
             f"{folder} has a head of {outputs} outputs, and {wanted} are asked for: leave `num_labels` out to use it, "
@@ -260,9 +263,9 @@ def _tied(config: ModelConfig, tie: bool | None, task: Task) -> ModelConfig:
     if tie is None:
         return config
     if type(tie) is not bool:
-        raise ValueError(f"`tie_word_embeddings` must be true, false or None, not {tie!r}.")
+        raise ArgumentError(f"`tie_word_embeddings` must be true, false or None, not {tie!r}.")
     if task != "causal-lm":
-        raise ValueError(
+        raise ArgumentError(
             '`tie_word_embeddings` is for a decoder with its head: pass `task="causal-lm"`, or leave it out.'
         )
     return dataclasses.replace(config, tie_word_embeddings=tie)

@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..interop.names import Names
+from ..errors import ArgumentError, ArgumentTypeError
+from ..interop.module_names import Names
 from ..paths import leaves_by_path, require_key, with_leaves
 from ..weights import is_adapted, is_traced
-from .cache import Cache, empty_cache
-from .config import ModelConfig
-from .decoder import DecoderConfig
-from .encoder import Remat
-from .families import family_of
+from .families.registry import family_of
 from .family import Family, Task
-from .heads import Pooling
-from .inserted import insert, split_inserted
-from .layers import wide
+from .model_config import ModelConfig
+from .nn.cache import Cache, empty_cache
+from .nn.decoder import DecoderConfig
+from .nn.encoder import Remat
+from .nn.heads import Pooling
+from .nn.insertion import insert, split_inserted
+from .nn.layers import wide
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,11 +122,13 @@ def check_options(family: Family, *, task: object, pooling: Pooling, scan_layers
     if task not in family.architectures:
         tasks = [f'"{name}"' for name in family.architectures if name is not None]
         other = "an encoder" if family.is_decoder else "a decoder (GPT-2, Llama, …)"
-        raise ValueError(f"`task` of a {kind} must be {', '.join(tasks)} or None, not {task!r}: that is for {other}.")
+        raise ArgumentError(
+            f"`task` of a {kind} must be {', '.join(tasks)} or None, not {task!r}: that is for {other}."
+        )
     if family.is_decoder and pooling != "first":
-        raise ValueError(f"`pooling` is for the heads of encoders, and a {kind} has none of them: leave it out.")
+        raise ArgumentError(f"`pooling` is for the heads of encoders, and a {kind} has none of them: leave it out.")
     if scan_layers and not family.is_decoder:
-        raise ValueError(f"`scan_layers` is for decoders, and a {kind} is an encoder: leave it out.")
+        raise ArgumentError(f"`scan_layers` is for decoders, and a {kind} is an encoder: leave it out.")
 
 
 def _split(build: Callable[..., Any]) -> tuple[Any, dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -177,9 +180,9 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
             input_ids, attention_mask=attention_mask, position_ids=position_ids, segments=segments
         )
         if segments is not None and not jnp.issubdtype(segments.dtype, jnp.integer):
-            raise ValueError(f"`segments` must be integers, not {segments.dtype}.")
+            raise ArgumentError(f"`segments` must be integers, not {segments.dtype}.")
         if segments is not None and cache is not None:
-            raise ValueError("`segments` are for rows that are run at once: leave out the `cache`, or the segments.")
+            raise ArgumentError("`segments` are for rows that are run at once: leave out the `cache`, or the segments.")
         cache = _check_cache(config, input_ids, cache, dtype)
         if dropout_key is not None:
             require_key(dropout_key, "dropout_key")
@@ -196,13 +199,13 @@ def _with_params(graph: Any, params: Mapping[str, Any], expected: Mapping[str, t
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
         if is_adapted(leaf):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"`params` holds an adapted weight at {path}, and the model takes arrays: wrap its apply function with "
                 "`lora_jax.adapt`, or fold the weights in with `lora_jax.merge_params`."
             )
     own, inserted = split_inserted(leaves, expected)
     if own.keys() != expected.keys():
-        raise ValueError(f"`params` isn't this model's tree: {difference(own.keys(), expected.keys())}.")
+        raise ArgumentError(f"`params` isn't this model's tree: {difference(own.keys(), expected.keys())}.")
     model = nnx.merge(graph, _with_layer_numbers(with_leaves({}, own) if inserted else params))
     insert(model, inserted)
     return model
@@ -222,12 +225,12 @@ def _check_tokens(input_ids: Any, *, attention_mask: Any, **others: Any) -> tupl
     """The tokens, the mask as booleans, and others of their shape; `None` where there is none."""
     input_ids = jnp.asarray(input_ids)
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise ValueError(
+        raise ArgumentError(
             f"`input_ids` must be (batch, time) integers, not {input_ids.dtype} of shape {input_ids.shape}."
         )
     for name, value in (("attention_mask", attention_mask), *others.items()):
         if value is not None and jnp.shape(value) != input_ids.shape:
-            raise ValueError(f"`{name}` has shape {jnp.shape(value)}, and `input_ids` has {input_ids.shape}.")
+            raise ArgumentError(f"`{name}` has shape {jnp.shape(value)}, and `input_ids` has {input_ids.shape}.")
     return (
         input_ids,
         None if attention_mask is None else jnp.asarray(attention_mask).astype(bool),
@@ -237,7 +240,7 @@ def _check_tokens(input_ids: Any, *, attention_mask: Any, **others: Any) -> tupl
 
 def _check_length(config: ModelConfig, time: int) -> None:
     if time > config.max_length:
-        raise ValueError(
+        raise ArgumentError(
             f"`input_ids` has {time} tokens in a row, and the model has positions for {config.max_length}: cut the "
             "texts."
         )
@@ -254,21 +257,21 @@ def _check_cache(
         return None
     if isinstance(cache, int):
         if isinstance(cache, bool) or cache < time:
-            raise ValueError(f"`cache` must have a slot for each of the {time} tokens at least, not {cache!r}.")
+            raise ArgumentError(f"`cache` must have a slot for each of the {time} tokens at least, not {cache!r}.")
         if config.bounded_positions and cache > config.max_length:
-            raise ValueError(
+            raise ArgumentError(
                 f"`cache` of {cache} slots, for the prompt and what is to come, is more than the model's "
                 f"{config.max_length} positions."
             )
         return empty_cache(config.cache_sizes, batch=batch, slots=cache, dtype=dtype)
     if not isinstance(cache, Cache):
-        raise ValueError(f"`cache` must be a number of slots or what apply gave before, not {type(cache).__name__}.")
+        raise ArgumentError(f"`cache` must be a number of slots or what apply gave before, not {type(cache).__name__}.")
     layers, heads, width = config.cache_sizes
     wanted = (layers, batch, heads, cache.slots, width)
     if cache.keys.shape != wanted or cache.values.shape != wanted or cache.mask.shape[0] != batch:
-        raise ValueError(f"`cache` has keys of shape {cache.keys.shape}, and {wanted} is expected: another model's.")
+        raise ArgumentError(f"`cache` has keys of shape {cache.keys.shape}, and {wanted} is expected: another model's.")
     if not is_traced(cache.used) and int(cache.used) + time > cache.slots:
-        raise ValueError(
+        raise ArgumentError(
             f"`cache` has {cache.slots} slots, {int(cache.used)} of them taken, and {time} more tokens come: begin "
             "with more slots."
         )

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..files import FileError
-from .checkpoint import Located, read_tensors
+from .checkpoint.reporting import ByteCount, Progress
+from .checkpoint.weight_files import Located, read_tensors
 from .family import Family
-from .progress import ByteCount, Progress
 from .stacking import is_stacked
 
 

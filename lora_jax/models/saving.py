@@ -10,17 +10,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ArgumentError
 from ..files import read_text, replacing, write_json, write_safetensors, write_text
 from ..paths import leaves_by_path, listed
 from ..weights import is_adapted
-from .checkpoint import INDEX, locate_tensors, read_config, read_tensors
-from .config import label_names
-from .families import family_of
-from .hub import find_base
-from .inserted import split_inserted
+from .checkpoint.hub import find_base
+from .checkpoint.reporting import ByteCount, Progress
+from .checkpoint.shards import HostTensor, index, is_weights_file, shard, size_in_bytes
+from .checkpoint.weight_files import INDEX, locate_tensors, read_config, read_tensors
+from .families.registry import family_of
 from .model import Model, difference
-from .progress import ByteCount, Progress
-from .shards import HostTensor, index, is_weights_file, shard, size_in_bytes
+from .model_config import label_names
+from .nn.insertion import split_inserted
 from .stacking import is_stacked, layer_path
 
 _CONFIG = "config.json"
@@ -83,10 +84,10 @@ def save_pretrained(
     limit = size_in_bytes(max_shard_size)
     base, folder = find_base(source), Path(folder)
     if folder.exists() and folder.resolve() == base.resolve():
-        raise ValueError(f"`folder` is the base's own, {base}: save to another, so that the base stays as it is.")
+        raise ArgumentError(f"`folder` is the base's own, {base}: save to another, so that the base stays as it is.")
     source_config = read_config(base)
     if source_config.get("model_type") != model.config.model_type:
-        raise ValueError(
+        raise ArgumentError(
             f"`source` {base} is a {source_config.get('model_type')!r:.50}, and the model a "
             f"{model.config.model_type!r}: pass the base that it was loaded from."
         )
@@ -112,17 +113,17 @@ def _check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     leaves, expected = leaves_by_path(params), leaves_by_path(model.params)
     for path, leaf in leaves.items():
         if is_adapted(leaf):
-            raise ValueError(f"`params` holds an adapted weight at {path}: fold it in with `lora_jax.merge_params`.")
+            raise ArgumentError(f"`params` holds an adapted weight at {path}: fold it in with `lora_jax.merge_params`.")
     if inserted := split_inserted(leaves, {path: jnp.shape(leaf) for path, leaf in expected.items()})[1]:
-        raise ValueError(
+        raise ArgumentError(
             f"`params` has {next(iter(inserted))}, which the base hasn't and transformers doesn't know: save it with "
             "`lora_jax.save_adapter`, beside the base."
         )
     if leaves.keys() != expected.keys():
-        raise ValueError(f"`params` isn't this model's tree: {difference(leaves.keys(), expected.keys())}.")
+        raise ArgumentError(f"`params` isn't this model's tree: {difference(leaves.keys(), expected.keys())}.")
     for path, leaf in leaves.items():
         if jnp.shape(leaf) != jnp.shape(expected[path]):
-            raise ValueError(f"`params` at {path} has shape {jnp.shape(leaf)}, not {jnp.shape(expected[path])}.")
+            raise ArgumentError(f"`params` at {path} has shape {jnp.shape(leaf)}, not {jnp.shape(expected[path])}.")
     return leaves
 
 
@@ -143,7 +144,7 @@ def _with_biases_known_there(model: Model, leaves: dict[str, Any]) -> tuple[dict
     if lost := sorted(learned - written):
         kind = model.config.model_type
         places = ", ".join(module for modules in model.config.bias_entries.values() for module in modules)
-        raise ValueError(
+        raise ArgumentError(
             f"`params` has trained biases where transformers' {kind} has none: {listed(lost)}. It knows "
             f"{f'those of {places}' if places else 'no others than the base has'}: train those alone, or keep these "
             "with `lora_jax.save_adapter`."
@@ -199,9 +200,9 @@ def _config(
         labels = own if own is not None and len(own) == outputs else None
     names = [f"LABEL_{index}" for index in range(outputs)] if labels is None else [str(label) for label in labels]
     if len(names) != outputs:
-        raise ValueError(f"`labels` has {len(names)} names, and the model has {outputs} outputs.")
+        raise ArgumentError(f"`labels` has {len(names)} names, and the model has {outputs} outputs.")
     if len(set(names)) != outputs:
-        raise ValueError(f"`labels` has a name twice: {', '.join(names)}.")
+        raise ArgumentError(f"`labels` has a name twice: {', '.join(names)}.")
     config["id2label"] = {str(index): name for index, name in enumerate(names)}
     config["label2id"] = {name: index for index, name in enumerate(names)}
     config["problem_type"] = "regression" if model.task == "regression" else "single_label_classification"

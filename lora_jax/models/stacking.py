@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..errors import ArgumentError
 from ..weights import STACK, AdaptedWeight, is_adapted
 
 LAYERS = "layers"
@@ -58,7 +59,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """
     layers = params.get(LAYERS)
     if not isinstance(layers, Mapping) or not layers or not all(str(number).isdecimal() for number in layers):
-        raise ValueError(
+        raise ArgumentError(
             '`params` must have its layers side by side below "layers", as from `load(...)` of a decoder'
             + (": these are stacked already." if isinstance(layers, Mapping) and layers else ".")
         )
@@ -66,7 +67,7 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     try:
         stacked = jax.tree.map(lambda *nodes: _stack(nodes), *members, is_leaf=is_adapted)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"`params` has layers that can't be stacked, as they differ: {error}") from error
+        raise ArgumentError(f"`params` has layers that can't be stacked, as they differ: {error}") from error
     return {**params, LAYERS: stacked}
 
 
@@ -89,13 +90,13 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """
     layers = params.get(LAYERS)
     if not isinstance(layers, Mapping) or not layers or any(str(name).isdecimal() for name in layers):
-        raise ValueError(
+        raise ArgumentError(
             '`params` must have its layers stacked below "layers", as from `load(..., scan_layers=True)`'
             + (": these are side by side already." if isinstance(layers, Mapping) and layers else ".")
         )
     counts = {leaf.shape[0] for leaf in jax.tree.leaves(layers, is_leaf=is_adapted)}
     if len(counts) != 1:
-        raise ValueError(f"`params` has stacked leaves of different numbers of layers: {sorted(counts)}.")
+        raise ArgumentError(f"`params` has stacked leaves of different numbers of layers: {sorted(counts)}.")
     split = {
         str(layer): jax.tree.map(lambda node, layer=layer: _member(node, layer), layers, is_leaf=is_adapted)
         for layer in range(counts.pop())
@@ -117,7 +118,7 @@ def _member(node: Any, layer: int) -> Any:
     if not isinstance(node, AdaptedWeight):
         return node[layer]
     if not str(node.axes).startswith(STACK):
-        raise ValueError(
+        raise ArgumentError(
             f"`params` has an adapted weight labelled {node.axes!r} among its stacked layers: no `s` first."
         )
     arrays, member = node.stacked()

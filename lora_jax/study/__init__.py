@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from .candidates import Candidate as Candidate
-from .candidates import default_candidates as default_candidates
-from .candidates import make_candidate as make_candidate
-from .candidates import read_grid as read_grid
-from .comparison import Outcome as Outcome
-from .comparison import compare as compare
-from .recommend import Recommendation as Recommendation
-from .settings import Comparison as Comparison
-from .summary import Summary as Summary
+from .grid.candidates import Candidate as Candidate
+from .grid.candidates import default_candidates as default_candidates
+from .grid.candidates import make_candidate as make_candidate
+from .grid.candidates import read_grid as read_grid
+from .grid.settings import Comparison as Comparison
+from .runs.comparison import Outcome as Outcome
+from .runs.comparison import compare as compare
+from .runs.recommend import Recommendation as Recommendation
+from .runs.summary import Summary as Summary

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .completer import Completer as Completer
-from .completer import GenerationOptions as GenerationOptions
-from .completer import load_completer as load_completer
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .config import TrainConfig as TrainConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
@@ -12,7 +12,27 @@ from .errors import DataError as DataError
 from .errors import NotFiniteError as NotFiniteError
 from .errors import RunFolderError as RunFolderError
 from .errors import TrainingError as TrainingError
-from .loop import RunResult as RunResult
-from .loop import train as train
-from .predict import Predictor as Predictor
-from .predict import load_predictor as load_predictor
+from .run.loop import RunResult as RunResult
+from .run.loop import train as train
+
+if TYPE_CHECKING:
+    from lora_jax.inference.classify import Predictor as Predictor
+    from lora_jax.inference.classify import load_predictor as load_predictor
+    from lora_jax.inference.complete import Completer as Completer
+    from lora_jax.inference.complete import GenerationOptions as GenerationOptions
+    from lora_jax.inference.complete import load_completer as load_completer
+
+# What answers lies in a room above; these names of it are at home here for those who train and ask in one script.
+_OF_INFERENCE = {
+    "Predictor": "classify",
+    "load_predictor": "classify",
+    "Completer": "complete",
+    "GenerationOptions": "complete",
+    "load_completer": "complete",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_INFERENCE:
+        return getattr(importlib.import_module(f"lora_jax.inference.{_OF_INFERENCE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,8 @@ import yaml
 from lora_jax import LoRA, files
 from lora_jax.text import clipped, nearest_name
 
-from .data import Columns
 from .errors import ConfigError
+from .examples import Columns
 from .method_options import default_learning_rate, make_method, method_name, method_options
 from .task import KINDS, Kind
 from .yaml_file import read_yaml_file

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lora_jax.text import ClippedError
+from lora_jax.errors import LoraJaxError
 
 
-class TrainingError(ClippedError):
+class TrainingError(LoraJaxError):
     """A run that cannot start or go on; the message says why and what to do."""
 
 

@@ -15,10 +15,10 @@ import optax
 
 from lora_jax.text import nearest_name
 
-from .data import Examples
+from .data.table import shown
 from .errors import ConfigError, DataError
+from .examples import Examples
 from .metrics import classification_metrics, language_metrics, regression_metrics
-from .table import shown
 
 Kind = Literal["classification", "regression", "causal-lm"]
 _LARGEST = float(np.finfo(np.float32).max)

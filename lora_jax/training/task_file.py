@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from lora_jax import files
 
-from .data import Columns
 from .errors import ConfigError, TrainingError
+from .examples import Columns
 from .task import Task, restore_task
 
 TASK_FILE = "task.json"

@@ -31,7 +31,7 @@ def lora_jax_run(train: str, test: str, text: str, label: str) -> dict[str, Any]
     start = time.perf_counter()
     from lora_jax.training import TrainConfig
     from lora_jax.training import train as run
-    from lora_jax.training.events import StepDone
+    from lora_jax.training.run.events import StepDone
 
     ends: dict[int, float] = {}
 

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 import lora_jax as lj
-from lora_jax.models.bert import BertConfig, Encoder
+from lora_jax.models.families.bert import BertConfig, Encoder
 from lora_jax.paths import leaf_paths
 
 HEAD = ("classifier",)

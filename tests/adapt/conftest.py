@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_jax.adapt import walk
+from lora_jax.adapt import transform
 from lora_jax.matmul import STRATEGIES
 
 
@@ -15,8 +15,8 @@ def every_strategy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     As `adapt(..., matmul=...)` does, with which a matmul's program is another one: a `choose_strategy` put in the
     place of ours would not be asked again for shapes that have been traced.
     """
-    new_walker = walk.new_walker
+    new_walker = transform.new_walker
     monkeypatch.setattr(
-        walk, "new_walker", lambda *args, **about: new_walker(*args, **{**about, "matmul": request.param})
+        transform, "new_walker", lambda *args, **about: new_walker(*args, **{**about, "matmul": request.param})
     )
     return request.param

@@ -22,23 +22,24 @@ import optax
 import lora_jax as lj
 from lora_jax.files import CHECKSUM, FileError, read_safetensors
 from lora_jax.interop import apply_delta, export_delta, export_peft, import_peft, read_peft_config
-from lora_jax.models.families import read_model_config
+from lora_jax.models.families.registry import read_model_config
 from lora_jax.paths import leaves_by_path
-from lora_jax.study.candidates import read_grid
-from lora_jax.study.results_file import ResultsFile
-from lora_jax.training import token_cache
+from lora_jax.study.grid.candidates import read_grid
+from lora_jax.study.runs.results import ResultsFile
+from lora_jax.tools.inspect import inspect_adapter
 from lora_jax.training.baseline import Baseline
-from lora_jax.training.chat import render_conversations
-from lora_jax.training.checkpoint import Checkpoint, Checkpoints
 from lora_jax.training.config import TrainConfig, read_yaml, write_yaml
-from lora_jax.training.data import Columns, Examples, read_examples
-from lora_jax.training.documents import read_documents
-from lora_jax.training.encoding import Encoded, encode
+from lora_jax.training.data import token_cache
+from lora_jax.training.data.chat import render_conversations
+from lora_jax.training.data.documents import read_documents
+from lora_jax.training.data.encoding import Encoded, encode
+from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import RunFolderError, TrainingError
-from lora_jax.training.inspection import inspect_adapter
-from lora_jax.training.result import RunResult, read_result, write_result
-from lora_jax.training.run_folder import RunFolder
-from lora_jax.training.step import TrainState
+from lora_jax.training.examples import Columns, Examples
+from lora_jax.training.run.checkpoint import Checkpoint, Checkpoints
+from lora_jax.training.run.folder import RunFolder
+from lora_jax.training.run.result import RunResult, read_result, write_result
+from lora_jax.training.run.step import TrainState
 from lora_jax.training.task import Classification
 from lora_jax.training.task_file import TaskFile, read_task, write_task
 from tests.interop import kit

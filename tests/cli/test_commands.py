@@ -261,7 +261,7 @@ def test_predict_answers_what_has_arrived(finished):
 
 def test_predict_never_prints_nan(finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "lora_jax.training.predict.predict_outputs", lambda *args, **kw: np.array([[0.0, 1.0], [np.nan, 0.0]])
+        "lora_jax.inference.classify.predict_outputs", lambda *args, **kw: np.array([[0.0, 1.0], [np.nan, 0.0]])
     )
     (tmp_path / "a.txt").write_text("good\nbad\n")
     assert run("predict", "--adapter", finished.output, tmp_path / "a.txt") == 2

@@ -13,7 +13,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import files
 from lora_jax.cli.main import main
-from lora_jax.training.completer import GenerationOptions, load_completer
+from lora_jax.inference.complete import GenerationOptions, load_completer
 from lora_jax.training.errors import DataError
 from lora_jax.training.task_file import read_task
 from tests.tiny_language import write_language_base, write_pairs

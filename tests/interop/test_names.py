@@ -10,9 +10,9 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.interop.layout import leaf_layout
-from lora_jax.interop.patterns import PatternError, Patterns, literal
-from lora_jax.interop.peft_config import is_saved
-from lora_jax.interop.peft_keys import FactorKey, LeafKey, factor_key, leaf_key, parse_key
+from lora_jax.interop.peft.adapter_config import is_saved
+from lora_jax.interop.peft.keys import FactorKey, LeafKey, factor_key, leaf_key, parse_key
+from lora_jax.interop.peft.patterns import PatternError, Patterns, literal
 
 MODULES = ["a", "b.a", "c.b.a", "b_a", "ba", "x.1.a", "x.11.a", "x1.a", "a.b", "layer.0.q-proj"]
 KEYS = ["a", "b.a", "^a", "^b.a", "b.a$", r"b\.a", r"^b\.a$", "x.1.a", ".", "..a", r"q\-proj", "layer.0.q.proj", "1.a"]

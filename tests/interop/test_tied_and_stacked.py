@@ -18,7 +18,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.files import read_safetensors
 from lora_jax.interop import apply_delta, export_delta, export_peft, import_peft, vllm_problems
-from lora_jax.interop.names import NameTable
+from lora_jax.interop.module_names import NameTable
 from lora_jax.interop.stacks import Stacks
 
 from . import kit

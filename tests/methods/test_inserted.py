@@ -69,7 +69,7 @@ def trained(params: Any, method: lj.Method) -> Any:
     ],
 )
 def test_counts_of_bert_base_are_the_formulas(method: lj.Method, formula: int) -> None:
-    from lora_jax.models.bert import BertConfig
+    from lora_jax.models.families.bert import BertConfig
     from lora_jax.models.model import skeleton
 
     sizes: Any = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -85,7 +85,7 @@ def test_counts_of_bert_base_are_the_formulas(method: lj.Method, formula: int) -
 def test_an_adapter_computes_its_formula() -> None:
     from scipy.special import erf
 
-    from lora_jax.models.inserted import Adapter
+    from lora_jax.models.nn.insertion import Adapter
 
     rng = np.random.default_rng(0)
     shapes = {"down/kernel": (4, 2), "down/bias": (2,), "up/kernel": (2, 4), "up/bias": (4,)}
@@ -324,7 +324,7 @@ def test_folders_for_others_are_refused(method: lj.Method, folder: Any, tmp_path
     ("place", "message"),
     [
         ("encoder/layers/0/mlp/down/kernel", "and the base has a leaf there"),
-        ("encoder/layers/0/mlp/down/kernel/deeper", "doesn't fit this base: .*nested dicts are expected"),
+        ("encoder/layers/0/mlp/down/kernel/deeper", "doesn't fit this base: .*only nested dicts take new leaves"),
         ("a/" * 5000 + "a", "inserts an array 5000 levels deep"),
     ],
 )

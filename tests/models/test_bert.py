@@ -15,8 +15,9 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.models import bert, encoder, layers
+from lora_jax.models.families import bert
 from lora_jax.models.model import skeleton
+from lora_jax.models.nn import encoder, layers
 from lora_jax.paths import leaf_paths, leaves_by_path
 
 SIZES: dict[str, Any] = {

@@ -13,10 +13,11 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.models import causal, gpt2
-from lora_jax.models.families import config_from_dict
-from lora_jax.models.layers import RMSNorm
+from lora_jax.models.families import gpt2
+from lora_jax.models.families.registry import config_from_dict
 from lora_jax.models.model import skeleton
+from lora_jax.models.nn import causal
+from lora_jax.models.nn.layers import RMSNorm
 from lora_jax.paths import leaf_paths, leaves_by_path
 from tests.jaxprs import equations
 from tests.tiny_decoders import FAMILIES, VOCABULARY, settings

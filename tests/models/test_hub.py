@@ -14,8 +14,8 @@ import pytest
 
 from lora_jax import models
 from lora_jax.files import FileError, read_json, sha256_file
-from lora_jax.models import hub
-from lora_jax.models.hub import DEFAULT_BASE, KNOWN, KnownBase, find_base
+from lora_jax.models.checkpoint import hub
+from lora_jax.models.checkpoint.hub import DEFAULT_BASE, KNOWN, KnownBase, find_base
 from tests.tiny_bert import write_tiny_bert
 
 OFFLINE = "switched off by HF_HUB_OFFLINE"

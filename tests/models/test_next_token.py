@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora_jax import models
-from lora_jax.models.next_token import forbid_repeats
+from lora_jax.models.sampling import forbid_repeats
 from tests.models.test_decoders import IDS, tiny
 
 

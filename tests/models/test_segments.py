@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.models.causal import runs, visible
+from lora_jax.models.nn.causal import runs, visible
 from tests.models.test_decoders import IDS, tiny
 
 # Longer than the windows of Mistral (5) and Qwen2 (4); no token occurs in two of the texts. The last two numbers are

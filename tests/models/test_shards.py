@@ -17,8 +17,8 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.files import FileError, read_safetensors
 from lora_jax.models import saving
-from lora_jax.models.checkpoint import locate_tensors
-from lora_jax.models.shards import HostTensor, index, is_weights_file, shard, size_in_bytes
+from lora_jax.models.checkpoint.shards import HostTensor, index, is_weights_file, shard, size_in_bytes
+from lora_jax.models.checkpoint.weight_files import locate_tensors
 from lora_jax.paths import leaves_by_path
 from tests.tiny_bert import write_tiny_bert
 from tests.tiny_decoders import write_tiny_decoder

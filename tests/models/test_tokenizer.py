@@ -12,7 +12,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.files import FileError
-from lora_jax.models import tokenizer as module
+from lora_jax.models.checkpoint import tokenizer as module
 from tests.tiny_bert import WORDS, vocabulary, word_piece
 from tests.tiny_encoders import byte_level
 

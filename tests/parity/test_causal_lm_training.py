@@ -11,9 +11,9 @@ import pytest
 import lora_jax as lj
 from lora_jax.paths import leaves_by_path
 from lora_jax.training import TrainConfig
-from lora_jax.training.setup import Run, prepare
-from lora_jax.training.step import make_step
-from lora_jax.training.token_rows import TokenBatch
+from lora_jax.training.data.token_rows import TokenBatch
+from lora_jax.training.run.setup import Run, prepare
+from lora_jax.training.run.step import make_step
 from tests.tiny_language import write_language_base, write_pairs
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: `scripts/test --all` installs it")

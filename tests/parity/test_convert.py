@@ -13,7 +13,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.cli.main import main
-from lora_jax.training.data import Columns
+from lora_jax.training.examples import Columns
 from lora_jax.training.task import Classification
 from lora_jax.training.task_file import TaskFile, write_task
 from tests.tiny_bert import write_tiny_bert

@@ -11,10 +11,10 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.data import path as data_path
-from lora_jax.training.batching import plan_epoch
 from lora_jax.training.config import TrainConfig
-from lora_jax.training.loop import step_of
-from lora_jax.training.setup import prepare
+from lora_jax.training.data.batching import plan_epoch
+from lora_jax.training.run.loop import step_of
+from lora_jax.training.run.setup import prepare
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: `scripts/test --all` installs it")
 peft = pytest.importorskip("peft", reason="needs PEFT: `scripts/test --all` installs it")

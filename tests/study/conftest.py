@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.study import Comparison, compare, make_candidate
-from lora_jax.training.loop import RunResult
+from lora_jax.training.run.loop import RunResult
 from tests.training.conftest import (  # noqa: F401
     _compile_each_program_once,
     _own_cache,
@@ -97,9 +97,9 @@ class FakeTraining:
 def fake(monkeypatch) -> FakeTraining:
     """Two candidates at the rates 0.1 and 0.2 are compared in no time; costs aren't measured."""
     training = FakeTraining({0.1: 0.8, 0.2: 0.9})
-    monkeypatch.setattr("lora_jax.study.comparison.train", training)
-    monkeypatch.setattr("lora_jax.study.comparison.measure_costs", lambda *arguments: {})
-    monkeypatch.setattr("lora_jax.study.comparison.time.perf_counter", training.clock)
+    monkeypatch.setattr("lora_jax.study.runs.comparison.train", training)
+    monkeypatch.setattr("lora_jax.study.runs.comparison.measure_costs", lambda *arguments: {})
+    monkeypatch.setattr("lora_jax.study.runs.comparison.time.perf_counter", training.clock)
     return training
 
 

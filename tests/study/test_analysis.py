@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.study.analysis import (
+from lora_jax.study.analysis.measures import (
     LeafChange,
     adapter_similarities,
     amplification,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_jax.study.candidates import GRID, default_candidates, describe, make_candidate, read_grid
+from lora_jax.study.grid.candidates import GRID, default_candidates, describe, make_candidate, read_grid
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.method_options import METHODS
 

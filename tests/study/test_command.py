@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax.cli.main import main
 from lora_jax.study import Comparison
-from lora_jax.study.settings import prepare
+from lora_jax.study.grid.settings import prepare
 
 
 def run(*arguments) -> int:

@@ -11,13 +11,14 @@ import jax
 import pytest
 
 from lora_jax import files
-from lora_jax.study import Comparison, compare, costs, make_candidate
-from lora_jax.study.programs import shared_programs
-from lora_jax.study.report import answer, remarks, write_report
-from lora_jax.study.tables import quality_table
+from lora_jax.study import Comparison, compare, make_candidate
+from lora_jax.study.report.page import answer, remarks, write_report
+from lora_jax.study.report.tables import quality_table
+from lora_jax.study.runs import costs
+from lora_jax.study.runs.programs import shared_programs
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.errors import CheckpointError, ConfigError, DataError, NotFiniteError, RunFolderError
-from lora_jax.training.loop import train
+from lora_jax.training.run.loop import train
 
 EVERYTHING = [
     ("BitFit", 0.1, 0),

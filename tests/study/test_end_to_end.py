@@ -11,14 +11,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lora_jax.study.charts import make_charts
-from lora_jax.study.comparison import Outcome
-from lora_jax.study.presets import PRESETS
-from lora_jax.study.report import write_report
-from lora_jax.study.summary import Summary
-from lora_jax.study.tables import Table, make_tables, markdown
+from lora_jax.study.grid.paper_presets import PRESETS
+from lora_jax.study.report.charts import make_charts
+from lora_jax.study.report.page import write_report
+from lora_jax.study.report.tables import Table, make_tables, markdown
+from lora_jax.study.runs.comparison import Outcome
+from lora_jax.study.runs.summary import Summary
 from lora_jax.training.config import TrainConfig
-from lora_jax.training.loop import train
+from lora_jax.training.run.loop import train
 
 from .conftest import HOSTILE
 
@@ -214,7 +214,7 @@ def test_no_output_obeys_a_label(outcome, tmp_path):
 
 
 def test_a_tables_cells_are_shown_letter_by_letter(capsys):
-    from lora_jax.cli.tables import print_facts, print_line, print_table
+    from lora_jax.cli.output import print_facts, print_line, print_table
 
     print_table(("a [b]", "n"), [("[small]", "1"), ("[/x] :smile:", "\x1b[2J")], title="[/y]\x1b]0;t\x07")
     print_facts({"label [i]": "[bold]a[/x]\x9b2J"})

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra `study`")
 
-from lora_jax.study import figures
-from lora_jax.study.analysis import BiasChanges, LayerChange
+from lora_jax.study.analysis import figures
+from lora_jax.study.analysis.measures import BiasChanges, LayerChange
 
 
 def shown(axes: Any) -> np.ndarray:

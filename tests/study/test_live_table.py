@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from lora_jax.study import compare
-from lora_jax.study.live_table import LiveTable
+from lora_jax.study.report.live_table import LiveTable
 from lora_jax.training.errors import NotFiniteError
-from lora_jax.training.events import Note, StepDone
+from lora_jax.training.run.events import Note, StepDone
 
 
 def watched(settings, *, terminal: bool) -> str:
@@ -60,7 +60,7 @@ def test_steps_are_seen_and_a_runs_own_notes_are_not(small, fake, monkeypatch):
         time.sleep(0.6)  # steps are drawn four times a second
         return fake(config)
 
-    monkeypatch.setattr("lora_jax.study.comparison.train", train)
+    monkeypatch.setattr("lora_jax.study.runs.comparison.train", train)
     shown = watched(small, terminal=True)
     assert "step 3/9  loss 1.250" in shown
     assert "trainable" not in shown

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from lora_jax.study.candidates import make_candidate
-from lora_jax.study.plan import PlannedRun, chosen_rate, count_left, count_runs, next_run, pending, predicted_seconds
+from lora_jax.study.grid.candidates import make_candidate
+from lora_jax.study.grid.plan import (
+    PlannedRun,
+    chosen_rate,
+    count_left,
+    count_runs,
+    next_run,
+    pending,
+    predicted_seconds,
+)
 
 A = make_candidate("bitfit", rates=[0.1, 0.2, 0.3])
 B = make_candidate("full", rates=[1.0, 2.0])

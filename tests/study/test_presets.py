@@ -8,8 +8,8 @@ import pytest
 
 from lora_jax.cli.compare import PRESETS as OFFERED
 from lora_jax.study import Comparison
-from lora_jax.study.presets import PRESETS
-from lora_jax.study.settings import prepare
+from lora_jax.study.grid.paper_presets import PRESETS
+from lora_jax.study.grid.settings import prepare
 from tests.tiny_bert import write_tiny_bert
 
 

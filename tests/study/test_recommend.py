@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lora_jax.study.candidates import make_candidate
-from lora_jax.study.recommend import choose
-from lora_jax.study.summary import Summary
+from lora_jax.study.grid.candidates import make_candidate
+from lora_jax.study.runs.recommend import choose
+from lora_jax.study.runs.summary import Summary
 from lora_jax.training.baseline import Baseline
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lora_jax.study.results_file import ResultsFile
+from lora_jax.study.runs.results import ResultsFile
 from lora_jax.training.errors import RunFolderError
 
 

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 
-from lora_jax.study.splits import read_splits, take_rows, write_rows
+from lora_jax.study.grid.splits import read_splits, take_rows, write_rows
 from lora_jax.training.config import TrainConfig
-from lora_jax.training.data import Examples, read_examples
+from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import ConfigError
+from lora_jax.training.examples import Examples
 from lora_jax.training.task import make_task
 
 LABELS = ["a"] * 50 + ["b"] * 30 + ["c"] * 3 + ["d"]

@@ -12,13 +12,13 @@ import pytest
 
 from lora_jax import models
 from lora_jax.files import read_safetensors, write_safetensors
+from lora_jax.inference.classify import load_adapter
 from lora_jax.models import CheckpointHead
+from lora_jax.tools.convert import convert_adapter
+from lora_jax.tools.merge import merge_adapter
 from lora_jax.training import TrainConfig, load_predictor, train
-from lora_jax.training.base_head import choose_head
-from lora_jax.training.conversion import convert_adapter
-from lora_jax.training.events import Note
-from lora_jax.training.merging import merge_adapter
-from lora_jax.training.predict import load_adapter
+from lora_jax.training.data.base_head import choose_head
+from lora_jax.training.run.events import Note
 from lora_jax.training.task import Classification, Regression
 from tests.tiny_encoders import write_tiny
 

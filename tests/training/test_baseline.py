@@ -13,8 +13,8 @@ from lora_jax.cli.main import main
 from lora_jax.training import TrainConfig, train
 from lora_jax.training.baseline import Baseline, baseline_of
 from lora_jax.training.config import read_yaml
-from lora_jax.training.events import Evaluated
-from lora_jax.training.progress import verdict
+from lora_jax.training.run.events import Evaluated
+from lora_jax.training.run.progress import verdict
 from lora_jax.training.task import Classification, Regression
 
 THREE = Classification(labels=("a", "b", "c"))

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.training.batching import TrainingBatches, collate, plan_epoch, plan_in_order
-from lora_jax.training.buckets import bucket_of, choose_buckets, cover
-from lora_jax.training.encoding import Encoded
+from lora_jax.training.data.batching import TrainingBatches, collate, plan_epoch, plan_in_order
+from lora_jax.training.data.buckets import bucket_of, choose_buckets, cover
+from lora_jax.training.data.encoding import Encoded
+from lora_jax.training.data.labelled import LabelledRows
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.labelled import LabelledRows
 
 
 def rows_of(lengths, seed=0):

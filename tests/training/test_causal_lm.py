@@ -17,13 +17,13 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import files
+from lora_jax.inference.complete import load_completer
 from lora_jax.training import ConfigError, RunFolderError, TrainConfig, TrainingError, load_predictor, train
-from lora_jax.training.batching import AnyBatch, plan_in_order
-from lora_jax.training.completer import load_completer
-from lora_jax.training.documents import read_documents
-from lora_jax.training.predict import make_forward, predict_outputs
-from lora_jax.training.setup import prepare
-from lora_jax.training.step import make_step
+from lora_jax.training.data.batching import AnyBatch, plan_in_order
+from lora_jax.training.data.documents import read_documents
+from lora_jax.training.run.evaluate import make_forward, predict_outputs
+from lora_jax.training.run.setup import prepare
+from lora_jax.training.run.step import make_step
 from lora_jax.training.task import CausalLM
 from tests.tiny_language import write_language_base, write_pairs
 from tests.training.test_resume import assert_same_adapter, run

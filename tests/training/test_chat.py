@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lora_jax.training.chat import DEFAULT_TEMPLATE, Part, render_conversations, render_prompts
+from lora_jax.training.data.chat import DEFAULT_TEMPLATE, Part, render_conversations, render_prompts
 from lora_jax.training.errors import DataError
 
 TALK = [
@@ -145,7 +145,7 @@ def test_a_prompt_has_the_limits_of_a_conversation(template, message):
 
 
 def test_all_renderings_together_have_a_limit(monkeypatch):
-    monkeypatch.setattr("lora_jax.training.chat._MOST_TEXT", 5_000_000)
+    monkeypatch.setattr("lora_jax.training.data.chat._MOST_TEXT", 5_000_000)
     talks = [TALK[1:3]] * 4
     with pytest.raises(
         DataError, match=r"talks.jsonl, row 2: the base's chat template makes \d,\d+,\d+ bytes of the rows"

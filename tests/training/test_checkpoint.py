@@ -17,9 +17,9 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.training.checkpoint import Checkpoint, Checkpoints
 from lora_jax.training.errors import CheckpointError, NotFiniteError
-from lora_jax.training.step import TrainState
+from lora_jax.training.run.checkpoint import Checkpoint, Checkpoints
+from lora_jax.training.run.step import TrainState
 
 METHOD = lj.LoRA(rank=2, alpha=2, targets=("w",))
 

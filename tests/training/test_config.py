@@ -7,8 +7,8 @@ import time
 import pytest
 
 import lora_jax as lj
+from lora_jax.inference.complete import GenerationOptions
 from lora_jax.study import Comparison
-from lora_jax.training.completer import GenerationOptions
 from lora_jax.training.config import TrainConfig, read_yaml, write_yaml
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.method_options import make_method, method_options

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from lora_jax.training import data_files
-from lora_jax.training.data import read_examples
+from lora_jax.training.data import formats as data_files
+from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import DataError
 
 ROWS = [('say "hi', "NA"), ("01", "null"), ("naïve — ünïcode", "x y")]

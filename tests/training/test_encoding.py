@@ -13,9 +13,9 @@ import tokenizers.pre_tokenizers
 
 import lora_jax as lj
 from lora_jax.files import FileError
-from lora_jax.training.data import Examples
-from lora_jax.training.encoding import encode, encode_beginnings
-from lora_jax.training.special_text import encode_texts
+from lora_jax.training.data.encoding import encode, encode_beginnings
+from lora_jax.training.data.special_text import encode_texts
+from lora_jax.training.examples import Examples
 from tests.tiny_bert import WORDS
 from tests.tiny_encoders import byte_level
 

@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.cli.main import main
+from lora_jax.inference.classify import Predictor, load_adapter
 from lora_jax.training import load_predictor
-from lora_jax.training.predict import Predictor, load_adapter
 from tests.tiny_encoders import write_tiny
 
 TEXTS = ["good great", "the plot bad poor hate", "love good", "poor " * 80]  # the last is cut

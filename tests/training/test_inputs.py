@@ -10,8 +10,8 @@ import pytest
 
 from lora_jax import files
 from lora_jax.training import RunFolderError, TrainConfig
-from lora_jax.training.inputs import base_parts, read_inputs, source_sums
-from lora_jax.training.setup import prepare
+from lora_jax.training.run.inputs import base_parts, read_inputs, source_sums
+from lora_jax.training.run.setup import prepare
 from tests.tiny_language import write_language_base
 
 PARTS = {"train", "dev", "test", "labels", "base configuration", "base weights", "tokenizer"}

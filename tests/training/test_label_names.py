@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_jax.training.label_names import folded, label_notes
+from lora_jax.training.data.label_names import folded, label_notes
 
 
 def notes(counts: dict[str, int], **others: list[int]) -> list[str]:

@@ -14,21 +14,14 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import files, optimizer
-from lora_jax.training import (
-    CheckpointError,
-    NotFiniteError,
-    RunFolderError,
-    TrainConfig,
-    load_predictor,
-    loop,
-    train,
-)
-from lora_jax.training.checkpoint import Checkpoints
-from lora_jax.training.data import read_examples
+from lora_jax.training import CheckpointError, NotFiniteError, RunFolderError, TrainConfig, load_predictor, train
+from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.events import Evaluated, Note, StepDone
-from lora_jax.training.run_folder import RunFolder, held_alone
-from lora_jax.training.setup import prepare
+from lora_jax.training.run import loop
+from lora_jax.training.run.checkpoint import Checkpoints
+from lora_jax.training.run.events import Evaluated, Note, StepDone
+from lora_jax.training.run.folder import RunFolder, held_alone
+from lora_jax.training.run.setup import prepare
 from lora_jax.training.task import Classification
 
 from .test_checkpoint import threads_left_to_end

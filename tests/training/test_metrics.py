@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.progress import format_metrics
-from lora_jax.training.setup import choose_metric
+from lora_jax.training.run.progress import format_metrics
+from lora_jax.training.run.setup import choose_metric
 from lora_jax.training.task import Classification, Regression
 
 TWO = Classification(labels=("a", "b"))

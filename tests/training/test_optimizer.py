@@ -15,7 +15,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.optimizer import make_optimizer, make_schedule
+from lora_jax.training.run.schedule import make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])

@@ -12,10 +12,10 @@ import lora_jax as lj
 from lora_jax import files
 from lora_jax.cli.main import main
 from lora_jax.files import FileError
+from lora_jax.inference.classify import Predictor, load_adapter
 from lora_jax.models import load_tokenizer
+from lora_jax.tools.merge import merge_adapter
 from lora_jax.training import TrainConfig, TrainingError, load_predictor, train
-from lora_jax.training.merging import merge_adapter
-from lora_jax.training.predict import Predictor, load_adapter
 from lora_jax.training.task_file import read_task
 
 TEXTS = ["good great", "the plot bad poor hate", "love good", "poor " * 40, "great thanks"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_jax.training.events import Evaluated, Note, StepDone, WeightsRead
-from lora_jax.training.meter import Meter
-from lora_jax.training.progress import LiveProgress, format_bytes, format_seconds
+from lora_jax.training.run.events import Evaluated, Note, StepDone, WeightsRead
+from lora_jax.training.run.meter import Meter
+from lora_jax.training.run.progress import LiveProgress, format_bytes, format_seconds
 
 
 def step(number, **changes):

@@ -13,9 +13,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lora_jax.study.splits import write_rows
+from lora_jax.study.grid.splits import write_rows
 from lora_jax.training.config import TrainConfig
-from lora_jax.training.data import Examples, read_examples
+from lora_jax.training.data.sources import read_examples
+from lora_jax.training.examples import Examples
 from lora_jax.training.task import make_task
 
 # What readers are known to trip over, and a character of every plane. Drawn evenly: chance alone finds few of these.

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.training.batching import Batch
-from lora_jax.training.step import TrainState, make_step
+from lora_jax.training.data.batching import Batch
+from lora_jax.training.run.step import TrainState, make_step
 from lora_jax.training.task import Classification
 
 TASK = Classification(labels=("a", "b", "c"))

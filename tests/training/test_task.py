@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.training.data import Examples
 from lora_jax.training.errors import ConfigError, DataError
+from lora_jax.training.examples import Examples
 from lora_jax.training.task import Classification, Regression, make_task
 
 

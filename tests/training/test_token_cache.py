@@ -9,9 +9,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from lora_jax import files
-from lora_jax.training import token_cache
-from lora_jax.training.data import Examples
-from lora_jax.training.token_cache import cache_folder, encode_cached
+from lora_jax.training.data import token_cache
+from lora_jax.training.data.token_cache import cache_folder, encode_cached
+from lora_jax.training.examples import Examples
 
 
 def tokenizer(words="a b c"):

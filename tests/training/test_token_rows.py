@@ -11,16 +11,16 @@ import pyarrow.parquet
 import pytest
 
 import lora_jax as lj
-from lora_jax.training import language, special_text, token_cache
-from lora_jax.training.batching import BatchPlan
-from lora_jax.training.chat import DEFAULT_TEMPLATE, Part, render_prompts
-from lora_jax.training.data import Columns
-from lora_jax.training.documents import Documents, pairs_of, read_documents
+from lora_jax.training.data import language, special_text, token_cache
+from lora_jax.training.data.batching import BatchPlan
+from lora_jax.training.data.chat import DEFAULT_TEMPLATE, Part, render_prompts
+from lora_jax.training.data.documents import Documents, pairs_of, read_documents
+from lora_jax.training.data.language import token_rows
+from lora_jax.training.data.packing import first_fit
+from lora_jax.training.data.special_text import check_marks, escape
+from lora_jax.training.data.token_rows import TokenRows, make_rows
 from lora_jax.training.errors import DataError
-from lora_jax.training.language import token_rows
-from lora_jax.training.packing import first_fit
-from lora_jax.training.special_text import check_marks, escape
-from lora_jax.training.token_rows import TokenRows, make_rows
+from lora_jax.training.examples import Columns
 from tests.tiny_language import write_language_base
 
 PAIR = Columns(prompt="q", completion="a")

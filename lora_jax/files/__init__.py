@@ -1,0 +1,33 @@
+"""Safe reading and atomic writing: safetensors, JSON, names inside a folder."""
+
+from . import locks as locks
+from .files import CHECKSUM as CHECKSUM
+from .files import FileError as FileError
+from .files import TensorInfo as TensorInfo
+from .files import array_checksum as array_checksum
+from .files import iter_safetensors as iter_safetensors
+from .files import new_folder as new_folder
+from .files import open_regular as open_regular
+from .files import parse_json as parse_json
+from .files import plainly_named as plainly_named
+from .files import read_bytes as read_bytes
+from .files import read_json as read_json
+from .files import read_metadata as read_metadata
+from .files import read_safetensors as read_safetensors
+from .files import read_safetensors_header as read_safetensors_header
+from .files import read_text as read_text
+from .files import read_together as read_together
+from .files import replacing as replacing
+from .files import require_new_folder as require_new_folder
+from .files import safe_join as safe_join
+from .files import settle as settle
+from .files import sha256_file as sha256_file
+from .files import with_checksum as with_checksum
+from .files import within_folder as within_folder
+from .files import without_checksum as without_checksum
+from .files import write_json as write_json
+from .files import write_safetensors as write_safetensors
+from .files import write_text as write_text
+from .locks import BusyError as BusyError
+from .locks import in_use as in_use
+from .locks import locked as locked

@@ -1,0 +1,1 @@
+"""What a trained adapter answers: classes, numbers and completions."""

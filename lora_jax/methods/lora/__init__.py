@@ -1,0 +1,1 @@
+"""LoRA: the method, its adapted weight, and the starts of its factors."""

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: the hub, names, weight files, tokenizers."""

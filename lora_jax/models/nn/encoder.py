@@ -1,0 +1,153 @@
+"""The encoder that BERT, RoBERTa and DistilBERT share: embeddings, and layers of attention and MLP.
+
+Post-norm, learned absolute positions. Shapes: `batch` sequences of `time` tokens, `d` features, `n` heads of
+`h = d / n` features.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .insertion import Adapter, Prefix, adapted, with_prefix
+from .layers import ACTIVATIONS, Norm, Table, attend, dropout, key_for, linear
+
+# Names of `jax.checkpoint_policies`, by how much of a layer the backward pass computes again: all of it, what is no
+# matmul, what is no matmul of a weight.
+Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+
+
+class EncoderConfig(Protocol):
+    """What the encoder reads of a configuration, under BERT's names; a family with other names has these beside."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def hidden_dropout_prob(self) -> float: ...
+    @property
+    def attention_probs_dropout_prob(self) -> float: ...
+    @property
+    def attention_output_dropout_prob(self) -> float: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def initializer_range(self) -> float: ...
+
+
+class Embeddings(nnx.Module):
+    """The norm of the sum of a token's row, its position's and, where there are `token_types`, its type's."""
+
+    def __init__(
+        self, config: EncoderConfig, *, token_types: int | None, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        rows = functools.partial(
+            Table, features=config.hidden_size, deviation=config.initializer_range, dtype=dtype, rngs=rngs
+        )
+        self.dropout = config.hidden_dropout_prob
+        self.word = rows(config.vocab_size)
+        self.position = rows(config.max_position_embeddings)
+        self.token_type = None if token_types is None else rows(token_types)
+        self.norm = Norm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, input_ids: jax.Array, positions: jax.Array, token_types: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:
+        x = self.word(input_ids)
+        if self.token_type is not None:
+            x += self.token_type(jnp.zeros_like(input_ids) if token_types is None else token_types)
+        return dropout(self.norm(x + self.position(positions)), self.dropout, key_for(key, "embeddings"))
+
+
+class Encoder(nnx.Module):
+    """The layers.
+
+    Args:
+        config: sizes and settings.
+        dtype: of parameters and computation.
+        remat: what of a layer is kept for the backward pass, the rest being computed again; `None` keeps all.
+        rngs: for the initial values.
+    """
+
+    def __init__(
+        self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, remat: Remat | None = None, rngs: nnx.Rngs
+    ) -> None:
+        self.remat = remat
+        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        run = Layer.__call__
+        if self.remat is not None:
+            run = nnx.remat(run, policy=getattr(jax.checkpoint_policies, self.remat))
+        for index, layer in enumerate(self.layers):
+            x = run(layer, x, mask, key_for(key, f"encoder/layers/{index}"))
+        return x
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        return self.mlp(self.attention(x, mask, key), key)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        square = functools.partial(linear, width, width, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_output_dropout_prob
+        self.probs_dropout = config.attention_probs_dropout_prob
+        self.query = square()
+        self.key = square()
+        self.value = square()
+        self.output = square()
+        self.norm = Norm(width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.adapter: Adapter | None = None
+        self.prefix: Prefix | None = None
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        batch, time, width = x.shape
+
+        def heads(layer: nnx.Linear) -> jax.Array:
+            return layer(x).reshape(batch, time, self.heads, width // self.heads).transpose(0, 2, 1, 3)
+
+        probs_key = key_for(key, "attention/probs")
+        k, v, mask = with_prefix(self.prefix, heads(self.key), heads(self.value), mask)
+        context = attend(heads(self.query), k, v, mask, self.probs_dropout, probs_key)
+        context = context.transpose(0, 2, 1, 3).reshape(batch, time, width)
+        y = dropout(self.output(context), self.dropout, key_for(key, "attention/output"))
+        return self.norm(x + adapted(self.adapter, y))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
+        width, inner = config.hidden_size, config.intermediate_size
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dropout = config.hidden_dropout_prob
+        self.up = linear(width, inner, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.down = linear(inner, width, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.norm = Norm(width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.adapter: Adapter | None = None
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        hidden = self.activation(self.up(x))
+        y = dropout(self.down(hidden), self.dropout, key_for(key, "mlp/down"))
+        return self.norm(x + adapted(self.adapter, y))

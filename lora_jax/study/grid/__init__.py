@@ -1,0 +1,1 @@
+"""What is compared: candidates, settings, splits, and which run is next."""

@@ -1,0 +1,1 @@
+"""A comparison and its runs: results, costs, summary, recommendation."""

@@ -1,0 +1,138 @@
+"""What a candidate costs: memory of a training step, and latency of the model that it leaves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import lora_jax as lj
+from lora_jax import files
+from lora_jax.inference.classify import load_adapter
+from lora_jax.training.config import TrainConfig
+from lora_jax.training.data.batching import AnyBatch, BatchPlan
+from lora_jax.training.run.evaluate import Forward, make_forward
+from lora_jax.training.run.events import Event, Listener, Note
+from lora_jax.training.run.loop import step_of
+from lora_jax.training.run.setup import prepare as prepare_run
+
+from ..grid.plan import PlannedRun, Rows, chosen_rate
+from ..grid.settings import Prepared
+
+BATCHES = (1, 32)
+_ROUNDS = 5
+_WARM_UP, _CALLS = 1, 3
+
+Costs = dict[str, dict[str, Any]]
+
+
+def measure_costs(prepared: Prepared, rows: Rows, listen: Listener) -> Costs:
+    """Measures the candidates that have a kept adapter; by candidate's id, and kept in `costs.json`.
+
+    - `step_memory`: bytes that the compiled step needs at the longest batch: arguments (the frozen base among them),
+      results and temporaries, by the compiler's own account.
+    - `latency_ms`: by batch size, the median over rounds in which the candidates take turns, so that what else the
+      machine does falls on all alike. The adapter is merged first; where that leaves plain arrays, all candidates run
+      the base's own program.
+    - `tokens`: the length that both are measured at, the longest that training batches are padded to.
+
+    Measured anew only where the chosen runs have changed.
+    """
+    seed = prepared.settings.seeds[0]
+    runs = {
+        candidate.id: PlannedRun(candidate, rate, seed)
+        for candidate in prepared.candidates
+        if (rate := chosen_rate(candidate, seed, rows)) is not None
+        and (prepared.folder / "runs" / PlannedRun(candidate, rate, seed).id / "adapter").is_dir()
+    }
+    path = prepared.folder / "costs.json"
+    held = _read(path)
+    names = {key: run.id for key, run in runs.items()}
+    if {key: cost.get("run") for key, cost in held.items()} == names:
+        return held
+    listen(Note(message="measuring memory and latency of each candidate"))
+    costs: Costs = {}
+    if runs:
+        batch = _longest_batch(prepared, runs)
+        for key, run in runs.items():
+            costs[key] = {
+                "run": run.id,
+                "step_memory": _step_memory(prepared.run_config(run), batch),
+                "tokens": batch.inputs["input_ids"].shape[1],
+            }
+        for key, times in _latencies(prepared, runs, batch).items():
+            costs[key]["latency_ms"] = {str(size): 1000 * statistics.median(taken) for size, taken in times.items()}
+    files.write_json(path, files.with_checksum(costs))
+    return costs
+
+
+def _read(path: Path) -> Costs:
+    """Those that are kept; none of a file that isn't as it was written: they are measured anew."""
+    try:
+        held = files.read_json(path) if path.exists() else {}
+        held = files.without_checksum(held, path) if isinstance(held, dict) else {}
+    except files.FileError:
+        return {}
+    return held if all(isinstance(cost, dict) for cost in held.values()) else {}
+
+
+def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> AnyBatch:
+    """One for all candidates: of those, the one with the most rows has the longest."""
+    run = max(runs.values(), key=lambda run: run.candidate.train_rows or math.inf)
+    made = prepare_run(prepared.run_config(run), _unheard)
+    train = made.splits["train"]
+    size = prepared.config.batch_size
+    longest = np.argsort(-train.lengths, kind="stable")[:size]
+    return train.batch(BatchPlan(longest, made.buckets[-1]), size)
+
+
+def _step_memory(config: TrainConfig, batch: AnyBatch) -> int | None:
+    run = prepare_run(config, _unheard)
+    memory = step_of(run, config).lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
+    if memory is None:  # a backend that doesn't tell
+        return None
+    # What is donated is counted among arguments and results both.
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def _latencies(
+    prepared: Prepared, runs: Mapping[str, PlannedRun], batch: AnyBatch
+) -> dict[str, dict[int, list[float]]]:
+    """Seconds of calls. One candidate's parameters are held at a time: full fine-tuning leaves a whole model."""
+    batches = {
+        size: jax.device_put(jax.tree.map(lambda x, n=size: np.resize(x, (n, *x.shape[1:])), batch)) for size in BATCHES
+    }
+    times: dict[str, dict[int, list[float]]] = {key: {size: [] for size in BATCHES} for key in runs}
+    forward: Forward | None = None
+    for _ in range(_ROUNDS):
+        for key, run in runs.items():
+            loaded = load_adapter(prepared.run_folder(run))
+            forward = forward or make_forward(lj.adapt(loaded.model.apply), prepared.splits.task)
+            params = lj.merge_params(loaded.params)
+            for size in BATCHES:
+                times[key][size] += _seconds(forward, params, batches[size])
+    return times
+
+
+def _unheard(event: Event) -> None:
+    """What preparing tells was told when the run was trained."""
+
+
+def _seconds(forward: Forward, params: Any, batch: AnyBatch) -> list[float]:
+    taken = []
+    for _ in range(_WARM_UP + _CALLS):
+        start = time.perf_counter()
+        jax.block_until_ready(forward(params, batch))
+        taken.append(time.perf_counter() - start)
+    return taken[_WARM_UP:]

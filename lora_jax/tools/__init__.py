@@ -1,0 +1,1 @@
+"""On adapters at rest, ours and PEFT's: finding, inspecting, converting, merging."""

@@ -1,0 +1,158 @@
+"""Texts to token ids: once, in bulk, with what is cut off counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.models.checkpoint.tokenizer import refused_if_it_breaks_off
+
+from ..examples import Examples
+
+if TYPE_CHECKING:
+    import tokenizers
+_CHARACTERS = 32  # that are read of a text for each token that may be kept; words have some five
+_MOST_CHARACTERS = 1 << 20
+
+
+class Encoded(NamedTuple):
+    """Token ids of many texts, end to end.
+
+    Attributes:
+        ids: int32 `(tokens,)`.
+        types: int32 `(tokens,)`, 1 in the second text of a pair.
+        offsets: int64 `(rows + 1,)`; row `i` is `ids[offsets[i]:offsets[i + 1]]`.
+        truncated: how many rows were longer than `max_length` and lost their end.
+        max_length: the most tokens of a row.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray
+    offsets: np.ndarray
+    truncated: int
+    max_length: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> int:
+        return len(self.offsets) - 1
+
+    def fingerprint(self) -> str:
+        """A hash of the rows: a run resumes on the data that it began with, or not at all."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.types, self.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def encode(examples: Examples, tokenizer: tokenizers.Tokenizer, max_length: int) -> Encoded:
+    """Tokenizes every row with its special tokens, cutting the longer text first where a row exceeds `max_length`."""
+    texts = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
+    beginnings = encode_beginnings(texts, tokenizer, max_length)
+    encodings = [beginning.encoding for beginning in beginnings]
+    lengths = [len(encoding.ids) for encoding in encodings]
+    return Encoded(
+        ids=_joined([encoding.ids for encoding in encodings]),
+        types=_joined([encoding.type_ids for encoding in encodings]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        truncated=sum(beginning.is_cut for beginning in beginnings),
+        max_length=max_length,
+    )
+
+
+class Beginning(NamedTuple):
+    """The tokens that a text (or a pair) begins with, and whether there were more."""
+
+    encoding: tokenizers.Encoding
+    is_cut: bool
+
+
+@refused_if_it_breaks_off("the base")
+def encode_beginnings(
+    texts: Sequence[str] | Sequence[tuple[str, str]],
+    tokenizer: tokenizers.Tokenizer,
+    max_length: int,
+    *,
+    add_special_tokens: bool = True,
+) -> list[Beginning]:
+    """What `encode_batch` gives with truncation to `max_length` tokens, at a cost that a long text doesn't set.
+
+    Of a text `_CHARACTERS` for each token are read; more, up to `_MOST_CHARACTERS`, where the tokens kept don't end in
+    the first half of these (a word of thousands of characters), and of pairs, whose longer text is cut first. What lies
+    beyond is cut off.
+
+    Args:
+        texts: Texts, or pairs of them.
+        tokenizer: Its own truncation and padding are switched off.
+        max_length: The most tokens to keep, special tokens included.
+        add_special_tokens: Whether the tokenizer adds its own.
+    """
+    # The tokenizer's file may pad every text to a fixed length: batches are padded later, and less.
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    limit = _CHARACTERS * max_length
+    parts = [(text,) if isinstance(text, str) else text for text in texts]
+    inputs: list[Any] = [_input([part[:limit] for part in each]) for each in parts]
+    encodings = tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
+    beginnings = [Beginning(encoding, bool(encoding.overflowing)) for encoding in encodings]
+    for place, each in enumerate(parts):
+        longest = max(map(len, each))
+        if longest <= limit:
+            continue
+        encoding = encodings[place]
+        if len(each) > 1 or not _is_settled(encoding, limit):
+            cut: Any = _input(_cut(each, tokenizer, max_length))
+            (encoding,) = tokenizer.encode_batch([cut], add_special_tokens=add_special_tokens)
+        beginnings[place] = Beginning(encoding, bool(encoding.overflowing) or longest > _MOST_CHARACTERS)
+    tokenizer.no_truncation()
+    return beginnings
+
+
+def _cut(parts: tuple[str, ...], tokenizer: tokenizers.Tokenizer, max_length: int) -> list[str]:
+    """The beginning of a text, or of each of a pair, with more than `max_length` tokens where there are more.
+
+    The longer of a pair stays the longer: the odd token is its own.
+    """
+    tokenizer.no_truncation()
+    encodings = [tokenizer.encode(part[:_MOST_CHARACTERS], add_special_tokens=False) for part in parts]
+    tokenizer.enable_truncation(max_length)
+    counts = [len(encoding.ids) for encoding in encodings]
+    longer = 0 if counts[0] > counts[-1] else len(parts) - 1
+    kept = [(3 if place == longer else 2) * max_length for place in range(len(parts))]
+    return [
+        part[: max(end for _, end in encoding.offsets[:most])] if count > most else part[:_MOST_CHARACTERS]
+        for part, encoding, count, most in zip(parts, encodings, counts, kept, strict=True)
+    ]
+
+
+def _input(parts: list[str]) -> str | tuple[str, ...]:
+    return tuple(parts) if len(parts) > 1 else parts[0]
+
+
+def end_of(encoding: tokenizers.Encoding) -> int:
+    """Where the tokens of a single text end in it, in characters."""
+    return max((end for _, end in encoding.offsets), default=0)
+
+
+def _is_settled(encoding: tokenizers.Encoding, limit: int) -> bool:
+    """Whether a text's first `limit` characters tell its first tokens: a cut changes those beside it alone."""
+    end = end_of(encoding)
+    return end <= limit // 2 and any(end_of(other) > end for other in encoding.overflowing)
+
+
+def padding_id(tokenizer: tokenizers.Tokenizer) -> int:
+    """The id that rows are filled up with; masked everywhere, so any known one does."""
+    for token in ("[PAD]", "<pad>"):
+        if (found := tokenizer.token_to_id(token)) is not None:
+            return found
+    return 0
+
+
+def _joined(rows: list[list[int]]) -> np.ndarray:
+    return np.concatenate([np.asarray(row, np.int32) for row in rows])

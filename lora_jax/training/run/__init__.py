@@ -1,0 +1,1 @@
+"""One run: its setup, step, loop, evaluation, checkpoints and folder."""
