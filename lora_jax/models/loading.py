@@ -23,9 +23,10 @@ from .families.registry import family_of, read_model_config
 from .family import HEAD, WORDS, Family, Task
 from .model import Model, check_options, difference, skeleton
 from .model_config import ModelConfig
+from .nn.attention import ATTENTION_FORMS, AttentionForm
 from .nn.decoder import DecoderConfig
-from .nn.encoder import Remat
 from .nn.heads import Pooling
+from .nn.rematerialization import Remat
 from .reading import read_leaves
 from .stacking import is_stacked, layer_path
 
@@ -40,6 +41,7 @@ def load(
     pooling: Pooling = "first",
     remat: Remat | None = None,
     scan_layers: bool = False,
+    attention: AttentionForm = "auto",
     zero_biases: bool = False,
     tie_word_embeddings: bool | None = None,
     new_head: bool = False,
@@ -68,6 +70,10 @@ def load(
         scan_layers: stacks a decoder's layers into one tree, `layers/…` with a leading axis, and runs them in a
             `lax.scan`: compiling takes as long for eighty layers as for one. `stack_layers` and `unstack_layers` turn
             one form into the other. `lj.LoRA` then needs `uses=lj.trace_weights(model.apply, params, input_ids)`.
+        attention: The form of the attention. `"xla"` is written out; `"cudnn"` is the fused kernel of NVIDIA GPUs, in
+            bfloat16 and float16, and `"splash"` that of TPUs (with several devices, under `jax.set_mesh`). `"auto"` is
+            the kernel of the platform that the program is compiled for, where there is one that can compute the case,
+            from 128 tokens on (512 in float32); else `"xla"`. Fused kernels have no forward mode (`jax.jvp`).
         zero_biases: gives every linear layer of a Llama, Mistral, Qwen2 or Qwen3 that has no bias one of zeros, for
             `lj.BitFit` to train; nothing computed changes by it. `save_pretrained` says which of them, once trained,
             transformers has a place for.
@@ -96,7 +102,7 @@ def load(
     A BERT without a pooler gets a new one, with a warning: it starts random, so it must be trained
     (`also_train=("pooler", "classifier")`), or replaced by `pooling="mean"`.
     """
-    _check_arguments(task, num_labels, pooling, remat)
+    _check_arguments(task, num_labels, pooling, remat, attention)
     if new_head and task not in ("classification", "regression"):
         raise ArgumentError(
             f"`new_head` is for a classification or a regression, and `task` is {task!r}: leave it out."
@@ -120,7 +126,14 @@ def load(
         names.setdefault(family.names.tensor(HEAD), names[words])
     outputs = _count_outputs(family, task, num_labels, tensors, names, folder)
     apply, shapes = skeleton(
-        config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype, remat=remat, scan_layers=scan_layers
+        config,
+        task=task,
+        num_labels=outputs,
+        pooling=pooling,
+        dtype=dtype,
+        remat=remat,
+        scan_layers=scan_layers,
+        attention=attention,
     )
     expected = leaves_by_path(shapes)
     parts = {path: _parts(path, leaf) for path, leaf in expected.items()}
@@ -152,13 +165,15 @@ def load(
     )
 
 
-def _check_arguments(task: object, num_labels: object, pooling: object, remat: object) -> None:
+def _check_arguments(task: object, num_labels: object, pooling: object, remat: object, attention: object) -> None:
     if task is not None and task not in ("classification", "regression", "causal-lm"):
         raise ArgumentError(f'`task` must be "classification", "regression", "causal-lm" or None, not {task!r}.')
     if pooling not in get_args(Pooling):
         raise ArgumentError(f'`pooling` must be "first" or "mean", not {pooling!r}.')
     if remat is not None and remat not in get_args(Remat):
         raise ArgumentError(f"`remat` must be one of {', '.join(get_args(Remat))} or None, not {remat!r}.")
+    if attention not in ATTENTION_FORMS:
+        raise ArgumentError(f"`attention` must be one of {', '.join(ATTENTION_FORMS)}, not {attention!r}.")
     if num_labels is None:
         return
     if task == "classification" and (type(num_labels) is not int or num_labels < 2):

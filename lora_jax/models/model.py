@@ -19,12 +19,13 @@ from ..weights import is_adapted, is_traced
 from .families.registry import family_of
 from .family import Family, Task
 from .model_config import ModelConfig
+from .nn.attention import AttentionForm
 from .nn.cache import Cache, empty_cache
-from .nn.decoder import DecoderConfig
-from .nn.encoder import Remat
+from .nn.decoder import DecoderConfig, WithHead
 from .nn.heads import Pooling
 from .nn.insertion import insert, split_inserted
 from .nn.layers import wide
+from .nn.rematerialization import Remat
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,14 +40,16 @@ class Model:
             float32 or wider. There is dropout if and only if there is a `dropout_key`.
 
             Of a decoder: `apply(params, input_ids, attention_mask=None, *, position_ids=None, segments=None,
-            cache=None, last_only=False, dropout_key=None)`. Returns hidden states, or logits `(batch, time,
+            cache=None, last_only=False, with_head=None, dropout_key=None)`. Returns hidden states, or logits `(batch, time,
             vocabulary)` in float32 or wider; with `last_only` those of the last token, `(batch, 1, …)`. Without
             `position_ids` the places are counted, padding too, as transformers' models do: rotary positions don't mind,
             but for a GPT-2 padding on the left needs `position_ids`. With `segments`, `(batch, time)` integers, a row
             is several texts end to end, each a run of equal numbers: a token attends within its own, places are counted
             there, and the result is that of each text in a row of its own. With a `cache` (a number of slots at first,
             see `Cache`) the tokens follow those that it holds, `attention_mask` is that of the new tokens, and the
-            cache is returned beside.
+            cache is returned beside. `with_head(hidden, head, tied)` takes the place of the logits: it gets the hidden
+            states `(batch, time, d)`, the head `(d, vocabulary)`, or, with `tied`, the table `(vocabulary, d)`, and
+            what it gives is the result; for a loss that forms no logits, see `lj.losses.chunked_cross_entropy`.
         params: a nested dict of arrays with string keys. With `scan_layers` each leaf below `layers` holds all layers.
         config: sizes and settings; a `BertConfig`, `LlamaConfig`, … by the kind of model.
         names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
@@ -84,6 +87,7 @@ def skeleton(
     dtype: jnp.dtype = np.dtype("float32"),  # noqa: B008, immutable
     remat: Remat | None = None,
     scan_layers: bool = False,
+    attention: AttentionForm = "auto",
 ) -> Skeleton:
     """A model's apply function and the shapes of its parameters; takes no memory for them.
 
@@ -104,11 +108,19 @@ def skeleton(
     check_options(family, task=task, pooling=pooling, scan_layers=scan_layers)
     if isinstance(config, DecoderConfig):
         build = functools.partial(
-            family.module, config, head=task == "causal-lm", dtype=dtype, remat=remat, scan=scan_layers
+            family.module,
+            config,
+            head=task == "causal-lm",
+            dtype=dtype,
+            remat=remat,
+            scan=scan_layers,
+            attention=attention,
         )
         return _decoder(config, task, dtype, build)
     outputs = {None: None, "classification": num_labels, "regression": 1}[task]
-    build = functools.partial(family.module, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat)
+    build = functools.partial(
+        family.module, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat, attention=attention
+    )
     return _encoder(config, task, build)
 
 
@@ -174,6 +186,7 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
         segments: jax.Array | None = None,
         cache: Cache | int | None = None,
         last_only: bool = False,
+        with_head: WithHead | None = None,
         dropout_key: jax.Array | None = None,
     ) -> Any:
         input_ids, mask, positions, segments = _check_tokens(
@@ -183,12 +196,23 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
             raise ArgumentError(f"`segments` must be integers, not {segments.dtype}.")
         if segments is not None and cache is not None:
             raise ArgumentError("`segments` are for rows that are run at once: leave out the `cache`, or the segments.")
+        if with_head is not None and task is None:
+            raise ArgumentError('`with_head` is for a model with a head: load it with `task="causal-lm"`.')
         cache = _check_cache(config, input_ids, cache, dtype)
         if dropout_key is not None:
             require_key(dropout_key, "dropout_key")
         model = _with_params(graph, params, expected)
-        result, cache = model(input_ids, mask, positions, cache, dropout_key, segments=segments, last_only=last_only)
-        result = result if task is None else result.astype(wide(result.dtype))
+        result, cache = model(
+            input_ids,
+            mask,
+            positions,
+            cache,
+            dropout_key,
+            segments=segments,
+            last_only=last_only,
+            with_head=with_head,
+        )
+        result = result if task is None or with_head is not None else result.astype(wide(result.dtype))
         return result if cache is None else (result, cache)
 
     return Skeleton(apply, shapes)

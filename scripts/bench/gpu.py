@@ -126,7 +126,8 @@ class Candidate(NamedTuple):
 def jax_step(case: Case) -> Candidate:
     """`lora-jax train`'s step.
 
-    Settings: `scan`, whether the layers are scanned (true if left out); `segments`, whether rows are packed.
+    Settings: `scan`, whether the layers are scanned (true if left out); `texts`, of a row (one if left out); `attention`, see
+    `lj.models.load`.
     """
     import jax
     import jax.numpy as jnp
@@ -135,13 +136,14 @@ def jax_step(case: Case) -> Candidate:
     import lora_jax as lj
     from lora_jax.models import LlamaConfig
     from lora_jax.models.model import skeleton
-    from lora_jax.training.step import TrainState, make_step
+    from lora_jax.training.run.step import TrainState, make_step
     from lora_jax.training.task import CausalLM
-    from lora_jax.training.token_rows import TokenBatch
+    from lora_jax.training.data.token_rows import SingleTextBatch, TokenBatch
 
     scan = case.settings.get("scan", True)
     config = LlamaConfig(**SIZES[case.size])
     options: Any = {"remat": None if case.remat == "all" else case.remat, "scan_layers": scan}
+    options["attention"] = case.settings.get("attention", "auto")
     model = skeleton(config, task="causal-lm", dtype=jnp.dtype(jnp.bfloat16), **options)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -164,9 +166,10 @@ def jax_step(case: Case) -> Candidate:
     del params
     tx = lj.make_optimizer(optax.adamw(1e-4), lj.label_params(lj.combine(trainable, frozen), method))
     state = TrainState(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
-    batch = TokenBatch(
+    texts = case.settings.get("texts", 1)
+    batch = (TokenBatch if texts > 1 else SingleTextBatch)(
         input_ids=ids,
-        segments=jnp.ones(shape, jnp.int32),
+        segments=jnp.broadcast_to(jnp.arange(case.length, dtype=jnp.int32) * texts // case.length, shape),
         targets=jnp.roll(ids, -1, axis=1),
         weights=jnp.ones(shape, jnp.float32),
     )
@@ -192,9 +195,14 @@ def jax_step(case: Case) -> Candidate:
 
 
 def torch_step(case: Case) -> Candidate:
-    """PEFT on transformers' Llama with PyTorch's scaled-dot-product attention, and transformers' loss."""
+    """PEFT on transformers' Llama with PyTorch's scaled-dot-product attention.
+
+    Settings: `chunk`, tokens whose logits are there at once, formed again in the backward pass; transformers' own loss
+    if left out.
+    """
     import peft
     import torch
+    import torch.utils.checkpoint
     import transformers
 
     on_gpu = torch.cuda.is_available()
@@ -210,11 +218,32 @@ def torch_step(case: Case) -> Candidate:
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=on_gpu)
-    model = torch.compile(model) if case.library == "PEFT compiled" else model
     ids = torch.randint(0, config.vocab_size, (case.batch, case.length))
+    compile_ = torch.compile if case.library == "PEFT compiled" else lambda module: module
+    chunk = case.settings.get("chunk")
+    if chunk is None:
+        whole = compile_(model)
+
+        def loss_of() -> Any:
+            return whole(input_ids=ids, labels=ids).loss
+    else:
+        inner = model.get_base_model()
+        backbone, head = compile_(inner.model), inner.lm_head.weight
+        targets = torch.roll(ids, -1, 1).reshape(-1)
+
+        def part(hidden: Any, wanted: Any) -> Any:
+            return torch.nn.functional.cross_entropy((hidden @ head.T).float(), wanted, reduction="sum")
+
+        part_ = compile_(part)
+
+        def loss_of() -> Any:
+            hidden = backbone(input_ids=ids).last_hidden_state.reshape(ids.numel(), -1)
+            parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+            sums = [torch.utils.checkpoint.checkpoint(part_, *pair, use_reentrant=False) for pair in parts]
+            return torch.stack(sums).sum() / ids.numel()
 
     def step() -> float:
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -18,8 +18,10 @@ from lora_jax.errors import ArgumentError
 
 from ..checkpoint.name_table import NameTable
 from ..family import encoder_architectures
-from ..nn.encoder import Embeddings, Encoder, Remat
+from ..nn.attention import AttentionForm
+from ..nn.encoder import Embeddings, Encoder
 from ..nn.heads import DenseHead, Pooling, pool
+from ..nn.rematerialization import Remat
 from .bert import BERT, ENCODER_MODULES, BertConfig
 
 
@@ -67,7 +69,7 @@ class Roberta(nnx.Module):
         pooling: what the head sees: the `"first"` token's last hidden state, as in transformers'
             `RobertaForSequenceClassification`; or the `"mean"` of the hidden states over the tokens that aren't
             padding. There is no pooler.
-        outputs, dtype, remat, rngs: see `Bert`.
+        outputs, dtype, remat, attention, rngs: see `Bert`.
     """
 
     def __init__(
@@ -78,12 +80,13 @@ class Roberta(nnx.Module):
         outputs: int | None,
         dtype: jax.typing.DTypeLike,
         remat: Remat | None = None,
+        attention: AttentionForm = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         self.pooling: Pooling = pooling
         self.padding = config.pad_token_id
         self.embeddings = Embeddings(config, token_types=config.type_vocab_size, dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(config, dtype=dtype, remat=remat, rngs=rngs)
+        self.encoder = Encoder(config, dtype=dtype, remat=remat, attention=attention, rngs=rngs)
         self.classifier = (
             DenseHead(
                 config.hidden_size,

@@ -6,7 +6,6 @@ Pre-norm layers, causal attention. Shapes: `batch` sequences of `time` tokens, `
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -17,10 +16,11 @@ import numpy as np
 from flax import nnx
 
 from ..model_config import ModelConfig
+from .attention import AttentionForm, Scope
 from .cache import Cache
-from .causal import runs, visible
-from .encoder import Remat
+from .causal import runs
 from .layers import Table, key_for
+from .rematerialization import Remat, policy
 from .rope import Rotation
 
 
@@ -38,18 +38,22 @@ class DecoderConfig(ModelConfig):
         """Layers, heads of keys and values, features of a head."""
 
 
+# `with_head(hidden, head, tied)`: what takes the place of the logits.
+WithHead = Callable[[jax.Array, jax.Array, bool], Any]
+
+
 class Context(NamedTuple):
     """What all layers see alike.
 
     Attributes:
-        seen: `(batch or 1, time, slots)`: which slots each token attends to.
-        windowed: the same within a sliding window, where some of the layers have one.
+        scope: Which slots each token attends to. Its window is that of some of the layers where `settings` say which.
         rotation: of queries and keys; `None` where positions are in the embeddings.
+        attention: The form of the attention, see `attend`.
     """
 
-    seen: jax.Array
-    windowed: jax.Array | None = None
+    scope: Scope
     rotation: Rotation | None = None
+    attention: AttentionForm = "auto"
 
 
 class Place(NamedTuple):
@@ -77,6 +81,7 @@ class Decoder(nnx.Module):
         lm_head: of an untied head; `None` for one that is tied to `word`, or for none.
         has_head: whether the result is logits.
         remat: what of a layer is kept for the backward pass, see `Encoder`.
+        attention: The form of the attention, see `attend`.
     """
 
     embeddings: Any
@@ -85,15 +90,16 @@ class Decoder(nnx.Module):
     lm_head: nnx.Linear | None
     has_head: bool
     remat: Remat | None
+    attention: AttentionForm
 
     def embed(self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None) -> jax.Array:
         raise NotImplementedError
 
-    def context(self, look: Callable[..., jax.Array], positions: jax.Array) -> Context:
+    def context(self, scope: Scope, positions: jax.Array) -> Context:
         """What the layers see.
 
         Args:
-            look: `look(window=None)` is `visible` of these tokens, `(batch or 1, time, slots)`.
+            scope: Which slots these tokens attend to, without a window.
             positions: `(batch or 1, time)`.
         """
         raise NotImplementedError
@@ -112,7 +118,8 @@ class Decoder(nnx.Module):
         *,
         segments: jax.Array | None = None,
         last_only: bool = False,
-    ) -> tuple[jax.Array, Cache | None]:
+        with_head: WithHead | None = None,
+    ) -> tuple[Any, Cache | None]:
         """Hidden states `(batch, time, d)` or logits `(batch, time, vocabulary)`, and the cache with these tokens.
 
         Args:
@@ -124,6 +131,8 @@ class Decoder(nnx.Module):
             segments: `(batch, time)` integers: each run of equal ones is a text of its own. `None` for one text a row;
                 without a cache only.
             last_only: only of the last token, `(batch, 1, …)`.
+            with_head: Called with the hidden states and the head in place of forming the logits; its result is the
+                model's.
         """
         time = input_ids.shape[1]
         start: jax.Array | int = 0 if cache is None else cache.used
@@ -134,9 +143,7 @@ class Decoder(nnx.Module):
         if cache is not None:
             cache = cache.with_tokens(mask, time)
             mask = cache.mask
-        slots = time if cache is None else cache.slots
-        look = functools.partial(visible, mask, time, start=start, slots=slots, segments=segments)
-        context = self.context(look, positions)
+        context = self.context(Scope(mask=mask, segments=segments, start=start), positions)
         x = self.embed(input_ids, positions, key)
         x, cache = run_layers(
             self.layers, x, context, cache, key_for(key, "layers"), settings=self.settings(), remat=self.remat
@@ -144,7 +151,11 @@ class Decoder(nnx.Module):
         x = self.norm(x[:, -1:] if last_only else x)
         if self.has_head:
             word: Table = self.embeddings.word
-            x = word.attend(x) if self.lm_head is None else self.lm_head(x)
+            if with_head is not None:
+                head = word.embedding if self.lm_head is None else self.lm_head.kernel
+                x = with_head(x, head[...], self.lm_head is None)
+            else:
+                x = word.attend(x) if self.lm_head is None else self.lm_head(x)
         return x, None if cache is None else cache._replace(used=cache.used + jnp.int32(time))
 
 
@@ -179,8 +190,7 @@ def run_layers(
 
     if remat is not None:
         # A scan keeps what is computed twice apart by itself.
-        policy = getattr(jax.checkpoint_policies, remat)
-        run = jax.checkpoint(run, policy=policy, prevent_cse=not scanned, static_argnums=0)
+        run = jax.checkpoint(run, policy=policy(remat), prevent_cse=not scanned, static_argnums=0)
     if not scanned:
         for number, layer in enumerate(layers):
             place = Place(number, None if settings is None else settings[number])

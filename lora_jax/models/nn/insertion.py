@@ -51,21 +51,18 @@ class Prefix(nnx.Module):
 
         return put(self.key, key), put(self.value, value)
 
-    def seen(self, mask: jax.Array | None) -> jax.Array | None:
-        """`(…, time)` to `(…, m + time)`: the prefix is seen by all."""
-        if mask is None:
-            return None
-        length = self.key[...].shape[0]
-        return jnp.concatenate([jnp.ones((*mask.shape[:-1], length), mask.dtype), mask], axis=-1)
+    @property
+    def length(self) -> int:
+        return self.key[...].shape[0]
 
 
 def adapted(adapter: Adapter | None, h: jax.Array) -> jax.Array:
     return h if adapter is None else adapter(h)
 
 
-def with_prefix(prefix: Prefix | None, key: jax.Array, value: jax.Array, mask: Any) -> tuple[jax.Array, jax.Array, Any]:
-    """Keys, values and the mask over them, of the prefix and the tokens."""
-    return (key, value, mask) if prefix is None else (*prefix.before(key, value), prefix.seen(mask))
+def with_prefix(prefix: Prefix | None, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    """Keys and values of the prefix and the tokens, and how many are the prefix's."""
+    return (key, value, 0) if prefix is None else (*prefix.before(key, value), prefix.length)
 
 
 def split_inserted(

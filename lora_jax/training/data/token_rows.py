@@ -41,6 +41,17 @@ class TokenBatch(NamedTuple):
         return int((self.segments[self.weights.any(axis=1)] > 0).sum())
 
 
+class SingleTextBatch(TokenBatch):
+    """Rows of one text each, padded at their ends: none of its tokens looks at padding, so the model needs no segments.
+
+    Attention then knows without looking at numbers what each token attends to, which a fused kernel needs to be fast.
+    """
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return {"input_ids": self.input_ids}
+
+
 class TokenRows(NamedTuple):
     """Rows of token ids, end to end.
 
@@ -111,7 +122,8 @@ class TokenRows(NamedTuple):
             targets[i, : end - start - 1] = self.ids[start + 1 : end]
             if i < len(plan.rows):
                 weights[i, : end - start - 1] = self.targets[start + 1 : end]
-        return TokenBatch(ids, segments, targets, weights)
+        kind = TokenBatch if self.segments.max(initial=0) > 1 else SingleTextBatch
+        return kind(ids, segments, targets, weights)
 
     def packed(self, *, seed: int) -> TokenRows:
         """Rows of several texts, by first-fit over a shuffle; no text is split."""
