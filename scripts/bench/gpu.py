@@ -435,7 +435,9 @@ def main() -> None:
             "length": case.length,
             "library": case.library,
             "kept of a layer": case.remat,
-            "settings": ", ".join([*(f"{key} {value}" for key, value in case.settings.items()), case.flags]).strip(", "),
+            "settings": ", ".join([*(f"{key} {value}" for key, value in case.settings.items()), case.flags]).strip(
+                ", "
+            ),
         }
         remaining = min(limit, end - time.monotonic())
         if remaining < 20:
@@ -443,9 +445,7 @@ def main() -> None:
         else:
             asked = ["--one", json.dumps(case._asdict()), str(2 if report.quick else STEPS)]
             profile = [str(logs / f"profile-{number}")] if os.environ.get("GPU_PROFILE") else []
-            result, why = run_alone(
-                asked + profile, flags=case.flags, limit=remaining, log=logs / f"{number}.log"
-            )
+            result, why = run_alone(asked + profile, flags=case.flags, limit=remaining, log=logs / f"{number}.log")
         rows.append(row | ({"note": why} if result is None else row_of(case, result)))
         report.show({key: value for key, value in rows[-1].items() if key != "kernels"})
         report.write(rows, ceiling=rates)
