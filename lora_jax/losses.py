@@ -32,17 +32,17 @@ def chunked_cross_entropy(
         loss = (1 - ε) (lse(z) - z[t]) + ε (lse(z) - mean(z)) + ζ lse(z)²,    lse(z) = log Σ exp(z)
 
     No array of (targets, vocabulary) exists, forward or backward. It is the plain loss, value and gradient, up to the
-    order of sums. Where the head is frozen, the gradient by the hidden states is formed with the loss, while the chunk's
+    order of sums. Where the head is frozen, the gradient by the hidden states is formed with the loss, while a chunk's
     logits are there, and nothing is computed twice. Where the head is trained or has factors (`lj.adapt`), the backward
-    pass forms the chunk's logits again.
+    pass forms a chunk's logits again.
 
     Args:
         hidden: Hidden states, `(…, d)`. Logits are formed in their dtype, sums in float32 at least.
         head: `(d, vocabulary)`; with `tied`, the embedding table `(vocabulary, d)`. Cast to the dtype of `hidden`.
         targets: Integers from 0 to the vocabulary's size, left out: `(…)`.
         tied: Whether `head` is an embedding table.
-        chunk: Targets whose logits are there at once. The head is read once a chunk: on a GPU 512 or 1,024 are faster
-            and take more memory.
+        chunk: Targets whose logits are there at once; two or three arrays of `chunk · vocabulary` numbers are. The head
+            is read once a chunk: on a GPU 512 or 1,024 are faster.
         label_smoothing: `ε`, from 0 to 1.
         z_loss: `ζ`, from 0.
 
@@ -72,8 +72,8 @@ def chunked_cross_entropy(
         Training", 2024, arXiv:2410.10989, section 3.2. Label smoothing: Szegedy et al., 2015, arXiv:1512.00567,
         section 7. `z_loss`: Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, section 5.
 
-    **Deviations.** Label smoothing takes the mean over all words, the target among them, as PyTorch has it. The gradient
-    of the hidden states is rounded to their dtype before it is scaled by what the loss is scaled by.
+    **Deviations.** Label smoothing takes the mean over all words, the target among them, as PyTorch has it. The
+    gradient by the hidden states is rounded to their dtype before it is scaled by what the loss is scaled by.
     """
     return token_scores(
         hidden, head, targets, tied=tied, chunk=chunk, label_smoothing=label_smoothing, z_loss=z_loss

@@ -14,8 +14,8 @@ from . import jax_compat
 from .jax_compat import Equation, param, program
 from .walk import Traced, Walker
 
-# The name of a jitted function that is all there is in the body of a `custom_jvp`: its custom derivative is the one that
-# it has anyway, computed otherwise, so an adapted weight may enter it. `lora_jax.losses` has such a one.
+# The name of a jitted function that is all there is in the body of a `custom_jvp`: the custom derivative is the body's
+# own, computed in another way, so an adapted weight may enter. `lora_jax.losses` has such a function.
 WALKABLE = "lora_jax_walkable"
 
 

@@ -65,7 +65,8 @@ def load(
             `...ForSequenceClassification`); or `"mean"`, the mean over the tokens that aren't padding.
         remat: rematerialization, for less memory in training: what of a layer is kept for the backward pass, by its
             name in `jax.checkpoint_policies`. `"nothing_saveable"` keeps its input alone and computes the layer twice,
-            `"dots_saveable"` keeps what matmuls gave, `"dots_with_no_batch_dims_saveable"` that of weights' matmuls.
+            `"products_saveable"` keeps what each weight's matmul gave together with its low-rank path, so that no
+            product is computed twice, `"dots_saveable"` keeps what all matmuls gave, `"dots_with_no_batch_dims_saveable"` that of weights' matmuls.
             `None` keeps all.
         scan_layers: stacks a decoder's layers into one tree, `layers/…` with a leading axis, and runs them in a
             `lax.scan`: compiling takes as long for eighty layers as for one. `stack_layers` and `unstack_layers` turn

@@ -40,8 +40,8 @@ class Model:
             float32 or wider. There is dropout if and only if there is a `dropout_key`.
 
             Of a decoder: `apply(params, input_ids, attention_mask=None, *, position_ids=None, segments=None,
-            cache=None, last_only=False, with_head=None, dropout_key=None)`. Returns hidden states, or logits `(batch, time,
-            vocabulary)` in float32 or wider; with `last_only` those of the last token, `(batch, 1, …)`. Without
+            cache=None, last_only=False, with_head=None, dropout_key=None)`. Returns hidden states, or logits
+            `(batch, time, vocabulary)` in float32 or wider; with `last_only` those of the last token, `(batch, 1, …)`. Without
             `position_ids` the places are counted, padding too, as transformers' models do: rotary positions don't mind,
             but for a GPT-2 padding on the left needs `position_ids`. With `segments`, `(batch, time)` integers, a row
             is several texts end to end, each a run of equal numbers: a token attends within its own, places are counted
