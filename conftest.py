@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-import lora_jax as lj
-
 
 @pytest.fixture(autouse=True)
 def _names(doctest_namespace: dict[str, Any]) -> None:
+    import lora_jax as lj  # not before `tests/conftest.py` has installed the checks of annotations
+
     doctest_namespace.update(jax=jax, jnp=jnp, lj=lj, optax=optax)

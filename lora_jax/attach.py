@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -13,10 +11,11 @@ from .masks import copied
 from .methods import Method
 from .paths import flatten_with_paths, leaves_by_path, nearest, with_leaves, without_leaves
 from .state import StateWarning, lost_state, marked_leaves
-from .weights import is_adapted
+from .types import Leaf, Params, Uses
+from .weights import InsertedNode, is_adapted
 
 
-def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, Any] | None = None) -> Any:
+def attach(params: Params, method: Method, *, key: jax.Array, uses: Uses | None = None) -> Params:
     """A new tree in which the method's targets are adapted weights.
 
     At the start it stands for the same function: `adapt(f)(attach(p, …), x) == f(p, x)`. Each leaf's initial factors
@@ -75,7 +74,7 @@ def attach(params: Any, method: Method, *, key: jax.Array, uses: Mapping[str, An
     return with_leaves(tree, {path: node for path, node in changed.items() if path not in leaves})
 
 
-def detach(params: Any) -> Any:
+def detach(params: Params) -> Params:
     """Takes off what was attached: the base weights, and every other leaf as it is (trained biases stay trained).
 
     Example:
@@ -90,5 +89,5 @@ def detach(params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.base if is_adapted(leaf) else leaf, params, is_leaf=is_adapted)
 
 
-def _is_inserted(leaf: Any) -> bool:
-    return is_adapted(leaf) and not leaf.has_base
+def _is_inserted(leaf: Leaf) -> bool:
+    return isinstance(leaf, InsertedNode)

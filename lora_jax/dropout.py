@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from .paths import flatten_with_paths, path_key, require_key
+from .types import Params
 from .weights import is_adapted
 
 
-def with_dropout(params: Any, key: jax.Array | None) -> Any:
+def with_dropout(params: Params, key: jax.Array | None) -> Params:
     """Gives every adapted weight the key of this step's dropout; trees without one, or `key=None`, drop nothing.
 
     Each node's key is `fold_in(key, hash of its path)`, one per member of a stack; each use within a call folds in

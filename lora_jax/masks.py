@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,15 @@ from .methods import Method
 from .methods.base import FROZEN, HEAD
 from .paths import flatten_with_paths, leaf_paths, listed, require_arrays
 from .state import StateWarning, marked_leaves, unknown_collections
+from .types import HasShape, Labels, Leaf, LeafPath, Mask, Params, TreeDef, has_shape
 from .weights import is_adapted, is_traced
 
 
 class Partition(NamedTuple):
     """A parameter tree in two: where one side has a leaf, the other has `None`."""
 
-    trainable: Any
-    frozen: Any
+    trainable: Params
+    frozen: Params
 
 
 class LabelCount(NamedTuple):
@@ -45,7 +46,7 @@ class ParamCount(NamedTuple):
         return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"
 
 
-def label_params(params: Any, method: Method) -> Any:
+def label_params(params: Params, method: Method) -> Labels:
     """A tree of labels with the structure of `params`: what each leaf is to the method.
 
     Args:
@@ -82,7 +83,7 @@ def label_params(params: Any, method: Method) -> Any:
     return jax.tree.unflatten(treedef, list(labels.values()))
 
 
-def _warn_of_unknown_collections(collections: Mapping[str, str], labels: Mapping[str, Any]) -> None:
+def _warn_of_unknown_collections(collections: Mapping[str, str], labels: Mapping[LeafPath, Leaf]) -> None:
     """What nobody has named is trained by `targets="all"`: a head beside `params`, or state under a name of its own."""
     unnamed = {
         path: name
@@ -100,7 +101,7 @@ def _warn_of_unknown_collections(collections: Mapping[str, str], labels: Mapping
         )
 
 
-def trainable_mask(params: Any, method: Method) -> Any:
+def trainable_mask(params: Params, method: Method) -> Mask:
     """A tree of booleans with the structure of `params`: `True` where `label_params` says anything but `"frozen"`.
 
     Example:
@@ -111,7 +112,7 @@ def trainable_mask(params: Any, method: Method) -> Any:
     return jax.tree.map(lambda label: label != FROZEN, label_params(params, method))
 
 
-def partition(params: Any, mask: Any) -> Partition:
+def partition(params: Params, mask: Mask) -> Partition:
     """Splits `params` by `mask`; `combine` is the inverse.
 
     Frozen leaves stay the same objects. Trainable leaves outside of adapted weights are copied, since a training step
@@ -148,7 +149,7 @@ def partition(params: Any, mask: Any) -> Partition:
     return Partition(jax.tree.unflatten(treedef, trainable), jax.tree.unflatten(treedef, frozen))
 
 
-def combine(trainable: Any, frozen: Any) -> Any:
+def combine(trainable: Params, frozen: Params) -> Params:
     """Puts the two sides of a `Partition` together again.
 
     Raises:
@@ -159,7 +160,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
         {'b': 2.0, 'w': 1.0}
     """
 
-    def pick(path: Any, ours: Any, theirs: Any) -> Any:
+    def pick(path: tuple[object, ...], ours: Leaf, theirs: Leaf) -> Leaf:
         if ours is not None and theirs is not None:
             raise ArgumentError(
                 f"both sides have the leaf at `{jax.tree_util.keystr(path, simple=True, separator='/')}`"
@@ -176,7 +177,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
         ) from None
 
 
-def count_params(params: Any, labels: Any) -> ParamCount:
+def count_params(params: Params, labels: Labels) -> ParamCount:
     """Counts what a labelled tree trains.
 
     Args:
@@ -199,7 +200,7 @@ def count_params(params: Any, labels: Any) -> ParamCount:
     sizes: dict[str, LabelCount] = {}
     for leaf, label in zip(leaves, _matching_leaves("labels", labels, paths, leaves, treedef), strict=True):
         for array, name in _parameters(leaf, label):
-            if not hasattr(array, "shape"):
+            if not has_shape(array):
                 continue  # an Equinox model's activation function, a Python number: no parameter
             before = sizes.get(name, LabelCount(0, 0))
             size = _size(array)
@@ -211,7 +212,7 @@ def count_params(params: Any, labels: Any) -> ParamCount:
     return ParamCount(trainable, total, percent, sum(count.bytes for count in trained), dict(sorted(sizes.items())))
 
 
-def _parameters(leaf: Any, label: Any) -> list[tuple[Any, str]]:
+def _parameters(leaf: Leaf, label: Leaf) -> list[tuple[Leaf, str]]:
     """Arrays with their labels; of an adapted weight without what its settings determine: no file holds that."""
     if not is_adapted(leaf):
         return [(leaf, label)]
@@ -219,11 +220,11 @@ def _parameters(leaf: Any, label: Any) -> list[tuple[Any, str]]:
     return [(array, name) for array, name in pairs if array is not None]
 
 
-def _size(array: Any) -> int:
+def _size(array: HasShape) -> int:
     return int(np.prod(array.shape, dtype=np.int64))
 
 
-def copied(leaf: Any) -> Any:
+def copied(leaf: Leaf) -> Leaf:
     """A copy with its own buffer, in the same place; inside a trace there is no buffer to protect."""
     if is_traced(leaf):
         return leaf
@@ -232,7 +233,9 @@ def copied(leaf: Any) -> Any:
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
-def _matching_leaves(argument: str, tree: Any, paths: list[str], leaves: list[Any], treedef: Any) -> list[Any]:
+def _matching_leaves(
+    argument: str, tree: Params, paths: list[LeafPath], leaves: list[Leaf], treedef: TreeDef
+) -> list[Leaf]:
     others, other = jax.tree.flatten(tree, is_leaf=is_adapted)
     pairs = zip(leaves, others, strict=False)
     nodes = [path for path, (ours, twin) in zip(paths, pairs, strict=False) if is_adapted(ours) != is_adapted(twin)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .errors import ArgumentError
+from .types import Leaf, Mask, Params, PyTree
 
 if TYPE_CHECKING:
     import optax
@@ -22,12 +23,12 @@ class Masters(NamedTuple):
         inner: the wrapped transformation's state.
     """
 
-    copies: Any
-    inner: Any
+    copies: Params
+    inner: PyTree
 
 
 def with_masters(
-    tx: optax.GradientTransformationExtraArgs, moves: Callable[[Any], Any]
+    tx: optax.GradientTransformationExtraArgs, moves: Callable[[Params], Mask]
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on float32 copies of the leaves that have fewer bits; without such leaves, `tx` and its state as they are.
 
@@ -46,8 +47,8 @@ def with_masters(
     """
     import optax
 
-    def init(params: Any) -> Any:
-        def copy(leaf: Any, moved: bool) -> Any:
+    def init(params: Params) -> PyTree:
+        def copy(leaf: Leaf, moved: bool) -> Leaf:
             return jnp.asarray(leaf).astype(jnp.float32) if moved and _is_narrow(leaf) else None
 
         copies = jax.tree.map(copy, params, moves(params))
@@ -56,7 +57,7 @@ def with_masters(
         # Copied once more for `tx`, which may keep what it is given: no buffer is in the state twice.
         return Masters(copies, tx.init(jax.tree.map(_either, params, jax.tree.map(jnp.copy, copies))))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Params, state: PyTree, params: Params = None, **extra: PyTree) -> tuple[Params, PyTree]:
         if not isinstance(state, Masters):
             return tx.update(updates, state, params, **extra)
         if params is None:
@@ -76,7 +77,7 @@ def with_masters(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def widened(tree: Any) -> Any:
+def widened(tree: Params) -> Params:
     """`tree` with its floats of fewer bits in float32, for sums of many of them.
 
     Example:
@@ -86,23 +87,23 @@ def widened(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _is_narrow(leaf) else leaf, tree)
 
 
-def _is_narrow(leaf: Any) -> bool:
+def _is_narrow(leaf: Leaf) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
 
 
-def _is_none(node: Any) -> bool:
+def _is_none(node: object) -> bool:
     return node is None
 
 
-def _either(leaf: Any, copy: Any) -> Any:
+def _either(leaf: Leaf, copy: Leaf) -> Leaf:
     return leaf if copy is None else copy
 
 
-def _like(leaf: Any, copy: Any) -> Any:
+def _like(leaf: Leaf, copy: Leaf) -> Leaf:
     return leaf if copy is None or leaf is None else leaf.astype(copy.dtype)
 
 
-def _settled(leaf: Any, copy: Any) -> Any:
+def _settled(leaf: Leaf, copy: Leaf) -> Leaf:
     """The copy where the leaf is what it rounds to, else the leaf.
 
     Not asked as "does it round to the leaf": XLA may leave the rounding out, since it computes in float32 anyway.
@@ -114,5 +115,5 @@ def _settled(leaf: Any, copy: Any) -> Any:
     return jnp.where(near, copy, here)
 
 
-def _step_to(leaf: Any, copy: Any, step: Any) -> Any:
+def _step_to(leaf: Leaf, copy: Leaf, step: Leaf) -> Leaf:
     return step if copy is None else copy.astype(leaf.dtype) - leaf

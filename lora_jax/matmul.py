@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Inexact
+
+from .types import DTypeLike, Leaf
 
 Strategy = Literal["low_rank_first", "merged_weight"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
-def choose_strategy(tokens: int, inner: int, outer: int, *, dtype: Any, backend: str) -> Strategy:
+def choose_strategy(tokens: int, inner: int, outer: int, *, dtype: DTypeLike, backend: str) -> Strategy:
     """The strategy for one matmul of `(tokens, inner)` with an adapted weight of `(inner, outer)`, by what is static.
 
     - `"low_rank_first"` adds the low-rank path to the base's product: six thin products a step, forward and backward.
@@ -48,8 +51,13 @@ def choose_strategy(tokens: int, inner: int, outer: int, *, dtype: Any, backend:
 
 
 def low_rank_matmul(
-    x: jax.Array, reduce: jax.Array, expand: jax.Array, *, scale: float, precision: Any = None
-) -> jax.Array:
+    x: Inexact[Array, "*batch tokens k"],
+    reduce: Inexact[Array, "*batch r k"],
+    expand: Inexact[Array, "*batch r n"],
+    *,
+    scale: jax.typing.ArrayLike,
+    precision: lax.PrecisionLike = None,
+) -> Inexact[Array, "*batch tokens n"]:
     """The low-rank path `y = scale · (x · reduceᵀ) · expand`.
 
     Shapes: `x (tokens, k)`, `reduce (r, k)`, `expand (r, n)` give `(tokens, n)`; or all with one leading batch axis.
@@ -88,7 +96,9 @@ _OUTER_PRODUCTS = 8
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def low_rank_product(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
+def low_rank_product(
+    a: Inexact[Array, "*stack_r_inner"], b: Inexact[Array, "*stack_r_outer"], stack: int
+) -> Inexact[Array, "*stack_inner_outer"]:
     """`aᵀ b` of two thin factors, one for each member of the leading `stack` axes: what is added to a weight.
 
     Up to rank 8 it is written as `Σₖ aₖ ⊗ bₖ`, elementwise, which XLA fuses into the sum with the weight: one pass over
@@ -120,7 +130,7 @@ def low_rank_product(a: jax.Array, b: jax.Array, stack: int) -> jax.Array:
 
 
 @low_rank_product.defjvp
-def _(stack: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _(stack: int, primals: Sequence[Leaf], tangents: Sequence[Leaf]) -> tuple[jax.Array, jax.Array]:
     (a, b), (da, db) = primals, tangents
     return low_rank_product(a, b, stack), _product(da, b, stack) + _product(a, db, stack)
 
@@ -181,9 +191,9 @@ def merged_matmul(
     product = jax.custom_jvp(merged_product)
 
     @functools.partial(product.defjvp, symbolic_zeros=True)
-    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    def _(primals: Sequence[Leaf], tangents: Sequence[Leaf]) -> tuple[jax.Array, jax.Array]:
         base, a, b, x = primals
-        terms: list[Callable[[Any, Any, Any, Any], jax.Array]] = [
+        terms: list[Callable[..., jax.Array]] = [
             lambda dbase, da, db, dx: run(dbase, x),
             lambda dbase, da, db, dx: low_rank(x, da, b),
             lambda dbase, da, db, dx: low_rank(x, a, db),

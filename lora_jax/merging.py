@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,20 @@ from jax.sharding import Sharding
 
 from .errors import ArgumentError
 from .paths import flatten_with_paths, require_arrays
-from .weights import AdaptedWeight, is_adapted, is_traced, merge_on_entry, not_finite, placement, wider
+from .types import DTypeLike, Leaf, LeafPath, Params
+from .weights import (
+    AdaptedWeight,
+    InsertedNode,
+    MergedOnEntry,
+    is_adapted,
+    is_traced,
+    merge_on_entry,
+    not_finite,
+    placement,
+)
 
 
-def merge_params(params: Any, *, dtype: Any = None) -> Any:
+def merge_params(params: Params, *, dtype: DTypeLike | None = None) -> Params:
     """The plain tree that an adapted one stands for: `W + scale · B A` at every adapted weight.
 
     The result has the base's structure, shapes and shardings, so a function compiled for the base runs on it as it is.
@@ -59,21 +68,21 @@ def merge_params(params: Any, *, dtype: Any = None) -> Any:
     return jax.tree.unflatten(treedef, merged)
 
 
-def _is_complex(leaf: Any) -> bool:
+def _is_complex(leaf: Leaf) -> bool:
     return is_adapted(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
-def _is_whole(leaf: Any) -> bool:
-    return is_adapted(leaf) and leaf.merged_on_entry
+def _is_whole(leaf: Leaf) -> bool:
+    return isinstance(leaf, MergedOnEntry)
 
 
-def _finished(array: jax.Array, node: AdaptedWeight, dtype: Any) -> jax.Array:
+def _finished(array: jax.Array, node: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:
     place = placement(node.base)
     array = array.astype(node.dtype if dtype is None else dtype)
     return array if place is None else jax.device_put(array, place)
 
 
-def _refuse_not_finite(leaves: dict[str, Any]) -> None:
+def _refuse_not_finite(leaves: dict[LeafPath, Leaf]) -> None:
     factors = {
         (path, name): getattr(node, name)
         for path, node in leaves.items()
@@ -87,7 +96,7 @@ def _refuse_not_finite(leaves: dict[str, Any]) -> None:
         )
 
 
-def _refuse_overflow(leaves: dict[str, Any], merged: list[Any]) -> None:
+def _refuse_overflow(leaves: dict[LeafPath, Leaf], merged: list[Leaf]) -> None:
     """A sum can be too large for a float of 16 bits or 8 whose parts are not: it would be infinity, or NaN."""
     narrow = {
         path: array
@@ -96,14 +105,14 @@ def _refuse_overflow(leaves: dict[str, Any], merged: list[Any]) -> None:
     }
     for path in not_finite(narrow):
         dtype = narrow[path].dtype
-        if not leaves[path].has_base or not not_finite({path: leaves[path].base}):
+        if isinstance(leaves[path], InsertedNode) or not not_finite({path: leaves[path].base}):
             raise ArgumentError(
                 f"cannot merge `{path}` into {dtype}: a merged number is larger than its largest, "
                 f"{float(jnp.finfo(dtype).max):g}; merge with `dtype=jnp.bfloat16` or `jnp.float32`"
             )
 
 
-def _merged(node: AdaptedWeight, dtype: Any) -> jax.Array:
+def _merged(node: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:
     dtype = node.dtype if dtype is None else jnp.dtype(dtype)
     if is_traced(node):
         return _fold(node, dtype)
@@ -116,11 +125,9 @@ def _compiled_fold(sharding: Sharding | None) -> Callable[..., jax.Array]:
     return jax.jit(_fold, static_argnames="dtype", out_shardings=sharding)
 
 
-def _fold(node: AdaptedWeight, dtype: Any) -> jax.Array:
+def _fold(node: AdaptedWeight, dtype: DTypeLike | None) -> jax.Array:
     return _widened(node, dtype).merge().astype(dtype)
 
 
-def _widened(node: AdaptedWeight, dtype: Any) -> AdaptedWeight:
-    if not node.has_base:
-        return node
-    return node.with_base(node.base.astype(node.dtype if dtype is None else wider(node.dtype, dtype)))
+def _widened(node: AdaptedWeight, dtype: DTypeLike | None) -> AdaptedWeight:
+    return node if dtype is None else node.widened(dtype)

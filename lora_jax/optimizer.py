@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from .errors import ArgumentError
 from .masters import with_masters
 from .methods.base import FROZEN, is_number
+from .types import Labels, Mask, Params
 
 if TYPE_CHECKING:
     import optax
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def make_optimizer(
     tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
-    labels: Any,
+    labels: Labels,
     *,
     rate_ratios: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -83,13 +84,13 @@ def make_optimizer(
             raise ArgumentError(f"`rate_ratios` must have finite numbers from 0, got {ratio!r} for {name!r}")
         transforms[name] = optax.chain(transforms[name], optax.scale(ratio))
 
-    def labels_of(tree: Any) -> Any:
+    def labels_of(tree: Params) -> Labels:
         # The trainable part holds `None` where the whole tree has frozen leaves; their labels go with them.
         return jax.tree.map(
             lambda leaf, label: None if leaf is None else label, tree, labels, is_leaf=lambda node: node is None
         )
 
-    def moves(tree: Any) -> Any:
+    def moves(tree: Params) -> Mask:
         return jax.tree.map(lambda label: label != FROZEN and label in given, labels_of(tree))
 
     return with_masters(optax.multi_transform(transforms, labels_of), moves)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from .errors import ArgumentError, ArgumentTypeError
-from .text import clipped
+from .text import listed
 from .types import Leaf, LeafPath, PyTree, TreeDef
 from .weights import is_adapted
 
@@ -279,9 +279,3 @@ def nearest(name: str, paths: Iterable[LeafPath], count: int = 5) -> list[LeafPa
 
     scored = heapq.nsmallest(count, ((-likeness(path), path) for path in paths))
     return [path for score, path in scored if -score > 0.5]
-
-
-def listed(items: Sequence[str], most: int = 8) -> str:
-    """The first of `items`, joined, long ones without their middle; and the number of the others."""
-    rest = len(items) - most
-    return ", ".join(map(clipped, items[:most])) + (f" and {rest} more" if rest > 0 else "")

@@ -11,12 +11,12 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from .paths import BIAS_NAMES, flatten_with_paths, in_norm, is_random_key, leaf_name, leaves_by_path, listed
-from .types import Leaf
+from .types import Leaf, LeafPath, Params
 from .weights import is_adapted
 
 
@@ -71,7 +71,7 @@ class StateLeaf:
     kind: str
 
 
-def marked_leaves(tree: Any) -> dict[str, Any]:
+def marked_leaves(tree: Params) -> dict[LeafPath, Leaf]:
     """`{path: leaf}` as a method is to see it: a `StateLeaf` in place of each leaf that is state.
 
     Raises:
@@ -86,19 +86,19 @@ def marked_leaves(tree: Any) -> dict[str, Any]:
     return {path: StateLeaf(leaf, kinds[path].name) if path in kinds else leaf for path, leaf in leaves.items()}
 
 
-def state_paths(tree: Any) -> set[str]:
+def state_paths(tree: Params) -> set[str]:
     """Paths of the leaves that are state."""
     return set(_kinds(tree))
 
 
-def lasting_state(tree: Any) -> dict[str, Any]:
+def lasting_state(tree: Params) -> dict[LeafPath, Leaf]:
     """The arrays of state that are worth keeping with what was trained, by path: no caches and no random streams."""
     leaves = leaves_by_path(tree)
     arrays = {path: leaves[path] for path, kind in _kinds(tree).items() if kind.lasts}
     return {path: leaf for path, leaf in arrays.items() if hasattr(leaf, "shape") and not is_random_key(leaf)}
 
 
-def lost_state(tree: Any) -> str | None:
+def lost_state(tree: Params) -> str | None:
     """Says which state a pure function of `tree` loses its changes of, and what to do; `None` if there is none."""
     lost = [f"{path} ({kind.name})" for path, kind in _kinds(tree).items() if kind.in_place]
     if not lost:
@@ -112,7 +112,7 @@ def lost_state(tree: Any) -> str | None:
     )
 
 
-def unknown_collections(tree: Any) -> dict[str, str]:
+def unknown_collections(tree: Params) -> dict[str, str]:
     """`{path: collection}` of the leaves beside `params`, where Linen keeps state, in collections of another name.
 
     These may be a task's head just as well, so they count as parameters. A module with an attribute `params` has none.
@@ -124,7 +124,7 @@ def unknown_collections(tree: Any) -> dict[str, str]:
     return {path: name for path, name in _collections(free) if not _COLLECTION.fullmatch(name)}
 
 
-def _kinds(tree: Any) -> dict[str, _Kind]:
+def _kinds(tree: Params) -> dict[str, _Kind]:
     """What state each leaf is that is any, by path. An adapted weight isn't, whatever it stands for."""
     paths, leaves, _ = flatten_with_paths(tree)
     named = _named(dict(zip(paths, leaves, strict=True)))
@@ -139,7 +139,7 @@ def _kinds(tree: Any) -> dict[str, _Kind]:
 # By the object that holds a leaf.
 
 
-def _held(tree: Any) -> Iterator[_Kind | str | None]:
+def _held(tree: Params) -> Iterator[_Kind | str | None]:
     """For each leaf what its holder says of it; `None` where there is no holder that would know."""
     entries = jax.tree.leaves(tree, is_leaf=lambda node: is_adapted(node) or _holder(node) is not None)
     for entry in entries:
@@ -147,7 +147,7 @@ def _held(tree: Any) -> Iterator[_Kind | str | None]:
         yield from itertools.repeat(_holder(entry), count)
 
 
-def _holder(node: Any) -> _Kind | str | None:
+def _holder(node: object) -> _Kind | str | None:
     cls = type(node)
     name, library = cls.__name__, cls.__module__.partition(".")[0]
     if library == "equinox" and name in ("State", "StateIndex"):
@@ -163,7 +163,7 @@ def _holder(node: Any) -> _Kind | str | None:
 # By its path and what is beside it.
 
 
-def _named(leaves: Mapping[str, Any]) -> dict[str, _Kind]:
+def _named(leaves: Mapping[LeafPath, Leaf]) -> dict[str, _Kind]:
     kinds = {path: _Kind("a random key", lasts=False) for path, leaf in leaves.items() if is_random_key(leaf)}
     kinds |= {path: _Kind("batch statistics", lasts=True) for path in leaves if _STATISTIC.fullmatch(path)}
     kinds |= {path: _Kind("a cache", lasts=False) for path in leaves if leaf_name(path) in _CACHE_NAMES}

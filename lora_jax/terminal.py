@@ -1,4 +1,4 @@
-"""The one way by which lines and cells reach a terminal: as they are, neither markup nor control characters."""
+"""The one way in which lines and cells reach a terminal: letter by letter, without markup and control characters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def literal(text: object, **options: Any) -> Text:
     """A text as rich shows it letter by letter; `[red]`, `:smile:` and escape sequences are read, not obeyed.
 
     Args:
-        text: from wherever it is.
-        **options: of rich's `Text`.
+        text: Text from anywhere.
+        **options: Options of rich's `Text`.
     """
     return Text(printable(text), **options)

@@ -1,6 +1,6 @@
-"""Texts of others in what we write: names, labels and keys from files, on their way to a terminal, a table or a page.
+"""Text from elsewhere in what we print: names, labels and keys from files, for a terminal, a table or a page.
 
-A label may hold what a terminal obeys or a spreadsheet computes. Here it becomes something to be read.
+A label may hold what a terminal obeys or a spreadsheet computes; here it is made plain text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 _MIDDLE = " … "
 # What moves the cursor, ends a line or turns the reading direction; halves of characters, which can't be encoded.
@@ -27,8 +26,8 @@ def printable(text: object, *, lines: bool = False) -> str:
     r"""A text with its control characters written out.
 
     Args:
-        text: from wherever it is.
-        lines: whether line ends may stay.
+        text: Text from anywhere.
+        lines: Whether to keep line ends.
 
     Example:
         >>> print(printable("good\x1b[2J\nbad"), printable("größer, 大きい"))
@@ -44,7 +43,7 @@ def _written_out(match: re.Match[str]) -> str:
     return short or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
 
-def json_line(value: Any) -> str:
+def json_line(value: object) -> str:
     r"""JSON on one line, of readable letters, and without a character that a terminal obeys.
 
     Example:
@@ -55,13 +54,13 @@ def json_line(value: Any) -> str:
     return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, line_end: str = "\n") -> str:
-    r"""A CSV file that a spreadsheet shows and doesn't compute: before what would be a formula stands an apostrophe.
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]], *, line_end: str = "\n") -> str:
+    r"""CSV that a spreadsheet doesn't compute: a cell that would be a formula begins with an apostrophe.
 
     Args:
-        columns: names.
-        rows: cells: texts, numbers, `None` for nothing. Numbers stay numbers, in a text too.
-        line_end: of each line.
+        columns: Names of the columns.
+        rows: Rows of cells: texts, numbers, or `None` for an empty cell. Numbers in texts stay numbers.
+        line_end: End of each line.
 
     Example:
         >>> print(csv_text(("path", "change"), [("=1+1", -0.5), ("-2", None)]), end="")
@@ -75,7 +74,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, line_end:
     return buffer.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -93,7 +92,7 @@ def _is_number(text: str) -> bool:
 
 
 def clipped(text: object, length: int = 200) -> str:
-    """A text from elsewhere for a message: the middle of a long one is left out.
+    """A text for a message; a long one loses its middle.
 
     Example:
         >>> clipped("encoder/layers/0/attention/query/kernel", 20)
@@ -104,6 +103,28 @@ def clipped(text: object, length: int = 200) -> str:
         return text
     kept = length - len(_MIDDLE)
     return text[: kept - kept // 2] + _MIDDLE + text[len(text) - kept // 2 :]
+
+
+def listed(items: Iterable[object], most: int = 8, *, form: str = "{}") -> str:
+    """The first of several items for a message, and how many more there are.
+
+    Args:
+        items: Names, paths or other short texts; long ones lose their middle.
+        most: Number of items to show.
+        form: Format of each, such as `"`{}`"`.
+
+    Example:
+        >>> listed(["query", "key", "value", "output"], 2, form="'{}'")
+        "'query', 'key' and 2 more"
+    """
+    names = list(items)
+    rest = len(names) - most
+    return ", ".join(form.format(clipped(name)) for name in names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def error_line(error: BaseException, length: int = 300) -> str:
+    """The message of another library's error, on one line; the name of its class where it has none."""
+    return clipped(" ".join(str(error).split()) or type(error).__name__, length)
 
 
 def nearest_name(name: object, known: Iterable[str]) -> str | None:

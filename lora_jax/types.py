@@ -35,6 +35,7 @@ class TreeDef(Protocol):
     def num_leaves(self) -> int: ...
 
 
+@runtime_checkable
 class HasShape(Protocol):
     """An array, or what stands for one: a tracer, a `jax.ShapeDtypeStruct`, an adapted weight."""
 

@@ -57,12 +57,12 @@ make_venv() {
     fail "$program can't make a virtual environment; on Debian and Ubuntu, install the package python3-venv."
 }
 
-# pip_install FOLDER ARGUMENT...: pip, heard only if it fails.
+# pip_install FOLDER ARGUMENT...: pip, heard only if it fails. Python compiles what is imported, pip would compile all.
 pip_install() {
   local folder=$1 log
   shift
   log=$folder/install.log
-  if ! "$folder/bin/python" -m pip install --no-warn-script-location "$@" >"$log" 2>&1; then
+  if ! "$folder/bin/python" -m pip install --no-compile --no-warn-script-location "$@" >"$log" 2>&1; then
     if grep -qiE 'connection broken|name resolution|resolve host|timed out|unreachable|proxy' "$log"; then
       fail "the package index can't be reached: check the network (and PIP_INDEX_URL or HTTPS_PROXY, if you need them)." \
         "All that pip said is in $log."

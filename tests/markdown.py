@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 ROOT = Path(__file__).parent.parent
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -58,6 +60,7 @@ def sections(path: Path) -> dict[str, list[Block]]:
 
 def run(path: Path, python_blocks: list[Block]) -> None:
     """Runs the blocks in one namespace; what they print must be what the file says they print."""
+    jax.clear_caches()  # a document may count what is compiled, as a reader's new process does
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in python_blocks:
         printed = io.StringIO()

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 import lora_jax as lj
+from lora_jax.methods.weight_method import WeightMethod
 from lora_jax.paths import flatten_with_paths
 
 from .tiny_bert import write_tiny_bert
@@ -69,7 +70,17 @@ class Case:
         return 3e-2 if self.dtype == jnp.bfloat16 else other or 1e-5
 
 
-# Every method as the laws try it. A new one is held against them, and against all dtypes, from its line here on.
+def with_defaults(cls: type[lj.Method]) -> Callable[[Case], lj.Method]:
+    """A registered method with the options of its class, on the row's targets."""
+
+    def make(row: Case) -> lj.Method:
+        targets = {"targets": row.targets} if issubclass(cls, WeightMethod) else {}
+        return cls(**{**cls.defaults, **targets, "also_train": row.head})
+
+    return make
+
+
+# Every method as the laws try it. Those that aren't here yet join with their defaults.
 METHODS: dict[str, Callable[[Case], lj.Method]] = {
     "lora": Case.lora,
     "pissa": lambda row: row.lora(init="pissa"),
@@ -93,6 +104,13 @@ METHODS: dict[str, Callable[[Case], lj.Method]] = {
     "norms": lambda row: lj.NormTuning(also_train=row.head),
     "top_layers": lambda row: lj.TopLayers(count=1, also_train=row.head),
 }
+HELD = {
+    "random-mask": "random_entries",
+    "random-subspace": "subspace",
+    "adapter": "houlsby",
+    "top-layers": "top_layers",
+}
+METHODS |= {name: with_defaults(cls) for name, cls in lj.Method.by_name.items() if HELD.get(name, name) not in METHODS}
 
 
 def moved(params: Any, mask: Any, *, seed: int) -> Any:
@@ -135,7 +153,8 @@ def plain_attention(params: Any, tokens: jax.Array) -> jax.Array:
     """A tied embedding, attention on 3-axis kernels, an MLP."""
     x = jnp.take(params["embed"]["table"], tokens, axis=0)
     q, k, v = (
-        jnp.einsum("btd,dnh->btnh", x, params["attention"][name]["kernel"]) + params["attention"][name]["bias"]
+        jnp.einsum("btd,dnh->btnh", x, params["attention"][name]["kernel"])
+        + params["attention"][name]["bias"][None, None]
         for name in ("query", "key", "value")
     )
     weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k))
@@ -321,7 +340,7 @@ def _bert(dtype: Any) -> Case:
         model = lj.models.load(folder, task="classification", num_labels=CLASSES, dtype=dtype)
 
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
-        mask = jnp.arange(TIME) < jnp.array([[TIME], [TIME - 2], [TIME]])
+        mask = jnp.arange(TIME)[None] < jnp.array([[TIME], [TIME - 2], [TIME]])
         return model.apply(params, tokens, mask)
 
     return Case(

@@ -129,6 +129,7 @@ def test_older_random_keys_do_as_well() -> None:
 NO_KEYS = [0, 1.5, np.int64(3), "seed", jnp.ones(2), jax.random.split(KEY), jnp.zeros((2, 2), jnp.uint32)]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("key", NO_KEYS, ids=lambda key: type(key).__name__)
 def test_what_is_no_random_key_is_refused(key: Any) -> None:
     message = r"`key` must be one random key, such as `jax.random.key\(0\)`, got"
@@ -139,6 +140,7 @@ def test_what_is_no_random_key_is_refused(key: Any) -> None:
         lj.with_dropout(params, key)
 
 
+@pytest.mark.wrong_types
 def test_a_method_that_draws_nothing_asks_for_no_key() -> None:
     for method in (lj.BitFit(), lj.FullFineTune(), lj.RandomMask(size=2)):
         lj.attach(base(), method, key=None)  # type: ignore[arg-type]
@@ -199,7 +201,7 @@ def test_arrays_of_other_libraries_are_refused_by_path_and_type(
 def test_an_adapter_is_put_on_no_foreign_base(tmp_path: Path) -> None:
     lj.save_adapter(tmp_path, lj.attach(base(), lora(), key=KEY), lora())
     foreign = jax.tree.map(KerasLike, base())
-    with pytest.raises(TypeError, match=r"`dense/bias` must be a JAX .*\(of a Keras variable, `leaf.value`\)"):
+    with pytest.raises(TypeError, match=r"`dense/bias` must be a JAX .*\(for a Keras variable, `leaf.value`\)"):
         lj.load_adapter(tmp_path, foreign)
     plain = jax.tree.map(lambda leaf: leaf.value, foreign)
     assert lj.load_adapter(tmp_path, plain).params["dense"]["kernel"].rank == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,14 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def write_page(folder: Path | None, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `scripts/bench/page.py` does, in this process: it computes nothing."""
+    arguments = ["--page", str(page)] + ([] if folder is None else ["--results", str(folder)])
+    monkeypatch.setattr(sys, "argv", ["page.py", *arguments])
+    monkeypatch.syspath_prepend(str(BENCH))
+    runpy.run_path(str(BENCH / "page.py"), run_name="__main__")
+
+
 def content(name: str, folder: Path) -> dict[str, Any]:
     run(name, "--quick", "--output", str(folder))
     return json.loads((folder / f"{name}.json").read_text())
@@ -30,9 +39,16 @@ def content(name: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["matmul", "shared_input", "step", "family", "inference", "memory", "merge", "trace", "gpu"]
+    "name",
+    [
+        "matmul",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("shared_input", "step", "family", "inference", "memory", "merge", "trace", "gpu")
+        ),
+    ],
 )
-def test_it_runs(name: str, tmp_path: Path) -> None:
+def test_it_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = content(name, tmp_path)
     assert result["quick"]
     assert result["rows"]
@@ -40,14 +56,14 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     assert empty <= {"utilization, %", "peak memory, GB"}, "only what a CPU cannot tell"
     assert {"machine", "versions", "commit", "python"} <= result.keys()
     page = tmp_path / "page.md"
-    run("page", "--results", str(tmp_path), "--page", str(page))
+    write_page(tmp_path, page, monkeypatch)
     text = page.read_text()
     assert f"## {name}: " in text
     assert text.count("| not run |") > 5  # what other benchmarks measure
 
 
-def test_the_page_is_what_the_kept_results_say(tmp_path: Path) -> None:
-    run("page", "--page", str(tmp_path / "page.md"))
+def test_the_page_is_what_the_kept_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_page(None, tmp_path / "page.md", monkeypatch)
     assert (tmp_path / "page.md").read_text() == (BENCH.parent.parent / "docs" / "benchmarks.md").read_text()
 
 

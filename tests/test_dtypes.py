@@ -23,7 +23,7 @@ import lora_jax as lj
 from lora_jax.methods import Method
 from lora_jax.methods.base import FROZEN
 from lora_jax.paths import leaves_by_path
-from lora_jax.weights import is_adapted
+from lora_jax.weights import InsertedNode, MergedOnEntry, is_adapted
 
 from .models_table import METHODS, Case, moved
 
@@ -76,7 +76,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
     layer = params["layers"]["0"]
 
     def linear(part: Any, h: jax.Array) -> jax.Array:
-        return h @ part["kernel"] + part["bias"]
+        return h @ part["kernel"] + part["bias"][None, None]
 
     def adapted(part: Any, h: jax.Array) -> jax.Array:
         if "adapter" not in part:
@@ -148,8 +148,8 @@ def refusal(placement: str, dtype: str, name: str) -> str | None:
     method = twin.method(name)
     tree = lj.attach(twin.params, method, key=jax.random.key(0))
     leaves, labels = leaves_by_path(tree), leaves_by_path(lj.label_params(tree, method))
-    bases = {path for path, leaf in leaves.items() if is_adapted(leaf) and leaf.has_base}
-    factored = {path for path in bases if not leaves[path].merged_on_entry}
+    bases = {path for path, leaf in leaves.items() if is_adapted(leaf) and not isinstance(leaf, InsertedNode)}
+    factored = {path for path in bases if not isinstance(leaves[path], MergedOnEntry)}
     trained = bases - factored | {
         path for path, label in labels.items() if not is_adapted(leaves[path]) and label != FROZEN
     }
@@ -216,7 +216,7 @@ def check(case: Case, method: lj.Method, bound: float, folder: Path) -> None:
 
     # What is merged on entry has its base's dtype, and so its gradient; complex numbers stay complex.
     nodes = [leaf for leaf in leaves_by_path(params).values() if is_adapted(leaf)]
-    wide = None if any(leaf.merged_on_entry or jnp.iscomplexobj(leaf.base) for leaf in nodes) else x.dtype
+    wide = None if any(isinstance(leaf, MergedOnEntry) or jnp.iscomplexobj(leaf.base) for leaf in nodes) else x.dtype
     found, output = jax.grad(loss, has_aux=True)(trainable, False)
     wanted, merged_output = jax.grad(loss, has_aux=True)(trainable, True)
     chex.assert_trees_all_equal_dtypes(found, trainable)
@@ -420,7 +420,7 @@ def test_a_complex_change_has_no_low_rank() -> None:
     """Half of it would be lost, and the reported error would be that of the other half."""
     rng = np.random.default_rng(9)
     real = {"w": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), "other": jnp.ones(3)}
-    turned = real["w"] + 1j * jnp.outer(jnp.arange(5.0), jnp.arange(4.0))
+    turned = real["w"].astype(jnp.complex64) + 1j * jnp.outer(jnp.arange(5.0), jnp.arange(4.0))
     base = {**real, "w": real["w"].astype(jnp.complex64)}
     for before in (base, real):
         with pytest.raises(lj.SelectionError, match=r"selects `w` \(5, 4\) complex64: .*factors are real"):

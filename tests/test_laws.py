@@ -57,10 +57,19 @@ PAIRS += [("nnx_attention", "norms"), ("bert", "norms"), ("equinox", "top_layers
 
 # What inserts arrays works on the bundled models; on decoders, stacked or not, in tests/methods/test_inserted.py.
 INSERTING = ("houlsby", "pfeiffer", "prefix", "direct_prefix")
-every_folded_pair = pytest.mark.parametrize(("name", "method"), list(PAIRS))
+FOLDED = list(PAIRS)
 PAIRS += [("bert", method) for method in INSERTING]
 
 every_pair = pytest.mark.parametrize(("name", "method"), PAIRS)
+
+
+def with_bfloat16(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Float32 for every pair, bfloat16 beside it on one model."""
+    cases = [(name, method, "float32") for name, method in pairs]
+    cases += [(name, method, "bfloat16") for name, method in pairs if name == "plain"]
+    return pytest.mark.parametrize(("name", "method", "dtype"), cases)
+
+
 every_model = pytest.mark.parametrize("name", TABLE)
 in_each_dtype = pytest.mark.parametrize(
     ("name", "dtype", "method"),
@@ -252,8 +261,7 @@ def test_law_2_holds_under_strict_dtype_promotion(dtype: str) -> None:
 # Law 3.
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@every_folded_pair
+@with_bfloat16(FOLDED)
 def test_law_3_merged_parameters_run_in_the_base_s_program(name: str, method: str, dtype: str) -> None:
     """`merge_params` returns the base's structure, shapes, dtypes and shardings; a jitted `f` compiles nothing new."""
     row = case(name, dtype)
@@ -300,8 +308,7 @@ def test_law_3_adapters_are_swapped_without_compiling(name: str, method: str) ->
 # Law 4.
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@every_pair
+@with_bfloat16(PAIRS)
 def test_law_4_inverse_pairs(name: str, method: str, dtype: str, tmp_path: Any) -> None:
     """`combine` undoes `partition`, `detach` undoes `attach`, `load_adapter` undoes `save_adapter`: exactly."""
     row = case(name, dtype)
@@ -423,7 +430,7 @@ SIZES = (160, 320, 288, 224)  # no two alike, none that a reshape of another wou
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
     for layer in params:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
     return x
 
 

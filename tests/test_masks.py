@@ -76,7 +76,7 @@ def test_a_method_that_trains_nothing_is_refused() -> None:
 
 
 def test_lora_on_a_tree_without_factors_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the tree has no LoRA factors: make them with `lj.attach"):
+    with pytest.raises(ValueError, match=r"the tree has nothing that LoRA trains: make it with `lj.attach"):
         lj.label_params(base(), lora())
 
 

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax import lax
 
+import lora_jax as lj
 from lora_jax.matmul import choose_strategy, low_rank_matmul, merged_matmul
 
 from .jaxprs import equations
@@ -276,3 +278,18 @@ def test_choice_is_by_operations_and_never_where_products_round() -> None:
     assert choose_strategy(line - 1, 384, 1536, **sizes) == "low_rank_first"
     for about in ({"dtype": jnp.bfloat16}, {"dtype": jnp.float16}, {"backend": "gpu"}, {"backend": "tpu"}):
         assert choose_strategy(10**6, 384, 1536, **(sizes | about)) == "low_rank_first"
+
+
+@pytest.mark.parametrize(
+    ("x", "reduce"),
+    [((5, 3), (2, 4)), ((5,), (2, 3)), ((2, 5, 3), (2, 3))],
+    ids=["another size", "no tokens", "no batch"],
+)
+def test_annotated_shapes_are_checked(x: tuple[int, ...], reduce: tuple[int, ...]) -> None:
+    """In tests a wrong shape, dtype or leaf is refused by the annotations of the core."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="low_rank_matmul"):
+        low_rank_matmul(jnp.ones(x), jnp.ones(reduce), jnp.ones((2, 4)), scale=1.0)
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'x'"):
+        low_rank_matmul(jnp.ones((5, 3), jnp.int32), jnp.ones((2, 3)), jnp.ones((2, 4)), scale=1.0)
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'mask'"):
+        lj.partition({"w": jnp.ones(2)}, {"w": "frozen"})

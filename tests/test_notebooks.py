@@ -14,6 +14,7 @@ from . import markdown
 NOTEBOOKS = sorted((markdown.ROOT / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs(path, tmp_path, monkeypatch):

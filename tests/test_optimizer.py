@@ -150,6 +150,7 @@ def test_a_ratio_follows_a_schedule() -> None:
     np.testing.assert_allclose(moves.b, 4 * moves.a.mean(), rtol=1e-5)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("ratios", "message"),
     [

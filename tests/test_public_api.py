@@ -31,8 +31,7 @@ FUNCTIONS = [
     "truncate_lora",
     "with_dropout",
 ]
-METHODS = ["BitFit", "DoRA", "Frozen", "FullFineTune", "IA3", "LoRA"]
-METHODS += ["NormTuning", "RandomMask", "RandomSubspace", "TopLayers", "VeRA"]
+METHODS = [cls.__name__ for cls in lj.Method.registry.values() if cls.__module__.startswith("lora_jax.methods.")]
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])

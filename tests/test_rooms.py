@@ -90,6 +90,16 @@ def test_the_table_is_that_of_the_files() -> None:
         row_of(module)
 
 
+def test_every_file_that_the_page_names_exists() -> None:
+    files = [
+        file.as_posix()
+        for folder in (ROOT, *map(DESIGN.parents[1].joinpath, ("tests", "scripts")))
+        for file in folder.rglob("*.py")
+    ]
+    named = set(re.findall(r"`([\w/]+\.py)`", DESIGN.read_text("utf-8")))
+    assert [name for name in sorted(named) if not any(file.endswith(f"/{name}") for file in files)] == []
+
+
 def test_imports_run_downward() -> None:
     climbing = [
         f"{module} imports {name}, which lies above it ({modules()[module].name}:{statement.lineno})"

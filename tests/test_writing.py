@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +24,20 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import files, interop
-from lora_jax.files import FileError, new_folder, replacing, settle
+from lora_jax.files import FileError, folders, locks, new_folder, replacing, settle
 from lora_jax.files.locks import BusyError, locked
+from lora_jax.study.runs.results import ResultsFile
+from lora_jax.training import TrainConfig
+from lora_jax.training.config_file import read_yaml, write_yaml
+from lora_jax.training.data import token_cache
+from lora_jax.training.data.encoding import Encoded
+from lora_jax.training.examples import Columns
+from lora_jax.training.run.folder import RunFolder
+from lora_jax.training.run.inputs import RunInputs, read_inputs, write_inputs
+from lora_jax.training.run.result import RunResult, read_result, write_result
+from lora_jax.training.task import Classification
+from lora_jax.training.task_file import TaskFile, read_task, save_task_adapter
+from tests.tiny_bert import write_tiny_bert
 
 BASE = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
 NAMES = {"dense/kernel": "dense", "dense/bias": "dense"}
@@ -34,35 +49,68 @@ class Killed(BaseException):
     """Nothing that comes after it is done: clean-up isn't either."""
 
 
+class Steps:
+    """Changes to the file system: so many are done, and none from then on."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.done, self.is_dead = most, 0, False
+
+    def take(self) -> None:
+        if self.done >= self.most:
+            self.is_dead = True
+            raise Killed
+        self.done += 1
+
+
+class Writing:
+    """A file whose every `write` is a step; one that is killed in it has written half."""
+
+    def __init__(self, file: Any, steps: Steps) -> None:
+        self._file, self._steps = file, steps
+
+    def write(self, data: Any) -> None:
+        if not self._steps.is_dead and self._steps.done == self._steps.most:
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+        self._steps.take()
+        self._file.write(data)
+
+    def __enter__(self) -> Writing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @contextlib.contextmanager
-def killed_at(step: int) -> Iterator[list[str]]:
+def killed_at(step: int) -> Iterator[Steps]:
     """From its `step`-th call of the file system on, this process does nothing to it; what it held is let go."""
-    done: list[str] = []
+    steps = Steps(step)
 
     def guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             reads = name == "open" and not (args[1] if len(args) > 1 else 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if not reads:
-                if len(done) >= step:
-                    raise Killed
-                done.append(name)
+                steps.take()
             return original(*args, **options)
 
         return call
 
     def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
-        if "x" in mode or "w" in mode:
-            if len(done) >= step:
-                raise Killed
-            done.append("create")
-        return original_open(path, mode, *args, **options)
+        if not set(mode) & set("xwa"):
+            return original_open(path, mode, *args, **options)
+        steps.take()
+        return Writing(original_open(path, mode, *args, **options), steps)
 
     original_open = Path.open
     with pytest.MonkeyPatch.context() as patch:
         for name in _STEPS:
             patch.setattr(os, name, guarded(name, getattr(os, name)))
         patch.setattr(Path, "open", opened)
-        yield done
+        yield steps
 
 
 def killed(*_: Any, **__: Any) -> None:
@@ -140,23 +188,214 @@ def load_new(folder: Path) -> float:
     return value
 
 
+@functools.cache
+def model() -> lj.models.Model:
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_bert(folder, layers=1, hidden=4, heads=1, positions=8)
+        return lj.models.load(folder, task="classification", num_labels=2)
+
+
+@functools.cache
+def source() -> str:
+    """The base of the model, for its configuration and tokenizer; removed when the process ends."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return str(write_tiny_bert(folder.name, layers=1, hidden=4, heads=1, positions=8))
+
+
+def save_merged(folder: Path, value: float) -> None:
+    filled = jax.tree.map(lambda leaf: leaf * 0 + value, model().params)
+    lj.models.save_pretrained(folder, model(), filled, source=source(), max_shard_size=2000)
+
+
+def load_merged(folder: Path) -> float:
+    params = lj.models.load(folder, task="classification", num_labels=2).params
+    (value,) = {float(x) for leaf in jax.tree.leaves(params) for x in (leaf.min(), leaf.max())}
+    return value
+
+
+def save_task(folder: Path, value: float) -> None:
+    task = Classification(labels=("a", "b"))
+    told = TaskFile(base="base", task=task, pooling="first", max_length=int(value), dtype="float32", columns=Columns())
+    save_task_adapter(folder, adapter(value), METHOD, told)
+
+
+def load_task(folder: Path) -> float:
+    assert read_task(folder).max_length == load_adapter(folder)
+    return load_adapter(folder)
+
+
+def save_results(folder: Path, value: float) -> None:
+    result = RunResult(
+        output=folder,
+        adapter=task_adapter(),
+        metrics={"dev": {"loss": value}},
+        chosen="last",
+        chosen_step=1,
+        steps=1,
+        labels=("a", "b"),
+        trainable=1,
+        total=2,
+        percent=50.0,
+        adapter_bytes=1,
+        train_seconds=1.0,
+        step_ms=None,
+        waiting_share=None,
+        padding_share=0.0,
+        truncated={},
+        dropped={},
+        resumed_from=None,
+        history=[],
+    )
+    write_result(run_folder(folder), result)
+
+
+def load_results(folder: Path) -> float:
+    result = read_result(run_folder(folder), lambda event: pytest.fail(str(event)))
+    assert result is not None
+    loss = result.metrics["dev"]["loss"]
+    assert loss is not None
+    return loss
+
+
+@functools.cache
+def task_adapter() -> Path:
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    save_task(Path(folder.name), 1.0)
+    return Path(folder.name)
+
+
+def run_folder(folder: Path) -> RunFolder:
+    folder.mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "_check", lambda *_: None)
+        run = RunFolder(TrainConfig(train="train.tsv", output=str(folder)))
+    run.adapter = task_adapter()
+    return run
+
+
+def save_log(folder: Path, value: float) -> None:
+    run = run_folder(folder)
+    run.rewind_log(int(value) - 1)  # as a run does that goes on
+    run.log({"step": int(value)})
+
+
+def load_log(folder: Path) -> float:
+    return float(run_folder(folder).history()[-1]["step"])
+
+
+def save_inputs(folder: Path, value: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = RunInputs(options={"lr": value}, parts={}, sources={}, formats={}, versions={})
+    write_inputs(folder / "run.json", inputs)
+
+
+def load_inputs(folder: Path) -> float:
+    return read_inputs(folder / "run.json").options["lr"]
+
+
+def save_options(folder: Path, value: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(folder / "config.yaml", TrainConfig(train="train.tsv", output="out", lr=value))
+
+
+def load_options(folder: Path) -> float:
+    return read_yaml(folder / "config.yaml")["lr"]
+
+
+def save_row(folder: Path, value: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    results = ResultsFile(folder / "results.jsonl")
+    results.append({"id": f"{value}", "error": None, "candidate_id": "a", "rate": value})
+    if value == 3:
+        results.append({"id": "failed", "error": "x", "candidate_id": "a", "rate": 0.0})
+        assert results.forget_failures() == 1
+
+
+def load_row(folder: Path) -> float:
+    return list(ResultsFile(folder / "results.jsonl").rows.values())[-1]["rate"]
+
+
+def save_tokens(folder: Path, value: float) -> None:
+    ids = np.full(4, int(value), np.int32)
+    token_cache._write(folder / "a.safetensors", Encoded(ids, ids * 0, np.array([0, 4]), 0, 8))
+
+
+def load_tokens(folder: Path) -> float:
+    found = token_cache._read(folder / "a.safetensors", Encoded)
+    assert found is not None
+    return float(found.ids[0])
+
+
+class Drawn:
+    """Stands for a figure of Matplotlib's."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def savefig(self, file: Any, **_: Any) -> None:
+        for _part in range(3):
+            file.write(f"{self.value}\n".encode())
+
+
+def save_figure(folder: Path, value: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_figure(folder / "a.png", Drawn(value))
+
+
+def load_figure(folder: Path) -> float:
+    first, *others = (folder / "a.png").read_text().split()
+    assert others == [first, first]
+    return float(first)
+
+
+class Kind(NamedTuple):
+    """A kind of folder.
+
+    Attributes:
+        save: Writes one of a value.
+        load: The value of one that is whole.
+        names: Names of its files.
+        steps: A number of steps that a write needs at least.
+    """
+
+    save: Callable[[Path, float], None]
+    load: Callable[[Path], float]
+    names: set[str]
+    steps: int = 5
+
+
+ADAPTER = {"adapter.safetensors", "lora_jax_adapter.json"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+SHARDS = {*(f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)), "model.safetensors.index.json"}
 KINDS = {
-    "adapter": (save_adapter, load_adapter, {"adapter.safetensors", "lora_jax_adapter.json"}),
-    "peft": (save_peft, load_peft, {"adapter_model.safetensors", "adapter_config.json"}),
-    "delta": (save_delta, load_delta, {"delta.safetensors", "lora_jax_delta.json"}),
-    "parts": (save_parts, load_parts, {"part-0-of-3", "part-1-of-3", "part-2-of-3", "list"}),
-    "new folder": (save_new, load_new, {"one", "two"}),
+    "adapter": Kind(save_adapter, load_adapter, ADAPTER, 20),
+    "adapter of a run": Kind(save_task, load_task, {*ADAPTER, "task.json"}, 25),
+    "peft": Kind(save_peft, load_peft, {"adapter_model.safetensors", "adapter_config.json"}, 20),
+    "delta": Kind(save_delta, load_delta, {"delta.safetensors", "lora_jax_delta.json"}, 20),
+    "merged model": Kind(save_merged, load_merged, {*SHARDS, *TOKENIZER, "config.json"}, 30),
+    "parts": Kind(save_parts, load_parts, {"part-0-of-3", "part-1-of-3", "part-2-of-3", "list"}, 20),
+    "new folder": Kind(save_new, load_new, {"one", "two"}, 12),
+    "results": Kind(save_results, load_results, {"results.json"}),
+    "log": Kind(save_log, load_log, {"metrics.jsonl"}),
+    "inputs": Kind(save_inputs, load_inputs, {"run.json"}),
+    "options": Kind(save_options, load_options, {"config.yaml"}),
+    "rows of a comparison": Kind(save_row, load_row, {"results.jsonl"}, 3),
+    "tokens": Kind(save_tokens, load_tokens, {"a.safetensors"}),
+    "figure": Kind(save_figure, load_figure, {"a.png"}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_every_step_of_a_write(kind, tmp_path):
-    save, load, names = KINDS[kind]
-    found = []
+def test_killed_at_every_step_of_a_write(kind, tmp_path, monkeypatch):
+    save, load, names, least = KINDS[kind]
+    monkeypatch.setattr(locks, "_YOUNG", -1.0)  # what a kill left of a single file goes with the next write
+    found, step = [], 0
     for step in range(1000):
         folder = tmp_path / f"{step}" / "out"
         save(folder, 1.0)
-        with contextlib.suppress(Killed), killed_at(step) as done:
+        with contextlib.suppress(Killed), killed_at(step) as steps:
             save(folder, 2.0)
         if kind != "new folder":  # the next writer, where nobody has read since
             shutil.copytree(folder, folder.with_name("next"))
@@ -165,7 +404,7 @@ def test_killed_at_every_step_of_a_write(kind, tmp_path):
             assert {path.name for path in folder.with_name("next").iterdir()} == names, step
             shutil.rmtree(folder.with_name("next"))
         found.append(load(folder))
-        if len(done) < step:  # it needs no more than these
+        if steps.done < step:  # it needs no more than these
             break
         # What is elsewhere read by name is of one write, or not whole and can't be read at all.
         if kind != "new folder":
@@ -177,7 +416,7 @@ def test_killed_at_every_step_of_a_write(kind, tmp_path):
         assert {path.name for path in folder.iterdir()} == names, step  # nothing is left of the kill
         beside = {path.name for path in folder.parent.iterdir()} - {"out"}
         assert beside <= ({".out.lora_jax.lock"} if kind == "new folder" and found[-1] == 2.0 else set()), step
-    assert step > 8
+    assert step >= least
     # The new files are in force from one step on.
     assert found == sorted(found)
     assert set(found) == {1.0, 2.0}
@@ -188,29 +427,30 @@ def test_others_never_read_files_of_two_writes(tmp_path):
     for step in range(1000):
         folder = tmp_path / f"{step}"
         save_parts(folder, 1.0)
-        with contextlib.suppress(Killed), killed_at(step) as done:
+        with contextlib.suppress(Killed), killed_at(step) as steps:
             save_parts(folder, 2.0)
         if (folder / "list").exists():
             names = json.loads((folder / "list").read_text())
             assert {(folder / name).read_text() for name in names} == {f"{float(len(names))}"}, step
-        if len(done) < step:
+        if steps.done < step:
             break
 
 
 def test_a_kill_while_another_s_write_is_put_in_its_place(tmp_path):
     """A reader may be killed too, at whatever step."""
+    step = 0
     for step in range(100):
         folder = tmp_path / f"{step}"
         save_parts(folder, 1.0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, "_place", killed)
-            patch.setattr(files, "_withdraw", killed)
+            patch.setattr(folders, "_place", killed)
+            patch.setattr(folders, "_withdraw", killed)
             with pytest.raises(Killed):
                 save_parts(folder, 2.0)
-        with contextlib.suppress(Killed), killed_at(step) as done:
+        with contextlib.suppress(Killed), killed_at(step) as steps:
             settle(folder)
         assert load_parts(folder) == 2.0
-        if len(done) < step:
+        if steps.done < step:
             break
     assert step > 5
 
@@ -227,7 +467,7 @@ def import_peft(folder: Path) -> float:
 def test_two_threads_save_and_one_reads(kind, rounds, tmp_path):
     """Each read is of one save, whole, and none fails."""
     folder = tmp_path / "adapter"
-    save, load, names = KINDS[kind]
+    save, load, names, _ = KINDS[kind]
     load = import_peft if kind == "peft" else load
     save(folder, 1.0)
     failures: list[BaseException] = []
@@ -258,7 +498,7 @@ def test_what_a_live_writer_is_at_work_on_is_left_to_it(tmp_path):
     with replacing(tmp_path, ("a",)) as staging:
         files.write_text(staging / "a", "mine")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(files, "_PATIENCE", 0.1)
+            patch.setattr(folders, "_PATIENCE", 0.1)
             with (
                 pytest.raises(
                     FileError, match=rf"is being written by process {os.getpid()} on .*, since .*\. Wait for it"
@@ -287,11 +527,7 @@ def test_a_new_folder_has_one_writer(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import importlib.util
-spec = importlib.util.spec_from_file_location("locks", sys.argv[2] + "/lora_jax/locks.py")
-locks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(locks)
+from lora_jax.files import locks
 with locks.locked(Path(sys.argv[1])) as held:
     print(held, flush=True)
     time.sleep(600)
@@ -300,7 +536,7 @@ with locks.locked(Path(sys.argv[1])) as held:
 
 def test_a_lock_says_who_holds_it_and_dies_with_its_holder(tmp_path):
     path = tmp_path / "lock"
-    command = [sys.executable, "-c", HOLD, str(path), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", HOLD, str(path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -400,7 +636,7 @@ def test_a_save_of_an_earlier_version_that_was_cut_short(tmp_path):
             shutil.copy(tmp_path / "new" / name, folder / place / name)
         assert load_adapter(folder) == (2.0 if moved else 1.0)
         save_adapter(folder, 3.0)
-        assert {path.name for path in folder.iterdir()} == KINDS["adapter"][2]
+        assert {path.name for path in folder.iterdir()} == KINDS["adapter"].names
 
 
 def test_a_folder_that_is_written_over_and_over(tmp_path):

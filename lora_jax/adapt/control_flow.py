@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..weights import AdaptedWeight, Unfactorable
+from ..weights import FactoredWeight, Unfactorable
 from . import jax_compat
-from .jax_compat import Equation, param, program
-from .walk import Traced, Walker
+from .jax_compat import Body, Equation, param, program
+from .walk import Traced, Value, Walker
 
 # The name of a jitted function that is all there is in the body of a `custom_jvp`: the custom derivative is the body's
 # own, computed in another way, so an adapted weight may enter. `lora_jax.losses` has such a function.
@@ -22,11 +22,11 @@ WALKABLE = "lora_jax_walkable"
 class _Entry:
     """Operands of a body as one list of pytrees, adapted weights as their nodes, and the way back."""
 
-    def __init__(self, walker: Walker, operands: Sequence[Any]):
+    def __init__(self, walker: Walker, operands: Sequence[Value]):
         self.paths = [operand.path if isinstance(operand, Traced) else None for operand in operands]
         self.tree = [walker.counted(operand).node if isinstance(operand, Traced) else operand for operand in operands]
 
-    def operands(self, tree: Sequence[Any]) -> list[Any]:
+    def operands(self, tree: Sequence[Value]) -> list[Value]:
         return [leaf if path is None else Traced(leaf, path) for leaf, path in zip(tree, self.paths, strict=True)]
 
 
@@ -36,15 +36,15 @@ class _Passed:
     Flax NNX returns a module's weights from every `remat`, `jit`, `scan` and `cond`, and goes on with those.
     """
 
-    def __init__(self, sources: dict[int, int], operands: Sequence[Any]):
+    def __init__(self, sources: dict[int, int], operands: Sequence[Value]):
         self.values = {
             place: operands[source] for place, source in sources.items() if isinstance(operands[source], Traced)
         }
 
-    def others(self, outputs: Sequence[Any]) -> list[Any]:
+    def others(self, outputs: Sequence[Value]) -> list[Value]:
         return [output for place, output in enumerate(outputs) if place not in self.values]
 
-    def back_among(self, outputs: Sequence[Any]) -> list[Any]:
+    def back_among(self, outputs: Sequence[Value]) -> list[Value]:
         whole = list(outputs)
         for place in sorted(self.values):
             whole.insert(place, self.values[place])
@@ -52,8 +52,8 @@ class _Passed:
 
 
 def _walk_body(
-    walker: Walker, eqn: Equation, body: Any, operands: Sequence[Any], passed: _Passed | None = None
-) -> list[Any]:
+    walker: Walker, eqn: Equation, body: Body, operands: Sequence[Value], passed: _Passed | None = None
+) -> list[Value]:
     """The body's outputs as arrays, without those that pass around it, computed by a walker of its own."""
     inner = walker.inner(eqn)
     outputs = inner.run(program(body), operands)
@@ -61,7 +61,7 @@ def _walk_body(
     return [inner.materialize(output, eqn, "the body returns it") for output in outputs]
 
 
-def jit_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def jit_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     body = param(eqn, "jaxpr")
     in_shardings = [jax_compat.specified(sharding) for sharding in param(eqn, "in_shardings")]
     out_shardings = [jax_compat.specified(sharding) for sharding in param(eqn, "out_shardings")]
@@ -74,7 +74,7 @@ def jit_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     leaves = [jax.tree.leaves(operand) for operand in entry.tree]
     treedef = jax.tree.structure(entry.tree)
 
-    def call(*flat: Any) -> list[Any]:
+    def call(*flat: Any) -> list[Value]:
         return _walk_body(walker, eqn, body, entry.operands(jax.tree.unflatten(treedef, flat)), passed)
 
     call.__name__ = call.__qualname__ = param(eqn, "name")
@@ -94,7 +94,7 @@ def jit_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
         return passed.back_among(jitted(*(array for arrays in leaves for array in arrays)))
 
 
-def custom_jvp_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def custom_jvp_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     """Walks into the body where its author says that its own derivative is the custom one, see `WALKABLE`."""
     body = program(param(eqn, "call_jaxpr"))
     if [inner.params.get("name") for inner in body.jaxpr.eqns] != [WALKABLE]:
@@ -103,11 +103,11 @@ def custom_jvp_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[
         return walker.inlined(eqn).run(body, operands)
 
 
-def remat_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def remat_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     body, policy, prevent_cse = param(eqn, "jaxpr"), param(eqn, "policy"), param(eqn, "prevent_cse")
     entry, passed = _Entry(walker, operands), _Passed(jax_compat.unchanged(body), operands)
 
-    def call(*tree: Any) -> list[Any]:
+    def call(*tree: Any) -> list[Value]:
         return _walk_body(walker, eqn, body, entry.operands(tree), passed)
 
     # In the backward pass of a gradient taken inside the function, JAX puts a barrier before what is computed again; a
@@ -121,7 +121,9 @@ def remat_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
         return passed.back_among(jax.checkpoint(call, policy=policy, prevent_cse=prevent_cse)(*tree))
 
 
-def _merge_changed(walker: Walker, eqn: Equation, sources: dict[int, int], first: int, carry: list[Any]) -> list[Any]:
+def _merge_changed(
+    walker: Walker, eqn: Equation, sources: dict[int, int], first: int, carry: list[Value]
+) -> list[Value]:
     """Merges the adapted weights among carried values that the loop's body changes; the others are constants."""
     return [
         value
@@ -131,15 +133,15 @@ def _merge_changed(walker: Walker, eqn: Equation, sources: dict[int, int], first
     ]
 
 
-def scan_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def scan_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     body = param(eqn, "jaxpr")
     sources = jax_compat.unchanged(body)
     num_consts, num_carry = jax_compat.scan_counts(eqn)
     first_x = num_consts + num_carry
     consts, xs = operands[:num_consts], operands[first_x:]
     carry = _merge_changed(walker, eqn, sources, num_consts, operands[num_consts:first_x])
-    sliced: list[Any] = []
-    members: list[Any] = []
+    sliced: list[Value] = []
+    members: list[Value] = []
     for value in xs:
         member = None
         if isinstance(value, Traced):
@@ -160,7 +162,7 @@ def scan_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     entry = _Entry(walker, consts + carry)
     moving = [place for place in range(num_carry) if place not in passed.values]
 
-    def call(state: list[Any], slices: Any) -> tuple[list[Any], list[Any]]:
+    def call(state: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
         number, slices = slices
         operands = entry.operands([_in_iteration(value, number) for value in entry.tree])
         for place, value in zip(moving, state, strict=True):
@@ -187,10 +189,10 @@ def _stacked(walker: Walker, value: Traced) -> tuple[list[jax.Array], Callable[[
 
 
 def _in_iteration(value: Any, number: jax.Array) -> Any:
-    return value.for_use(number) if isinstance(value, AdaptedWeight) else value
+    return value.for_use(number) if isinstance(value, FactoredWeight) else value
 
 
-def while_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def while_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     cond_body, body = param(eqn, "cond_jaxpr"), param(eqn, "body_jaxpr")
     first, second = param(eqn, "cond_nconsts"), param(eqn, "body_nconsts")
     sources = jax_compat.unchanged(body)
@@ -200,17 +202,17 @@ def while_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     entry = _Entry(walker, operands[: first + second] + carry)
     moving = [place for place in range(len(carry)) if place not in passed.values]
 
-    def filled(number: jax.Array, state: list[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    def filled(number: jax.Array, state: list[Value]) -> tuple[list[Value], list[Value], list[Value]]:
         values = entry.operands([_in_iteration(value, number) for value in entry.tree])
         for place, value in zip(moving, state, strict=True):
             values[first + second + place] = value
         return values[:first], values[first : first + second], values[first + second :]
 
-    def cond(state: tuple[jax.Array, list[Any]]) -> Any:
+    def cond(state: tuple[jax.Array, list[Value]]) -> Any:
         cond_consts, _, carried = filled(*state)
         return _walk_body(walker, eqn, cond_body, cond_consts + carried)[0]
 
-    def step(state: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
+    def step(state: tuple[jax.Array, list[Value]]) -> tuple[jax.Array, list[Value]]:
         number, _ = state
         _, body_consts, carried = filled(*state)
         return number + 1, _walk_body(walker, eqn, body, body_consts + carried, passed)
@@ -220,7 +222,7 @@ def while_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     return passed.back_among(state)
 
 
-def cond_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def cond_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     index, *values = operands
     index = walker.materialize(index, eqn, "it chooses the branch")
     bodies = param(eqn, "branches")
@@ -228,22 +230,22 @@ def cond_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     sources = dict(set.intersection(*(set(jax_compat.unchanged(body).items()) for body in bodies)))
     entry, passed = _Entry(walker, values), _Passed(sources, values)
 
-    def branch(body: Any) -> Callable[[list[Any]], list[Any]]:
+    def branch(body: Body) -> Callable[[list[Value]], list[Value]]:
         return lambda tree: _walk_body(walker, eqn, body, entry.operands(tree), passed)
 
     with jax_compat.context(eqn):
         return passed.back_among(lax.switch(index, [branch(body) for body in bodies], entry.tree))
 
 
-def shard_map_rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def shard_map_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     body, in_specs, out_specs = param(eqn, "jaxpr"), param(eqn, "in_specs"), param(eqn, "out_specs")
     entry = _Entry(walker, operands)
     specs = [
-        value.partition_specs(spec) if isinstance(value, AdaptedWeight) else spec
+        value.partition_specs(spec) if isinstance(value, FactoredWeight) else spec
         for value, spec in zip(entry.tree, in_specs, strict=True)
     ]
 
-    def call(tree: list[Any]) -> list[Any]:
+    def call(tree: list[Value]) -> list[Value]:
         return _walk_body(walker, eqn, body, entry.operands(tree))
 
     mapped = jax.shard_map(

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import jax
 from jax.interpreters import partial_eval
 
+from ..types import Array
 from ..weights import Unfactorable
 
 if TYPE_CHECKING:
     from jax.extend.core import JaxprEqn
 
 Equation: TypeAlias = "JaxprEqn"
+# A `ClosedJaxpr` or a `Jaxpr`, and a variable or literal of one: their classes move between versions of JAX.
+Body: TypeAlias = Any
+Atom: TypeAlias = Any
 
 
 @functools.cache
@@ -29,11 +33,11 @@ def _source_info() -> Any:
 class Program(NamedTuple):
     """A jaxpr with its constants: `ClosedJaxpr` before JAX 0.11, a `Jaxpr` that holds its constants since."""
 
-    jaxpr: Any
-    consts: Sequence[Any]
+    jaxpr: Body
+    consts: Sequence[Array]
 
 
-def program(body: Any) -> Program:
+def program(body: Body) -> Program:
     """The `Program` of an equation's body, whichever form it has."""
     return Program(getattr(body, "jaxpr", body), getattr(body, "consts", ()))
 
@@ -44,12 +48,12 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
     Flax NNX returns weights as unused outputs of `remat` and `jit`; left in, they look as if they were used.
     """
     closed = jax.make_jaxpr(function)(*args)
-    jaxpr: Any = getattr(closed, "jaxpr", closed)
+    jaxpr: Body = getattr(closed, "jaxpr", closed)
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     return Program(live, closed.consts)
 
 
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: Atom) -> bool:
     return hasattr(atom, "val")  # a variable has none
 
 
@@ -69,7 +73,7 @@ def context(eqn: Equation) -> Iterator[None]:
         yield
 
 
-def bind(eqn: Equation, *operands: Any) -> Any:
+def bind(eqn: Equation, *operands: Array) -> Any:
     """The equation's primitive on other operands; for primitives without a body, inside `context`."""
     return eqn.primitive.bind(*operands, **eqn.params)
 
@@ -78,10 +82,10 @@ class Product(NamedTuple):
     """A matmul's equation as a function of the weight and the other operand; equal equations make equal functions."""
 
     primitive: Any
-    params: tuple[tuple[str, Any], ...]
+    params: tuple[tuple[str, object], ...]
     weight_is_lhs: bool
 
-    def __call__(self, weight: Any, other: Any) -> Any:
+    def __call__(self, weight: Array, other: Array) -> jax.Array:
         operands = (weight, other) if self.weight_is_lhs else (other, weight)
         return self.primitive.bind(*operands, **dict(self.params))
 
@@ -106,10 +110,10 @@ def scan_counts(eqn: Equation) -> tuple[int, int]:
     return param(eqn, "num_consts"), param(eqn, "num_carry")
 
 
-def unchanged(body: Any) -> dict[int, int]:
+def unchanged(body: Body) -> dict[int, int]:
     """Which outputs of a body are inputs of it, unchanged, also through nested bodies: `{output: input}` by place."""
     jaxpr = program(body).jaxpr
-    source: dict[Any, int] = {variable: place for place, variable in enumerate(jaxpr.invars)}
+    source: dict[Atom, int] = {variable: place for place, variable in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         for output, place in _unchanged_by(eqn).items():
             atom = eqn.invars[place]
@@ -132,12 +136,12 @@ def _unchanged_by(eqn: Equation) -> dict[int, int]:
     return {}
 
 
-def manual_axes(eqn: Equation) -> Any:
+def manual_axes(eqn: Equation) -> set[str] | frozenset[str]:
     """The mesh axes that a `shard_map` makes manual."""
     return eqn.params["newly_manual_axes"] if "newly_manual_axes" in eqn.params else param(eqn, "manual_axes")
 
 
-def explicit_dims(array: Any) -> set[int]:
+def explicit_dims(array: Array) -> set[int]:
     """The dimensions split along explicit mesh axes: there, shardings are part of types."""
     sharding = jax.typeof(array).sharding
     explicit = set(sharding.mesh.explicit_axes)
@@ -145,6 +149,6 @@ def explicit_dims(array: Any) -> set[int]:
     return {dim for dim, part in enumerate(parts) if explicit & set(part)}
 
 
-def specified(sharding: Any) -> Any:
+def specified(sharding: object) -> jax.sharding.Sharding | None:
     """`None` for an unspecified sharding, which has no public name."""
     return sharding if isinstance(sharding, jax.sharding.Sharding) else None

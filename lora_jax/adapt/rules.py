@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..weights import AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, wider
+from ..weights import ConvSpec, DotSpec, FactoredWeight, RaggedDotSpec, TakeSpec, Unfactorable, wider
 from . import control_flow, jax_compat
 from .jax_compat import Equation, param
-from .walk import Traced, Walker
+from .walk import Traced, Value, Walker
 
-Rule = Callable[[Walker, Equation, list[Any]], list[Any]]
+Rule: TypeAlias = Callable[[Walker, Equation, list[Value]], list[Value]]
 
 
-def _only(operands: Sequence[Any], place: int) -> Traced:
+def _only(operands: Sequence[Value], place: int) -> Traced:
     """The weight at `place`, which must be the only one among the operands."""
     if sum(isinstance(operand, Traced) for operand in operands) > 1 or not isinstance(operands[place], Traced):
         raise Unfactorable("it meets the weight in a place where only the merged array can stand")
@@ -28,12 +28,11 @@ def _only(operands: Sequence[Any], place: int) -> Traced:
 # Where a weight does its work.
 
 
-def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _dot_general(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     left, right = operands
-    if isinstance(left, Traced) and isinstance(right, Traced):
-        left = walker.materialize(left, eqn, "both operands are adapted weights")
-    weight_is_lhs = isinstance(left, Traced)
+    weight_is_lhs = isinstance(left, Traced) and not isinstance(right, Traced)
     value, other = (left, right) if weight_is_lhs else (right, left)
+    other = walker.materialize(other, eqn, "both operands are adapted weights")
     ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)) = param(eqn, "dimension_numbers")
     lhs, rhs = (tuple(lhs_contract), tuple(lhs_batch)), (tuple(rhs_contract), tuple(rhs_batch))
     mine, theirs = (lhs, rhs) if weight_is_lhs else (rhs, lhs)
@@ -49,7 +48,7 @@ def _dot_general(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any
     return [output]
 
 
-def _check_placement(eqn: Equation, node: AdaptedWeight, other: Any, spec: DotSpec) -> None:
+def _check_placement(eqn: Equation, node: FactoredWeight, other: Value, spec: DotSpec) -> None:
     """Refuses what a mesh with explicit axes would: flattening split token axes, summing over devices unasked."""
     split, weight_split = jax_compat.explicit_dims(other), jax_compat.explicit_dims(node.base)
     if not split | weight_split:
@@ -59,7 +58,7 @@ def _check_placement(eqn: Equation, node: AdaptedWeight, other: Any, spec: DotSp
         raise Unfactorable("it is split along explicit mesh axes, other than by the first token axis or the result")
 
 
-def _gather(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _gather(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     value, indices = _only(operands, 0), operands[1]
     numbers, mode = param(eqn, "dimension_numbers"), param(eqn, "mode")
     shape, sizes = value.node.shape, tuple(param(eqn, "slice_sizes"))
@@ -92,7 +91,7 @@ def _gather(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     return [output]
 
 
-def _conv(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _conv(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     value, other = _only(operands, 1), operands[0]
     numbers = param(eqn, "dimension_numbers")
     if param(eqn, "feature_group_count") != 1 or param(eqn, "batch_group_count") != 1:
@@ -104,7 +103,7 @@ def _conv(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
     return [output]
 
 
-def _ragged_dot(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _ragged_dot(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     value, other, sizes = _only(operands, 1), operands[0], operands[2]
     numbers = param(eqn, "ragged_dot_dimension_numbers")
     (other_contract, weight_contract), batch = numbers.dot_dimension_numbers
@@ -128,8 +127,8 @@ def _ragged_dot(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]
 # Layout: the weight stays a weight.
 
 
-def _layout(change: Callable[[AdaptedWeight, Equation], AdaptedWeight]) -> Rule:
-    def rule(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _layout(change: Callable[[FactoredWeight, Equation], FactoredWeight]) -> Rule:
+    def rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
         del walker
         value = _only(operands, 0)
         with jax_compat.context(eqn):
@@ -138,36 +137,36 @@ def _layout(change: Callable[[AdaptedWeight, Equation], AdaptedWeight]) -> Rule:
     return rule
 
 
-def _placed(node: AdaptedWeight, eqn: Equation, changed: AdaptedWeight) -> AdaptedWeight:
+def _placed(node: FactoredWeight, eqn: Equation, changed: FactoredWeight) -> FactoredWeight:
     """The changed node, its base placed as the equation says where it says so (meshes with explicit axes)."""
     return changed if param(eqn, "sharding") is None else changed.with_base(jax_compat.bind(eqn, node.base))
 
 
-def _transpose(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _transpose(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     return node.transpose(param(eqn, "permutation"))
 
 
-def _reshape(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _reshape(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     if param(eqn, "dimensions") is not None:
         raise Unfactorable("a reshape that also transposes")
     return _placed(node, eqn, node.reshape(param(eqn, "new_sizes")))
 
 
-def _squeeze(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _squeeze(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     dimensions = param(eqn, "dimensions")
     return node.reshape([size for axis, size in enumerate(node.shape) if axis not in dimensions])
 
 
-def _broadcast_in_dim(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _broadcast_in_dim(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     changed = node.broadcast_in_dim(param(eqn, "shape"), param(eqn, "broadcast_dimensions"))
     return _placed(node, eqn, changed)
 
 
-def _slice(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _slice(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     starts, limits = param(eqn, "start_indices"), param(eqn, "limit_indices")
     strides = param(eqn, "strides") or [1] * node.ndim
 
-    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+    def cutter(array: Value, axes: list[int | None]) -> Value:
         for dim, axis in enumerate(axes):
             if axis is not None and (starts[axis], limits[axis], strides[axis]) != (0, array.shape[dim], 1):
                 array = lax.slice_in_dim(array, starts[axis], limits[axis], strides[axis], axis=dim)
@@ -176,26 +175,26 @@ def _slice(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     return node.cut(cutter)
 
 
-def _rev(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _rev(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     reversed_axes = param(eqn, "dimensions")
 
-    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+    def cutter(array: Value, axes: list[int | None]) -> Value:
         # Every array that has the axis turns around with it.
         return lax.rev(array, [dim for dim, axis in enumerate(axes) if axis in reversed_axes])
 
     return node.cut(cutter)
 
 
-def _tile(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _tile(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     reps = param(eqn, "reps")
 
-    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+    def cutter(array: Value, axes: list[int | None]) -> Value:
         return jnp.tile(array, [1 if axis is None else reps[axis] for axis in axes])
 
     return node.cut(cutter)
 
 
-def _convert(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _convert(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     dtype = param(eqn, "new_dtype")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise Unfactorable(f"a cast to {dtype}")
@@ -203,28 +202,28 @@ def _convert(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
     return node.with_base(jax_compat.bind(eqn, node.base))
 
 
-def _on_base(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _on_base(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     return node.with_base(jax_compat.bind(eqn, node.base))
 
 
-def _stop_gradient(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _stop_gradient(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     del eqn
     return node.each(lax.stop_gradient)
 
 
-def _on_every_array(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _on_every_array(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     return node.each(lambda array: jax_compat.bind(eqn, array))
 
 
-def _negate(node: AdaptedWeight, eqn: Equation) -> AdaptedWeight:
+def _negate(node: FactoredWeight, eqn: Equation) -> FactoredWeight:
     return node.times(jnp.float32(-1)).with_base(jax_compat.bind(eqn, node.base))
 
 
-def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     value, starts = _only(operands, 0), operands[1:]
     sizes = param(eqn, "slice_sizes")
 
-    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+    def cutter(array: Value, axes: list[int | None]) -> Value:
         for dim, axis in enumerate(axes):
             # A slice of the whole axis starts at 0, whatever its start says: `dynamic_slice` clamps.
             if axis is not None and sizes[axis] != array.shape[dim]:
@@ -236,27 +235,30 @@ def _dynamic_slice(walker: Walker, eqn: Equation, operands: list[Any]) -> list[A
         return [value._replace(node=value.node.cut(cutter))]
 
 
-def _parts(node: AdaptedWeight, axis: int, sizes: Sequence[int]) -> list[AdaptedWeight]:
+def _parts(node: FactoredWeight, axis: int, sizes: Sequence[int]) -> list[FactoredWeight]:
     """A node cut along one axis into parts of these sizes."""
     ends = np.cumsum(sizes)
     parts = []
     for start, end in zip(ends - np.asarray(sizes), ends, strict=True):
 
-        def cutter(array: jax.Array, axes: list[int | None], start: int = int(start), end: int = int(end)) -> jax.Array:
+        def cutter(array: Value, axes: list[int | None], start: int = int(start), end: int = int(end)) -> Value:
             return lax.slice_in_dim(array, start, end, axis=axes.index(axis)) if axis in axes else array
 
         parts.append(node.cut(cutter))
     return parts
 
 
-def _split(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _split(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     del walker
     value = _only(operands, 0)
     with jax_compat.context(eqn):
-        return [value._replace(node=part) for part in _parts(value.node, param(eqn, "axis"), param(eqn, "sizes"))]
+        return [
+            value._replace(node=part)
+            for part in _parts(value.node, param(eqn, "axis"), [int(size) for size in param(eqn, "sizes")])
+        ]
 
 
-def _unstack(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _unstack(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     del walker
     value, axis = _only(operands, 0), param(eqn, "axis")
     shape = value.node.shape
@@ -265,7 +267,7 @@ def _unstack(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
         return [value._replace(node=part.reshape(shape[:axis] + shape[axis + 1 :])) for part in parts]
 
 
-def _scalar_multiple(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _scalar_multiple(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     del walker
     place = next(index for index, operand in enumerate(operands) if isinstance(operand, Traced))
     value, other = _only(operands, place), operands[1 - place]
@@ -279,14 +281,14 @@ def _scalar_multiple(walker: Walker, eqn: Equation, operands: list[Any]) -> list
         return [value._replace(node=node.with_base(jax_compat.bind(eqn, *bases)))]
 
 
-def _all_gather(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _all_gather(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     del walker
     value, gathered, groups = _only(operands, 0), param(eqn, "all_gather_dimension"), param(eqn, "axis_index_groups")
     name = param(eqn, "axis_name")
     if not param(eqn, "tiled"):
         raise Unfactorable("an all-gather along a new axis")
 
-    def cutter(array: jax.Array, axes: list[int | None]) -> jax.Array:
+    def cutter(array: Value, axes: list[int | None]) -> Value:
         # A factor without the axis is whole on every device already.
         if gathered not in axes:
             return array
@@ -296,7 +298,7 @@ def _all_gather(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]
         return [value._replace(node=value.node.cut(cutter))]
 
 
-def _optimization_barrier(walker: Walker, eqn: Equation, operands: list[Any]) -> list[Any]:
+def _optimization_barrier(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
     del walker
     bases = [operand.node.base if isinstance(operand, Traced) else operand for operand in operands]
     with jax_compat.context(eqn):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,15 +11,17 @@ import numpy as np
 from ..errors import ArgumentError
 from ..matmul import STRATEGIES, Strategy
 from ..paths import flatten_with_paths
-from ..weights import is_adapted, merge_on_entry
+from ..types import Leaf, LeafPath, PyTree, TreeDef
+from ..weights import MergedOnEntry, is_adapted, merge_on_entry
 from . import jax_compat
 from .rules import RULES
 from .walk import Encounter, OnMaterialize, Traced, Walker
 
 
-def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Calls `fn` with adapted weights anywhere in its arguments."""
-    paths, leaves, treedef = [], [], None
+def walk_function(
+    fn: Callable[..., PyTree], walker: Walker, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+) -> PyTree:
+    """`fn(*args, **kwargs)`, computed with the factors of the adapted weights anywhere in its arguments."""
     paths, leaves, treedef = _flatten_arguments(args, kwargs)
     if not any(map(is_adapted, leaves)):
         return fn(*args, **kwargs)
@@ -30,9 +31,9 @@ def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...],
     if not places:
         args, kwargs = jax.tree.unflatten(treedef, leaves)
         return fn(*args, **kwargs)
-    result: dict[str, Any] = {}
+    result: dict[str, PyTree] = {}
 
-    def on_bases(bases: list[Any]) -> list[Any]:
+    def on_bases(bases: list[Leaf]) -> list[Leaf]:
         filled = list(leaves)
         for place, base in zip(places, bases, strict=True):
             filled[place] = base
@@ -51,21 +52,23 @@ def walk_function(fn: Callable[..., Any], walker: Walker, args: tuple[Any, ...],
     return jax.tree.unflatten(result["treedef"], whole)
 
 
-def _report_entering(walker: Walker, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+def _report_entering(walker: Walker, paths: Sequence[LeafPath], leaves: Sequence[Leaf]) -> None:
     """A merge that is the method's own way is reported, and isn't warned of."""
     for path, leaf in zip(paths, leaves, strict=True):
-        if is_adapted(leaf) and leaf.merged_on_entry:
+        if isinstance(leaf, MergedOnEntry):
             reason = f"a {type(leaf).__name__} is merged before the function is called"
             walker.report(Encounter(path, "call", False, "the function's call", reason))
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> bool:
     return isinstance(value, jax.Array | np.ndarray | np.generic)
 
 
-def _flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[str], list[Any], Any]:
+def _flatten_arguments(
+    args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
+) -> tuple[list[LeafPath], list[Leaf], TreeDef]:
     """Paths within each argument, so that a leaf has the path it has in its own tree."""
-    paths: list[str] = []
+    paths: list[LeafPath] = []
     for argument in [*args, *dict(sorted(kwargs.items())).values()]:
         paths += flatten_with_paths(argument)[0]
     leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
@@ -73,8 +76,8 @@ def _flatten_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[l
 
 
 def adapt(
-    fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn", matmul: Strategy | None = None
-) -> Callable[..., Any]:
+    fn: Callable[..., PyTree], *, on_materialize: OnMaterialize = "warn", matmul: Strategy | None = None
+) -> Callable[..., PyTree]:
     """Makes a function of parameters take adapted parameters, and compute with their factors.
 
     `adapt(f)(params, *args) == f(merge_params(params), *args)`: the right side says what is computed, the left side
@@ -118,7 +121,7 @@ def adapt(
         raise ArgumentError(f"`matmul` must be one of {STRATEGIES} or None, got {matmul!r}")
 
     @functools.wraps(fn)
-    def adapted(*args: Any, **kwargs: Any) -> Any:
+    def adapted(*args: PyTree, **kwargs: PyTree) -> PyTree:
         return walk_function(fn, new_walker(on_materialize=on_materialize, matmul=matmul), args, kwargs)
 
     return adapted

@@ -11,8 +11,8 @@ import jax
 from ..methods.base import is_weight
 from ..paths import flatten_with_paths, require_arrays
 from ..state import state_paths
-from ..types import Use
-from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, Unfactorable, register
+from ..types import Leaf, LeafPath, Params, PyTree, Use
+from ..weights import IN, OUT, STACK, ConvSpec, DotSpec, FactoredWeight, RaggedDotSpec, TakeSpec, Unfactorable, register
 from .transform import is_array, new_walker, walk_function
 from .walk import Encounter
 
@@ -42,7 +42,7 @@ class Explanation(tuple[Encounter, ...]):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class _Probe(AdaptedWeight):
+class _Probe(FactoredWeight):
     """Stands for a weight and notes what is done with its axes; `axes` holds sets of the original axis numbers."""
 
     note: Callable[[Use], None]
@@ -105,7 +105,7 @@ class _Probe(AdaptedWeight):
         )
 
 
-def trace_weights(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Use]:
+def trace_weights(fn: Callable[..., PyTree], params: Params, *args: PyTree, **kwargs: PyTree) -> dict[LeafPath, Use]:
     """How `fn` uses each weight, from an abstract run: nothing is computed.
 
     Pass the result to `attach` as `uses`, where weights have more than two axes (heads, stacks of layers, experts,
@@ -136,7 +136,7 @@ def trace_weights(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
         if not encounter.factored:
             merged.setdefault(encounter.path, encounter)
 
-    def probed(path: str, leaf: Any) -> Any:
+    def probed(path: LeafPath, leaf: Leaf) -> _Probe:
         axes = tuple(frozenset({axis}) for axis in range(len(leaf.shape)))
         return _Probe(leaf, lambda use: noted.setdefault(path, []).append(use), len(axes), axes=axes)
 
@@ -182,7 +182,7 @@ def _agreed(found: Sequence[Use]) -> str | None:
     return "".join(STACK if axis in stack else IN if axis in inner else OUT for axis in axes)
 
 
-def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Explanation:
+def explain(fn: Callable[..., PyTree], params: Params, *args: PyTree, **kwargs: PyTree) -> Explanation:
     """Which adapted weight `adapt(fn)` keeps factored, in which operation, and which it merges, where and why.
 
     An abstract run: nothing is computed.
@@ -209,12 +209,12 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> E
 
 
 def _walk_abstractly(
-    fn: Callable[..., Any], report: Callable[[Encounter], None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Callable[..., PyTree], report: Callable[[Encounter], None], args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
 ) -> None:
     leaves, treedef = jax.tree.flatten((args, kwargs))
     places = [index for index, leaf in enumerate(leaves) if is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
 
-    def run(arrays: list[Any]) -> list[Any]:
+    def run(arrays: list[Leaf]) -> list[Leaf]:
         filled = list(leaves)
         for place, array in zip(places, arrays, strict=True):
             filled[place] = array

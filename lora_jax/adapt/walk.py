@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ..errors import LoraJaxError
 from ..matmul import Strategy
-from ..weights import AdaptedWeight, Unfactorable
+from ..weights import FactoredWeight, Unfactorable
 from . import jax_compat
-from .jax_compat import Equation, Program
+from .jax_compat import Atom, Equation, Program
 
 OnMaterialize = Literal["warn", "error", "silent"]
 
@@ -27,8 +27,12 @@ class MaterializeError(LoraJaxError):
 class Traced(NamedTuple):
     """An adapted weight on its way through a trace."""
 
-    node: AdaptedWeight
+    node: FactoredWeight
     path: str
+
+
+# What flows through a walked program: an array, an adapted weight, or where a rule re-emits a body, a node itself.
+Value: TypeAlias = Any
 
 
 class Encounter(NamedTuple):
@@ -77,15 +81,15 @@ class Walker:
         walker.uses = self.uses
         return walker
 
-    def run(self, body: Program, operands: Sequence[Any]) -> list[Any]:
+    def run(self, body: Program, operands: Sequence[Value]) -> list[Value]:
         """The outputs for `operands`; weights that only pass through come out as `Traced`."""
         jaxpr = body.jaxpr
-        values: dict[Any, Any] = dict(zip(jaxpr.constvars, body.consts, strict=True))
+        values: dict[Atom, Value] = dict(zip(jaxpr.constvars, body.consts, strict=True))
         values |= dict(zip(jaxpr.invars, operands, strict=True))
         last_use = {atom: eqn for eqn in jaxpr.eqns for atom in eqn.invars if not jax_compat.is_literal(atom)}
         outputs = {atom for atom in jaxpr.outvars if not jax_compat.is_literal(atom)}
 
-        def read(atom: Any) -> Any:
+        def read(atom: Atom) -> Value:
             return atom.val if jax_compat.is_literal(atom) else values[atom]
 
         for eqn in jaxpr.eqns:
@@ -97,7 +101,7 @@ class Walker:
                     values.pop(atom, None)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _step(self, eqn: Equation, operands: list[Any]) -> list[Any]:
+    def _step(self, eqn: Equation, operands: list[Value]) -> list[Value]:
         if not any(isinstance(value, Traced) for value in operands):
             return jax_compat.run_equation(eqn, operands)
         name = eqn.primitive.name
@@ -116,7 +120,7 @@ class Walker:
             merged = {key: self.materialize(value, eqn, str(reason)) for key, value in distinct.items()}
             return jax_compat.run_equation(eqn, [merged[id(value)] for value in operands])
 
-    def counted(self, value: Any) -> Any:
+    def counted(self, value: Traced) -> Traced:
         """A node as its next use sees it."""
         number = self.uses[value.path]
         self.uses[value.path] += 1
@@ -129,7 +133,7 @@ class Walker:
         """The source line of an equation; the caller's where it lies within a function of JAX's own."""
         return next(filter(None, map(jax_compat.source_line, (eqn, *reversed(self.enclosing)))), "unknown source")
 
-    def materialize(self, value: Any, eqn: Equation | None, reason: str) -> Any:
+    def materialize(self, value: Value, eqn: Equation | None, reason: str) -> Value:
         """The merged weight in place of a node, announced; other values as they are."""
         if not isinstance(value, Traced):
             return value

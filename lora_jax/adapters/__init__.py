@@ -1,13 +1,14 @@
-"""What a task keeps: saving and loading its adapter, making one smaller, telling one base from another."""
+"""Adapters on disk: saving and loading one, making one smaller, telling one base from another."""
 
-from .store import DESCRIPTION as DESCRIPTION
-from .store import TENSORS as TENSORS
-from .store import Adapter as Adapter
-from .store import AdapterError as AdapterError
-from .store import AdapterWithState as AdapterWithState
-from .store import load_adapter as load_adapter
-from .store import read_description as read_description
-from .store import require_held as require_held
-from .store import save_adapter as save_adapter
-from .store import saved_arrays as saved_arrays
-from .store import verify_adapter as verify_adapter
+from .description import DESCRIPTION as DESCRIPTION
+from .description import TENSORS as TENSORS
+from .description import AdapterError as AdapterError
+from .description import read_description as read_description
+from .load import Adapter as Adapter
+from .load import AdapterWithState as AdapterWithState
+from .load import load_adapter as load_adapter
+from .load import require_dtypes as require_dtypes
+from .load import verify_adapter as verify_adapter
+from .save import save_adapter as save_adapter
+from .save import save_with as save_with
+from .save import saved_arrays as saved_arrays

@@ -1,28 +1,29 @@
-"""Which leaves differ between two trees of one model: the base, and what training made of it."""
+"""Comparing two trees of one model: which leaves training has changed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..errors import ArgumentError
 from ..paths import leaves_by_path
+from ..text import listed
+from ..types import Leaf, Params
 from ..weights import is_adapted, wider
 
 
-def changed_leaves(params: Any, base_params: Any, *, argument: str = "params") -> list[str]:
+def changed_leaves(params: Params, base_params: Params, *, argument: str = "params") -> list[str]:
     """The paths at which two trees of plain arrays differ, in tree order; values are compared, not dtypes.
 
     Args:
-        params: the changed tree.
-        base_params: the base, in the same structure.
-        argument: what the caller calls `params`, for messages.
+        params: The changed tree.
+        base_params: The base, in the same structure.
+        argument: What the caller calls `params`, for messages.
 
     Raises:
-        ValueError: a tree has factors; the trees differ in structure or shapes; what isn't an array differs.
+        ValueError: A tree has factors; the trees differ in structure or shapes; what isn't an array differs.
 
     Example:
         >>> changed_leaves({"w": jnp.ones(2), "b": jnp.ones(2)}, {"w": jnp.ones(2), "b": jnp.zeros(2)})
@@ -33,11 +34,11 @@ def changed_leaves(params: Any, base_params: Any, *, argument: str = "params") -
     _refuse_adapted("base_params", before)
     if leaves.keys() != before.keys():
         differing = sorted(leaves.keys() ^ before.keys())
-        raise ArgumentError(f"`{argument}` and `base_params` are no trees of one model, at {', '.join(differing[:5])}")
+        raise ArgumentError(f"`{argument}` and `base_params` are no trees of one model, at {listed(differing, 5)}.")
     return [path for path in leaves if _differ(path, leaves[path], before[path])]
 
 
-def _refuse_adapted(argument: str, leaves: Mapping[str, Any]) -> None:
+def _refuse_adapted(argument: str, leaves: Mapping[str, Leaf]) -> None:
     adapted = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if adapted:
         raise ArgumentError(
@@ -46,7 +47,7 @@ def _refuse_adapted(argument: str, leaves: Mapping[str, Any]) -> None:
         )
 
 
-def _differ(path: str, new: Any, old: Any) -> bool:
+def _differ(path: str, new: Leaf, old: Leaf) -> bool:
     if new is old:
         return False
     if not hasattr(new, "shape") or not hasattr(old, "shape"):

@@ -1,11 +1,11 @@
-"""A LoRA out of two full models: the best low-rank factors of what fine-tuning changed."""
+"""Extracting a LoRA from two full models: the best low-rank factors of what fine-tuning changed."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,14 @@ from ..methods.base import is_trainable, rooted
 from ..paths import leaves_by_path
 from ..selection import Selector
 from ..state import marked_leaves, state_paths
+from ..text import listed
+from ..types import Leaf, Params, Uses
 from ..weights import IN, OUT, STACK, is_adapted, wider
 from .changes import changed_leaves
 from .truncate import LowRankFit, check_wanted, fit_of, most_frequent, rank_for, rebuilt, relabelled, with_factors
 
 Rest = Literal["train", "drop", "error"]
+_CODE = "`{}`"
 _FLOAT64_EPS = float(np.finfo(np.float64).eps)
 
 
@@ -31,14 +34,14 @@ class Extracted(NamedTuple):
     """From `extract_lora`.
 
     Attributes:
-        params: the base with factors at the targets that have changed.
-        method: which labels them.
-        fits: one for each weight with factors.
-        carried: leaves that are taken over in full: `also_train`, and with `rest="train"` all others that have changed.
-        dropped: leaves that have changed and stay as the base has them.
+        params: Base with factors at the targets that have changed.
+        method: Method that labels them.
+        fits: One for each weight with factors.
+        carried: Leaves that are taken over in full: `also_train`, and with `rest="train"` all others that have changed.
+        dropped: Leaves that have changed and stay as the base has them.
     """
 
-    params: Any
+    params: Params
     method: LoRA
     fits: dict[str, LowRankFit]
     carried: list[str]
@@ -46,44 +49,44 @@ class Extracted(NamedTuple):
 
 
 def extract_lora(
-    base_params: Any,
-    tuned_params: Any,
+    base_params: Params,
+    tuned_params: Params,
     *,
     targets: Selector,
     rank: int | None = None,
     energy: float | None = None,
     also_train: Selector = (),
     rest: Rest = "train",
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
 ) -> Extracted:
     """A LoRA out of two full models: for each target that has changed, the truncated SVD of `W_tuned − W_base`.
 
     The difference is taken in float32 (float64 where the weights are) and decomposed in float64 on the host, one leaf
     at a time, of a stack one member: memory is taken for a few copies of one leaf. `ΔW ≈ U Σ Vᵀ` becomes `a = √Σ Uᵀ`
-    `(r, in…)` and `b = √Σ Vᵀ (r, out…)`, with the scale 1. What full fine-tuning changed elsewhere isn't lost unseen:
-    `rest` says what becomes of it, and the result names it.
+    `(r, in…)` and `b = √Σ Vᵀ (r, out…)`, with the scale 1. `rest` says what becomes of
+    other leaves that fine-tuning changed, and the result names them.
 
     Args:
-        base_params: the model before.
-        tuned_params: the model after, in the same structure.
-        targets: which weights get factors, as in `LoRA`.
-        rank: the highest rank; a weight that has less room gets what it has room for, and is then exact.
-        energy: the share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
+        base_params: Model before fine-tuning.
+        tuned_params: Model after fine-tuning, in the same structure.
+        targets: Weights that get factors, as in `LoRA`.
+        rank: Highest rank; a smaller weight gets its full rank, and is then exact.
+        energy: Share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
             that is given too. 1 keeps all that can be told from the rounding of the weights, so a fine-tuning of rank
             `r` gives factors of rank `r`.
-        also_train: leaves that are taken over in full, as in `LoRA`.
-        rest: what to do with other leaves that have changed (biases, norms, embeddings, a head): `"train"` takes them
+        also_train: Leaves that are taken over in full, as in `LoRA`.
+        rest: Treatment of other leaves that have changed (biases, norms, embeddings, a head): `"train"` takes them
             over in full, in the method's `also_train` (batch statistics and other state in the tree alone, since no
             method trains them); `"drop"` leaves them as the base has them; `"error"` refuses.
-        uses: from `trace_weights`, where a target has more than two axes.
+        uses: Result of `trace_weights`, needed where a target has more than two axes.
 
     Returns:
         `Extracted(params, method, fits, carried, dropped)`.
 
     Raises:
-        ValueError: neither `rank` nor `energy`, or one out of range; trees of two models, or with factors; no target
+        ValueError: Neither `rank` nor `energy`, or one out of range; trees of two models, or with factors; no target
             has changed; a leaf has changed that is neither array nor float; values that are not finite.
-        SelectionError: see `attach`; what is to be factored or carried is complex in the tuned model.
+        SelectionError: See `attach`; what is to be factored or carried is complex in the tuned model.
 
     Example:
         >>> base = {"dense": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
@@ -105,7 +108,8 @@ def extract_lora(
     chosen = {path: nodes[path] for path in changed if is_adapted(nodes[path])}
     if not chosen:
         raise ArgumentError(
-            f"none of the targets has changed between `base_params` and `tuned_params`; what has: {_some(changed)}"
+            "None of the targets differs between `base_params` and `tuned_params`; what does: "
+            f"{listed(changed, form=_CODE) or 'nothing'}."
         )
     head, state = set(probe.head(marked_leaves(base_params))), state_paths(base_params)
     others = [path for path in changed if path not in chosen and path not in head]
@@ -127,27 +131,27 @@ def extract_lora(
     return Extracted(params, method, fits, carried, [] if rest == "train" else others)
 
 
-def _check_others(others: list[str], before: Mapping[str, Any], after: Mapping[str, Any], rest: Rest) -> None:
+def _check_others(others: list[str], before: Mapping[str, Leaf], after: Mapping[str, Leaf], rest: Rest) -> None:
     if rest == "error" and others:
         raise ArgumentError(
-            f"`tuned_params` has other values at {_some(others)}, which no factors stand for: name them in "
-            '`also_train`, or pass `rest="train"` to take them over in full or `rest="drop"` to leave them out'
+            f"`tuned_params` has other values at {listed(others, form=_CODE)}, which no factors stand for: name "
+            'them in `also_train`, or pass `rest="train"` to take them over in full or `rest="drop"` to leave them out'
         )
     fixed = [path for path in others if not (_can_learn(path, before[path]) and _can_learn(path, after[path]))]
     if rest == "train" and fixed:
         kinds = ", ".join(dict.fromkeys(str(after[path].dtype) for path in fixed))
         raise ArgumentError(
-            f"{_some(fixed)} changed, and can't be trained, since it is {kinds}, which is no real floating type of 16 "
-            'bits or more: pass `rest="drop"` to leave it as the base has it'
+            f"{listed(fixed, form=_CODE)} changed, and can't be trained, since it is {kinds}, which is no real "
+            'floating type of 16 bits or more: pass `rest="drop"` to leave it as the base has it'
         )
 
 
-def _can_learn(path: str, leaf: Any) -> bool:
+def _can_learn(path: str, leaf: Leaf) -> bool:
     return is_trainable(path, leaf) and dtypes.why_not_trained(leaf) is None
 
 
 def _factored(
-    path: str, node: LoRAWeight, tuned: Any, rank: int | None, energy: float | None
+    path: str, node: LoRAWeight, tuned: Leaf, rank: int | None, energy: float | None
 ) -> tuple[LoRAWeight, LowRankFit]:
     """The node's factors of rank 1 replaced by those of the difference."""
     full = min(math.prod(node.shape[axis] for axis in node.places(label)) for label in (IN, OUT))
@@ -187,14 +191,9 @@ def _balanced_factors(delta: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndar
     return root * u, inverse * (u @ delta), sigma
 
 
-def _members(node: LoRAWeight, array: Any) -> Iterator[np.ndarray]:
+def _members(node: LoRAWeight, array: Leaf) -> Iterator[np.ndarray]:
     """The `(in, out)` matrices of a weight: one, or as many as its stack has members."""
     inside, outside, stack = (node.places(label) for label in (IN, OUT, STACK))
     matrices = np.asarray(array).transpose(*stack, *inside, *outside)
     sizes = (math.prod(node.shape[axis] for axis in axes) for axes in (stack, inside, outside))
     return iter(matrices.reshape(*sizes))
-
-
-def _some(paths: list[str], most: int = 8) -> str:
-    rest = len(paths) - most
-    return ", ".join(f"`{path}`" for path in paths[:most]) + (f" and {rest} more" if rest > 0 else "") or "nothing"

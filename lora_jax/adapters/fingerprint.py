@@ -1,34 +1,43 @@
-"""Telling a wrong base from the right one."""
+"""Telling a wrong base from the right one: a fingerprint of its leaves."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from ..errors import ArgumentError
+from ..types import HasShape, Leaf, has_shape
+from .description import AdapterError
+
+CheckBase = Literal["error", "warn", "ignore"]
+# `{leaf path: {"shape": [...], "sample": "..."}}`; that of a file has been checked for its shapes only.
+Fingerprint = Mapping[str, Mapping[str, Any]]
+
 _SAMPLES = 64
+_SHOWN = 8  # leaves that a message names
 
 
-def fingerprint(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def fingerprint(leaves: Mapping[str, Leaf]) -> dict[str, dict[str, object]]:
     """`{path: {"shape", "sample"}}`: for each leaf its shape and a hash of values at evenly spaced places.
 
     Values are rounded to bfloat16 first, so a base loaded in bfloat16 has the fingerprint of its float32 form. It
     tells a wrong base from the right one; values that are not sampled may differ.
     """
     return {
-        path: {"shape": list(leaf.shape), "sample": _sample(leaf)}
-        for path, leaf in leaves.items()
-        if hasattr(leaf, "shape")
+        path: {"shape": list(leaf.shape), "sample": _sample(leaf)} for path, leaf in leaves.items() if has_shape(leaf)
     }
 
 
-def _sample(leaf: Any) -> str:
+def _sample(leaf: HasShape) -> str:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or math.prod(leaf.shape) == 0:
         return ""
     size = math.prod(leaf.shape)
@@ -40,8 +49,8 @@ def _sample(leaf: Any) -> str:
     return hashlib.blake2s(values.tobytes(), digest_size=8).hexdigest()
 
 
-def _values(leaf: Any, index: tuple[np.ndarray, ...]) -> np.ndarray:
-    """`leaf[index]` on the host, taken from each shard on its own device: a sharded array is not put together."""
+def _values(leaf: HasShape, index: tuple[np.ndarray, ...]) -> np.ndarray:
+    """`leaf[index]` on the host, taken from each shard on its own device: a sharded array is not gathered."""
     if not isinstance(leaf, jax.Array) or not index:
         return np.asarray(leaf)[index]
     values = np.zeros(index[0].shape, leaf.dtype)
@@ -54,15 +63,38 @@ def _values(leaf: Any, index: tuple[np.ndarray, ...]) -> np.ndarray:
     return values
 
 
-def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def require_check_base(check: str) -> None:
+    if check not in get_args(CheckBase):
+        raise ArgumentError(f'`check_base` must be "error", "warn" or "ignore", got {check!r}.')
+
+
+def check_fingerprint(folder: Path, saved: Fingerprint, here: Fingerprint, check: CheckBase) -> None:
+    """Compares a base with the one that was saved, and refuses or warns on behalf of the caller's caller.
+
+    Args:
+        folder: Folder of the saved one, for the message.
+        saved, here: Fingerprints.
+        check: Reaction to a difference.
+
+    Raises:
+        AdapterError: They differ, and `check` is `"error"`; the leaves are named.
+    """
     found = [f"`{path}` is missing here" for path in saved if path not in here]
     found += [f"`{path}` was not in it" for path in here if path not in saved]
-    for path in saved:
-        if path in here and saved[path] != here[path]:
-            shapes = [tuple(side[path].get("shape", ())) for side in (saved, here)]
-            found.append(
-                f"`{path}` has other values"
-                if shapes[0] == shapes[1]
-                else f"`{path}` had the shape {shapes[0]}, not {shapes[1]}"
-            )
-    return found
+    found += [
+        _difference(path, saved[path], here[path]) for path in saved if here.get(path, saved[path]) != saved[path]
+    ]
+    if not found:
+        return
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    message = f"{folder} was trained on another base: {'; '.join(found[:_SHOWN])}{more}."
+    if check == "error":
+        raise AdapterError(f'{message} Load the base that it was trained on, or pass `check_base="warn"`.')
+    warnings.warn(message, stacklevel=3)
+
+
+def _difference(path: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    shapes = [tuple(side.get("shape", ())) for side in (saved, here)]
+    if shapes[0] == shapes[1]:
+        return f"`{path}` has other values"
+    return f"`{path}` had the shape {shapes[0]}, not {shapes[1]}"

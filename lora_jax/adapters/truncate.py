@@ -6,18 +6,19 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..errors import ArgumentError
-from ..methods import LoRA, LoRAWeight
+from ..methods import LoRA, LoRAWeight, Method
 from ..methods.base import is_number
 from ..methods.lora.starts import FROM_WEIGHT
 from ..paths import flatten_with_paths, leaves_by_path
 from ..state import marked_leaves
+from ..types import Leaf, Params
 from ..weights import STACK, is_adapted, is_traced
 
 _FLOAT32_EPS = float(np.finfo(np.float32).eps)
@@ -27,10 +28,10 @@ class LowRankFit(NamedTuple):
     """How much of a weight's change `ΔW` its new factors hold.
 
     Attributes:
-        full_rank: of what was approximated: the rank of the factors before, or `min(in, out)`.
-        rank: of the new factors.
+        full_rank: Rank before: that of the old factors, or `min(in, out)`.
+        rank: Rank of the new factors.
         error: `‖ΔW − ΔW'‖ / ‖ΔW‖`, Frobenius norms; 0 where `ΔW` is zero. All members of a stack together.
-        energy: the kept share of `Σσ²`, which is `1 − error²`.
+        energy: Kept share of `Σσ²`, which is `1 − error²`.
     """
 
     full_rank: int
@@ -42,12 +43,12 @@ class LowRankFit(NamedTuple):
 class Truncated(NamedTuple):
     """From `truncate_lora`: the tree, its method, and one fit for each adapted weight."""
 
-    params: Any
+    params: Params
     method: LoRA
     fits: dict[str, LowRankFit]
 
 
-def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy: float | None = None) -> Truncated:
+def truncate_lora(params: Params, method: Method, *, rank: int | None = None, energy: float | None = None) -> Truncated:
     """The best LoRA of lower rank: for each adapted weight, the truncated SVD of `ΔW = scale · Aᵀ B`.
 
     With `QR` of both factors, `Aᵀ = Q_a R_a (in, r)` and `Bᵀ = Q_b R_b (out, r)`, the singular values of `ΔW` are those
@@ -56,10 +57,10 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
     old ones. It is computed in float64 on the host: factors are thin.
 
     Args:
-        params: an adapted tree.
-        method: the `LoRA` that labels it.
-        rank: the highest rank. A weight whose rank is no higher keeps its factors, bit for bit.
-        energy: the share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
+        params: Adapted tree.
+        method: `LoRA` that labels it.
+        rank: Highest rank. A weight whose rank is no higher keeps its factors, bit for bit.
+        energy: Share of `Σσ²` to keep, in `(0, 1]`: each weight gets the least rank that does, at most `rank` if
             that is given too. 1 keeps all that float32 can tell from rounding. In a stack each member keeps the share.
 
     Returns:
@@ -67,7 +68,7 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
         `alpha` leaves the scale as it was, so that training can go on at the same rates.
 
     Raises:
-        ValueError: neither `rank` nor `energy`, or one out of range; no factors, other factors than LoRA's, or values
+        ValueError: Neither `rank` nor `energy`, or one out of range; no factors, other factors than LoRA's, or values
             that are not finite, or complex ones; called under `jit`, where a rank can't depend on values.
 
     Example:
@@ -93,6 +94,7 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
     fits, replaced = {}, {}
     for path, node in nodes.items():
         _require_plain(path, node)
+        assert isinstance(node, LoRAWeight)
         # Of a start from the weight, what counts is the difference from it: one pair of twice the rank.
         replaced[path], fits[path] = _truncated(path, node.one_pair(), rank, energy)
     if method.init in FROM_WEIGHT:
@@ -104,16 +106,18 @@ def truncate_lora(params: Any, method: LoRA, *, rank: int | None = None, energy:
     return Truncated(new, relabelled(method, new, usual, alpha), fits)
 
 
-def check_wanted(rank: Any, energy: Any) -> None:
+def check_wanted(rank: int | None, energy: float | None) -> None:
     if rank is None and energy is None:
-        raise ArgumentError("say how much to keep: pass `rank`, or `energy` (the share of Σσ², such as 0.9), or both")
+        raise ArgumentError(
+            "Neither `rank` nor `energy` is given: pass `rank`, or `energy` (the share of Σσ², such as 0.9), or both."
+        )
     if rank is not None and not (is_number(rank, int) and rank >= 1):
-        raise ArgumentError(f"`rank` must be an integer of at least 1, got {rank!r}")
+        raise ArgumentError(f"`rank` must be a positive integer, got {rank!r}.")
     if energy is not None and not (is_number(energy, float) and 0 < energy <= 1):
-        raise ArgumentError(f"`energy` must be a share in (0, 1], got {energy!r}")
+        raise ArgumentError(f"`energy` must be a share in (0, 1], got {energy!r}.")
 
 
-def _require_plain(path: str, node: Any) -> None:
+def _require_plain(path: str, node: Leaf) -> None:
     if type(node) is not LoRAWeight:
         raise ArgumentError(f"`{path}` is a {type(node).__name__}, and only LoRA's factors can be given another rank")
     if any(array is None for array in (node.base, node.a, node.b)):
@@ -201,12 +205,12 @@ def most_frequent(ranks: Iterator[int]) -> int:
     return max(counts, key=lambda rank: (counts[rank], rank))
 
 
-def relabelled(method: LoRA, params: Any, rank: int, alpha: float) -> LoRA:
+def relabelled(method: LoRA, params: Params, rank: int, alpha: float) -> LoRA:
     """The method with this rank and alpha, and what differs from them in the tree as overrides."""
     plain = dataclasses.replace(method, rank=rank, alpha=alpha, rank_overrides={}, alpha_overrides={})
     return plain.resolved(marked_leaves(params))
 
 
-def rebuilt(params: Any, replaced: Mapping[str, Any]) -> Any:
+def rebuilt(params: Params, replaced: Mapping[str, Leaf]) -> Params:
     paths, leaves, treedef = flatten_with_paths(params)
     return jax.tree.unflatten(treedef, [replaced.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])

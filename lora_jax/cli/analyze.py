@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import add_base_argument
+from .options import add_base_flag
 
 if TYPE_CHECKING:
     from lora_jax.study.analysis.adapter_study import AdapterStudy
 
 NAME = "analyze"
+USAGE = ""
 HELP = "what training changed: which leaves and layers, along which directions"
 DESCRIPTION = """\
 Says which leaves and layers moved most, how much each kind of bias did, and, where there are factors, the singular
@@ -30,10 +31,10 @@ _MOST = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="a run's folder, an adapter's, or PEFT's")
-    parser.add_argument("--other", metavar="ADAPTER", help="another LoRA adapter of the same base")
-    parser.add_argument("--output", metavar="FOLDER", help="a new or empty folder for tables and figures")
-    add_base_argument(parser)
+    parser.add_argument("adapter", metavar="ADAPTER", help="Folder of a run, an adapter or a PEFT adapter.")
+    parser.add_argument("--other", metavar="ADAPTER", help="Another LoRA adapter of the same base.")
+    parser.add_argument("--output", metavar="FOLDER", help="New or empty folder for tables and figures.")
+    add_base_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,41 +6,43 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .options import add_base_arguments, add_data_arguments, add_loop_arguments, options_of
+from .options import BASE, COLUMNS, DATA, LOOP, add_run_flags, options_of
 
 if TYPE_CHECKING:
     from lora_jax.study import Comparison, Outcome
 
 NAME = "compare"
+USAGE = "--output FOLDER [--train DATA] [flags]"
 HELP = "find out which method suits a task"
 DESCRIPTION = """\
 Fine-tunes a base with several methods, at several budgets, learning rates and seeds, and reports quality, parameters,
 time, memory and latency, with the method to take.
 
 Learning rates are chosen on dev with the first seed. Without --dev a share of the training rows is held out; without
---train the shipped messages are used, as a demonstration. Every run is kept before the next begins: interrupted at
-any moment, the same command goes on."""
+--train the shipped messages are used, as a demonstration. Every run is saved before the next begins: if a
+comparison is interrupted, run the same command to resume it."""
 EPILOG = """\
 examples:
-  lora-jax compare --output study                                  the demonstration
-  lora-jax compare --train train.tsv --dev dev.tsv --test test.tsv --output study --minutes 30
-  lora-jax compare --train train.tsv --methods bitfit lora --ranks 1 8 64 --seeds 0 1 --output study
+  lora-jax compare --output study
+  lora-jax compare --train train.tsv --test test.tsv --output study --minutes 30
+  lora-jax compare --train train.tsv --methods bitfit lora --ranks 1 8 64 \\
+      --seeds 0 1 --output study
   lora-jax compare --train train.tsv --grid grid.yaml --output study
-  lora-jax compare --train train.tsv --test test.tsv --preset paper-lora-rank --output study
-  lora-jax compare --train train.tsv --test test.tsv --preset low-data --grid rows.yaml --output study
+  lora-jax compare --train train.tsv --preset paper-lora-rank --output study
+  lora-jax compare --train train.tsv --preset low-data --grid g.yaml --output s
 
-a grid file (x and train_rows: where an entry is on the preset's axis, and how many rows it learns from):
+a grid file (x is an entry's place on the preset's axis, train_rows its data):
   - {name: bitfit}
-  - {name: lora, rank: 4, targets: [query, value], lr: [5e-4, 2e-3], label: "LoRA, small", series: LoRA}
-  - {name: full, label: "full, 100 rows", series: full fine-tuning, train_rows: 100}
+  - {name: lora, rank: 4, targets: [query, value], lr: [5e-4, 2e-3]}
+  - {name: full, label: "full, 100 rows", series: full, train_rows: 100}
 
 in the output folder:
-  report.html      the whole of it, one file; report.md the same
+  report.html      the report in one file; report.md the same
   figures/         SVG and PNG
   tables/          CSV and Markdown
-  results.jsonl    one row a run, with all that repeats it
+  results.jsonl    one row per run, with everything needed to repeat it
   runs/            adapters of the chosen learning rates
-  data/            rows that were drawn: held-out dev, training slices"""
+  data/            sampled rows: held-out dev, training subsets"""
 
 PRESETS = (
     "paper-lora-targets",
@@ -55,45 +57,63 @@ _OWN += ("minutes", "retry_failed", "plan")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder, or that of the same comparison")
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML with options of all runs")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="Folder of the comparison: a new one, or the same to resume."
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file with options of all runs."
+    )
     grid = parser.add_argument_group("what is compared")
     grid.add_argument(
-        "--methods", nargs="+", metavar="NAME", help="of the default grid, or beyond it (default: its all)"
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="Methods to compare. Default: frozen, bitfit, lora and full, each at its usual budgets.",
     )
-    grid.add_argument("--ranks", nargs="+", type=int, metavar="R", help="in place of the grid's")
+    grid.add_argument("--ranks", nargs="+", type=int, metavar="R", help="Ranks of lora, in place of the grid's.")
     grid.add_argument(
-        "--rate-factors", nargs="+", type=float, metavar="F", help="of each method's default rate (default: 1 0.33 3)"
+        "--rate-factors",
+        nargs="+",
+        type=float,
+        metavar="F",
+        help="Multiples of each method's default learning rate. Default: 1 0.33 3.",
     )
     grid.add_argument(
         "--grid",
         metavar="FILE",
-        help="YAML with a list of methods and their options; with --preset, in place of its candidates",
+        help="YAML file with a list of methods and their options; with --preset, in place of its candidates.",
     )
     grid.add_argument(
         "--preset",
         choices=PRESETS,
         metavar="NAME",
-        help="an ablation of a paper, beside its figures: " + ", ".join(PRESETS),
+        help=f"Ablation of a paper, shown beside its figures. Choices: {', '.join(PRESETS)}.",
     )
-    grid.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    grid.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="Seeds. Default: 0 1 2.")
     grid.add_argument(
         "--minutes",
         type=float,
         metavar="M",
-        help="of training: a run starts only if it is predicted to end within them",
+        help="Minutes of training; a run starts only if it is predicted to end in time. Default: no limit.",
     )
-    grid.add_argument("--retry-failed", action="store_true", help="do runs again that have failed")
-    grid.add_argument("--plan", action="store_true", help="show the grid and stop")
+    grid.add_argument("--retry-failed", action="store_true", help="Repeat failed runs.")
+    grid.add_argument("--plan", action="store_true", help="Show the grid and stop.")
     rows = parser.add_argument_group("rows")
-    rows.add_argument("--train-rows", type=int, metavar="N", help="draw so many training rows, labels in proportion")
     rows.add_argument(
-        "--dev-share", type=float, default=0.2, metavar="P", help="held out where there is no --dev (default: 0.2)"
+        "--train-rows",
+        type=int,
+        metavar="N",
+        help="Number of training rows to sample, labels in proportion. Default: all.",
     )
-    rows.add_argument("--data-seed", type=int, default=0, metavar="N", help="of both draws (default: 0)")
-    add_data_arguments(parser)
-    add_base_arguments(parser.add_argument_group("base"))
-    add_loop_arguments(parser.add_argument_group("training"))
+    rows.add_argument(
+        "--dev-share",
+        type=float,
+        default=0.2,
+        metavar="P",
+        help="Share of the training rows that is held out without --dev. Default: 0.2.",
+    )
+    rows.add_argument("--data-seed", type=int, default=0, metavar="N", help="Seed of both samples. Default: 0.")
+    add_run_flags(parser, (*DATA, *COLUMNS, *BASE, *LOOP))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -139,11 +159,11 @@ def _settings(own: dict[str, Any], options: dict[str, Any]) -> Comparison:
 
 def _show_plan(settings: Comparison) -> None:
     from lora_jax.study.grid.plan import count_runs
-    from lora_jax.study.grid.settings import prepare
+    from lora_jax.study.grid.settings import prepare_comparison
 
     from .output import print_facts, print_table
 
-    checked = prepare(settings)
+    checked = prepare_comparison(settings)
     rows = [
         (
             candidate.label,

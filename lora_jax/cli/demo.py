@@ -1,4 +1,4 @@
-"""`lora-jax demo`: the whole of it in a few minutes, on the messages shipped with the package."""
+"""`lora-jax demo`: everything in a few minutes, on the messages shipped with the package."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from lora_jax.errors import ArgumentError
 
-from .options import add_base_argument
+from .options import add_base_flag
 
 if TYPE_CHECKING:
     from lora_jax.training import RunResult
 
 NAME = "demo"
+USAGE = ""
 HELP = "fine-tune, compare, merge and classify on the shipped messages"
 DESCRIPTION = """\
 On the shipped messages, labelled by what their writer does: fine-tunes with LoRA, shows the frozen base, BitFit and
@@ -31,10 +32,12 @@ SENTENCES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs/demo", metavar="FOLDER", help="for the runs (default: runs/demo)")
-    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="of each method (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    add_base_argument(parser)
+    parser.add_argument(
+        "--output", default="runs/demo", metavar="FOLDER", help="Folder of the runs. Default: runs/demo."
+    )
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="Epochs of each method. Default: 5.")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="Seed. Default: 0.")
+    add_base_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:

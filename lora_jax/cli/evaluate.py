@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .options import (
-    add_base_argument,
-    add_column_arguments,
-    add_generation_arguments,
+    add_base_flag,
+    add_column_flags,
+    add_generation_flags,
     generation_options,
     given_columns,
     refuse_generation,
@@ -31,32 +31,35 @@ if TYPE_CHECKING:
     Score = tuple[dict[str, Any], dict[str, float | None], Baseline | None]
 
 NAME = "eval"
+USAGE = "--adapter FOLDER --test DATA [flags]"
 HELP = "score an adapter on a data set"
 DESCRIPTION = """\
-Scores a saved adapter: on labelled texts with its metrics, a language model with its perplexity; with --generate also
-with BLEU and ROUGE-L of what it writes to each prompt. Rows that share a prompt are its references."""
+Scores a saved adapter: on labelled texts by the metrics of its task, a language model by its perplexity; with
+--generate also by BLEU and ROUGE-L of its completions. Rows that share a prompt are its references."""
 EPILOG = """\
 examples:
   lora-jax eval --adapter out --test test.tsv
   lora-jax eval --adapter out --test test.tsv --predictions predicted.jsonl
   lora-jax eval --adapter out --test owner/name@test --text sentence --json
-  lora-jax eval --adapter out --test test.jsonl --generate --num-beams 10 --predictions written.jsonl"""
+  lora-jax eval --adapter out --test test.jsonl --generate --num-beams 10"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
-    parser.add_argument("--test", required=True, metavar="DATA", help="a file or a hub data set, as for train")
-    add_column_arguments(parser)
-    add_base_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--generate", action="store_true", help="a language model: write, and score what is written")
-    parser.add_argument("--limit", type=int, metavar="N", help="write to the first N prompts only")
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="Folder of a run, or of its adapter.")
+    parser.add_argument("--test", required=True, metavar="DATA", help="Data to score on, a file or a hub data set.")
+    add_column_flags(parser)
+    add_base_flag(parser)
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    parser.add_argument(
+        "--generate", action="store_true", help="Generate completions with a language model, and score them."
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="Number of prompts to complete. Default: all.")
     parser.add_argument(
         "--predictions",
         metavar="FILE",
-        help="JSONL to write: each row's prediction, or what is written with --generate",
+        help="JSONL file to write: predictions, or completions with --generate.",
     )
-    add_generation_arguments(parser)
+    add_generation_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         return
     facts = {"rows": f"{counts['rows']:,}"} | score_facts("metrics", metrics, baseline)
     if counts["truncated"]:
-        facts["truncated"] = f"{counts['truncated']:,} texts cut at {counts['max_length']} tokens"
+        facts["truncated"] = f"{counts['truncated']:,} texts truncated to {counts['max_length']} tokens"
     if counts["skipped"]:
         facts["bad rows"] = f"{counts['skipped']:,} left out"
     if "prompts" in counts:
@@ -103,16 +106,17 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
         raise ConfigError(f"`generate` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
     if args.limit is not None:
         raise ConfigError(f"`limit` is for adapters of a causal-lm, and this one is of a {saved.task.kind}.")
+    assert isinstance(saved.task, LabelledTask)
     examples = read_examples(
         args.test,
         text=columns.text,
         text_pair=columns.text_pair,
         label=columns.label,
         split="test",
-        skip_bad_rows=hasattr(args, "skip_bad_rows"),
+        skip_bad_rows=getattr(args, "skip_bad_rows", False),
+        check_label=saved.task.target,
     )
-    assert isinstance(saved.task, LabelledTask)
-    targets = saved.task.encode(examples)  # an unknown label is told before the model is loaded
+    targets = saved.task.encode(examples)
     with WeightsProgress() as progress:
         predictor = load_predictor(
             args.adapter,
@@ -124,7 +128,7 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
         for note in special_text_note([*examples.texts, *(examples.pairs or ())], predictor.special_texts):
             print(f"note: {note}", file=sys.stderr)
     encoded = predictor.encode(examples.texts, examples.pairs)
-    counts = {"rows": encoded.rows, "truncated": encoded.truncated, "max_length": predictor.max_length}
+    counts = {"rows": encoded.num_sequences, "truncated": encoded.truncated, "max_length": predictor.max_length}
     counts |= {"skipped": examples.skipped}
     outputs = predictor.encoded_outputs(encoded)
     if args.predictions is not None:
@@ -163,7 +167,7 @@ def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns)
     from .weights_progress import WeightsProgress
 
     options = generation_options(args)
-    base, skip = getattr(args, "base", None), hasattr(args, "skip_bad_rows")
+    base, skip = getattr(args, "base", None), getattr(args, "skip_bad_rows", False)
     special = lj.models.read_special_tokens(base or saved.base)
     escaped = getattr(args, "escape_special_tokens", saved.escape_special_tokens)
     documents = read_documents(
@@ -172,7 +176,7 @@ def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns)
     for note in documents.notes:
         print(f"note: {note}", file=sys.stderr)
     if not args.generate and (args.predictions is not None or args.limit is not None):
-        raise ConfigError("`predictions` and `limit` are for what is written: pass `--generate` too.")
+        raise ConfigError("`predictions` and `limit` are for generated completions: pass `generate=True` too.")
     prompts = with_references(pairs_of(documents))[: args.limit] if args.generate else []
     with WeightsProgress() as progress:
         completer = load_completer(args.adapter, base=base, escape_special_tokens=escaped, progress=progress)

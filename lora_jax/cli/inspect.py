@@ -6,21 +6,25 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import TASKS, add_column_arguments, add_method_arguments, make_config
+from lora_jax.text import listed
+
+from .options import BASE, COLUMNS, add_run_flags, make_config
 
 if TYPE_CHECKING:
     from lora_jax.tools.inspect import AdapterReport, MethodReport, Tensor
     from lora_jax.tools.inspect_peft import PeftReport
 
 NAME = "inspect"
+USAGE = "[FOLDER] [flags]"
 HELP = "what a method would train, or what an adapter holds"
 DESCRIPTION = """\
-Without a folder: what a method would train on a base, its memory and its file, before any training.
-With a folder: the content of a saved adapter. Of one that PEFT wrote also whether lora_jax reads it, and if not, why;
-and what vLLM refuses in it."""
+Without a folder: what a method would train on a base model, its memory and the size of its file, before any training.
+
+With a folder: the content of a saved adapter. For a PEFT adapter also whether lora_jax can read it, and if not, why,
+and what vLLM would refuse."""
 EPILOG = """\
 examples:
-  lora-jax inspect                                     LoRA on every linear layer of the default base
+  lora-jax inspect
   lora-jax inspect --method bitfit --targets attention/query mlp/up
   lora-jax inspect --method lora --rank 4 --targets query value --train data.tsv
   lora-jax inspect out
@@ -29,20 +33,19 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     suppress = argparse.SUPPRESS
-    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="a run's folder, an adapter's, or PEFT's")
-    parser.add_argument("--adapter", metavar="FOLDER", help="the same")
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="Folder of a run, an adapter or a PEFT adapter.")
+    parser.add_argument("--adapter", metavar="FOLDER", help="The same.")
     parser.add_argument(
-        "--max-lora-rank", type=int, default=16, metavar="R", help="PEFT's: what vLLM is started with (default: 16)"
+        "--max-lora-rank",
+        type=int,
+        default=16,
+        metavar="R",
+        help="Largest rank that vLLM is started with. Default: 16.",
     )
-    parser.add_argument("--config", metavar="FILE", default=suppress, help="YAML with options of a run")
-    parser.add_argument("--train", metavar="DATA", default=suppress, help="data to count the labels of")
-    parser.add_argument("--num-labels", type=int, metavar="N", help="labels, where there is no --train (default: 2)")
-    parser.add_argument(
-        "--task", choices=TASKS, default=suppress, help="labels, numbers or the next token (default: classification)"
-    )
-    add_column_arguments(parser)
-    add_method_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--config", metavar="FILE", default=suppress, help="YAML file with options of a run.")
+    parser.add_argument("--num-labels", type=int, metavar="N", help="Number of labels, without --train. Default: 2.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    add_run_flags(parser, ("train", "task", *COLUMNS, *BASE, "method"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     own = ("folder", "adapter", "max_lora_rank", "num_labels", "json")
     folder, adapter, max_lora_rank, num_labels, as_json = (vars(args).pop(name) for name in own)
     if folder is not None and adapter is not None:
-        raise ConfigError(f"What to inspect is said twice: {folder} and --adapter {adapter}.")
+        raise ConfigError(f"Two folders to inspect are given: {folder} and `adapter` {adapter}.")
     if (folder := folder or adapter) is not None:
         kind = folder_kind(folder)
         if kind in ("delta", "model"):
@@ -132,7 +135,7 @@ def _show_adapter(report: AdapterReport) -> None:
 def _show_peft(report: PeftReport) -> None:
     from lora_jax.training.run.progress import format_bytes
 
-    from .output import format_some, print_facts
+    from .output import print_facts
 
     config = report.config
     # Said elsewhere here: how targets were chosen, by what they are. Or about the file, not the adapter.
@@ -143,10 +146,10 @@ def _show_peft(report: PeftReport) -> None:
         "base": str(config.get("base_model_name_or_path", "not said")),
         "task type": str(config.get("task_type", "not said")),
         "options": ", ".join(f"{name} {_option(value)}" for name, value in sorted(config.items()) if name not in known),
-        "targets": format_some([f"{t.name} × {t.modules} (rank {t.rank})" for t in report.targets], 16) or "none",
+        "targets": listed([f"{t.name} × {t.modules} (rank {t.rank})" for t in report.targets], 16) or "none",
     }
     if report.whole:
-        facts["in full"] = format_some(report.whole)
+        facts["in full"] = listed(report.whole)
     read = "yes, onto its base: `lora-jax convert --to lora_jax`"
     if report.refusal is not None:
         read = f"no: {report.refusal}"
@@ -161,11 +164,9 @@ def _show_peft(report: PeftReport) -> None:
 
 
 def _option(value: object) -> str:
-    from .output import format_some
-
     if isinstance(value, dict):
-        return f"({format_some([f'{key}: {item}' for key, item in value.items()], 3)})"
-    return f"({format_some(list(map(str, value)), 5)})" if isinstance(value, list) else str(value)
+        return f"({listed([f'{key}: {item}' for key, item in value.items()], 3)})"
+    return f"({listed(list(map(str, value)), 5)})" if isinstance(value, list) else str(value)
 
 
 def _show_tensors(tensors: list[Tensor]) -> None:

@@ -1,9 +1,10 @@
-"""`lora-jax COMMAND ...`: finds the command, and tells the user's mistakes in one line."""
+"""`lora-jax COMMAND ...`: finds the command; a mistake of the user's is one line, a defect a traceback."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -12,11 +13,27 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
 
+from ..errors import LoraJaxError
 from ..host_memory import keep_freed_memory
 from ..text import printable
 from . import analyze, compare, convert, demo, evaluate, inspect, merge, predict, train
+from .parser import CommandParser, HelpFormatter, flags_of, in_flags
 
+# Errors of the operating system that the user can fix.
+_USERS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 # What a command needs beyond the core comes with an extra; without it Python's own message would name one package.
 _EXTRAS = {
     "datasets",
@@ -34,16 +51,16 @@ _EXTRAS = {
 
 _EPILOG = """\
 examples:
-  lora-jax demo                                        see it all at once, on the shipped messages
+  lora-jax demo
   lora-jax train --train data.tsv --dev dev.tsv --output out
-  lora-jax predict --adapter out messages.txt          JSONL with label and probability
-  lora-jax merge --adapter out --output merged         a folder that transformers loads
-  lora-jax convert --adapter out --to peft --output p  for peft, transformers and vLLM
-  lora-jax inspect --method bitfit                     what would be trained, and its memory
-  lora-jax compare --train data.tsv --output study     which method suits the task
-  lora-jax analyze out --output figures                what training changed
+  lora-jax predict --adapter out messages.txt
+  lora-jax merge --adapter out --output merged
+  lora-jax convert --adapter out --to peft --output out_peft
+  lora-jax inspect --method bitfit
+  lora-jax compare --train data.tsv --output study
+  lora-jax analyze out --output figures
 
-`lora-jax COMMAND --help` says more."""
+`lora-jax COMMAND --help` explains a command and its flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,14 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     name = f"lora-jax {args.command}"
     try:
-        with contextlib.nullcontext() if args.traceback else _quiet_libraries():
+        with contextlib.nullcontext() if args.traceback else _one_line_each():
             args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # `lora-jax predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"{name}: interrupted. A run goes on from its last checkpoint with the same command.", file=sys.stderr)
+        print(
+            f"{name}: interrupted. Run the same command to resume a training run from its last checkpoint.",
+            file=sys.stderr,
+        )
         return 130
     except ModuleNotFoundError as error:
         if args.traceback or (error.name or "").partition(".")[0] not in _EXTRAS:
@@ -71,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {error.name} is not installed: pip install 'lora_jax[{extras}]'", file=sys.stderr)
         return 2
     except Exception as error:
-        if args.traceback or not _is_message(error):
+        if args.traceback or not _is_users(error):
             raise
-        print(f"{name}: error: {printable(error)}", file=sys.stderr)
+        print(f"{name}: error: {printable(in_flags(str(error), args.flags))}", file=sys.stderr)
         return 2
     return 0
 
@@ -86,18 +106,36 @@ def _write_utf8() -> None:
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """A failed save reaches the user as one line; Orbax's threads and its log would print pages beside it."""
+def _one_line_each() -> Iterator[None]:
+    """Warnings are one line each; and a failed save is one error, not also pages from Orbax's threads and its log."""
     logger = logging.getLogger("absl")
-    before = logger.level, threading.excepthook, sys.unraisablehook, warnings.formatwarning
-    logger.setLevel(logging.CRITICAL)
-    threading.excepthook = sys.unraisablehook = lambda args: None
-    warnings.formatwarning = _formatted_warning
+    before = threading.excepthook, sys.unraisablehook, warnings.formatwarning
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if not _is_orbax(args.exc_traceback):
+            before[0](args)
+
+    def unraisable(args: sys.UnraisableHookArgs) -> None:
+        if not _is_orbax(args.exc_traceback):
+            before[1](args)
+
+    threading.excepthook, sys.unraisablehook, warnings.formatwarning = of_thread, unraisable, _formatted_warning
+    logger.addFilter(_is_not_orbax)
     try:
         yield
     finally:
-        level, threading.excepthook, sys.unraisablehook, warnings.formatwarning = before
-        logger.setLevel(level)
+        threading.excepthook, sys.unraisablehook, warnings.formatwarning = before
+        logger.removeFilter(_is_not_orbax)
+
+
+def _is_orbax(trace: TracebackType | None) -> bool:
+    """Whether an exception was raised in Orbax or TensorStore: it reaches the command as a `CheckpointError` too."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(trace)]
+    return any(module.partition(".")[0] in ("orbax", "tensorstore") for module in modules)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
 
 
 def _formatted_warning(
@@ -109,11 +147,11 @@ def _formatted_warning(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="lora-jax",
-        description="Fine-tunes, uses and looks into parameter-efficient adapters.",
+        description="Trains, uses and inspects parameter-efficient adapters.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for module in (train, evaluate, predict, merge, convert, inspect, compare, analyze, demo):
@@ -122,17 +160,16 @@ def make_parser() -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.DESCRIPTION,
             epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         module.add_arguments(command)
-        command.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
-        command.set_defaults(run=module.run)
+        command.add_argument("--traceback", action="store_true", help="Show the traceback of an error.")
+        command.set_defaults(run=module.run, flags=flags_of(command))
+        if module.USAGE:
+            command.usage = f"lora-jax {module.NAME} {module.USAGE}"
     return parser
 
 
-def _is_message(error: Exception) -> bool:
-    """Whether lora_jax itself raised this, to tell the user something; what others raised is a defect to be seen."""
-    if not isinstance(error, (ValueError, TypeError, OSError)):
-        return False
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("lora_jax.")
+def _is_users(error: Exception) -> bool:
+    """Whether it tells the user what to fix; any other error is a defect, to be seen with its traceback."""
+    return isinstance(error, LoraJaxError) or (isinstance(error, OSError) and error.errno in _USERS)

@@ -5,30 +5,32 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_base_argument
+from .options import add_base_flag
 
 NAME = "merge"
-HELP = "fold an adapter into its base"
+USAGE = ""
+HELP = "merge an adapter into its base"
 DESCRIPTION = """\
-Folds an adapter into its base, W + (alpha/r) B A, and writes a Hugging Face folder: config.json, model.safetensors and
-the tokenizer. transformers loads it as it would any other, with the same logits. An adapter that PEFT wrote is merged
-as well, into the base that it names or the one of --base."""
+Merges an adapter into its base, W + (alpha/r) B A, and writes a Hugging Face folder: config.json, model.safetensors and
+the tokenizer. transformers loads it like any other model, with the same logits. A PEFT adapter is merged into the
+base that it names, or that of --base."""
 EPILOG = """\
 example:
-  lora-jax merge --adapter out --output merged
-  python -c "import transformers as t; t.AutoModelForSequenceClassification.from_pretrained('merged')\""""
+  lora-jax merge --adapter out --output merged"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, an adapter's, or PEFT's")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument(
+        "--adapter", required=True, metavar="FOLDER", help="Folder of a run, an adapter or a PEFT adapter."
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="New or empty folder.")
     parser.add_argument(
         "--max-shard-size",
         default="5GB",
         metavar="SIZE",
-        help="of a weights file; larger models are split (5GB)",
+        help="Largest size of a weight file; larger models are split. Default: 5GB.",
     )
-    add_base_argument(parser)
+    add_base_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:

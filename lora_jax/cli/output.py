@@ -83,11 +83,6 @@ def format_shape(shape: tuple[int, ...] | None) -> str:
     return "various" if shape is None else "×".join(map(str, shape))
 
 
-def format_some(names: Sequence[str], most: int = 8) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
 def print_json(report: Any) -> None:
     """A report as one JSON object on one line."""
     print(json.dumps(_plain(report)))

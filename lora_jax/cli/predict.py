@@ -14,9 +14,9 @@ from lora_jax.text import json_line
 
 from .arrivals import arriving_lines, chunks
 from .options import (
-    add_base_argument,
-    add_column_arguments,
-    add_generation_arguments,
+    add_base_flag,
+    add_column_flags,
+    add_generation_flags,
     generation_options,
     given_columns,
     refuse_generation,
@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     Load = Callable[[Progress], Answer]
 
 NAME = "predict"
+USAGE = "--adapter FOLDER [flags] [FILE]"
 HELP = "label texts, or continue prompts, from lines, JSONL or a data file"
 DESCRIPTION = """\
 Labels texts; writes one JSON object a line, in the order of the input:
 {"text": ..., "label": ..., "probability": ...}. With an adapter of a language model, continues prompts:
-{"prompt": ..., "completion": ...}. Of standard input, what has arrived is answered when no more is there for the
-moment, so it may stay open.
+{"prompt": ..., "completion": ...}. Lines of standard input are answered as they
+arrive, so it may stay open.
 
 The input has one text a line (blank lines are left out); one JSON object a line where it ends in .jsonl or with
 --jsonl, whose other fields are passed through (its own `label` as `given_label`); or columns where it ends in .tsv,
@@ -51,19 +52,19 @@ examples:
   echo "where is my order?" | lora-jax predict --adapter out
   lora-jax predict --adapter out --text sentence data.jsonl > labelled.jsonl
   lora-jax predict --adapter out prompts.txt --max-new-tokens 60 --num-beams 4
-  lora-jax predict --adapter out prompts.txt --temperature 0.8 --top-p 0.95 --seed 1"""
+  lora-jax predict --adapter out prompts.txt --temperature 0.8 --top-p 0.9"""
 
 _CHUNK = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", nargs="?", default="-", metavar="FILE", help="texts; - (default) is standard input")
-    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="a run's folder, or the adapter in it")
-    parser.add_argument("--jsonl", action="store_true", help="standard input is JSONL")
-    parser.add_argument("--all", action="store_true", help="add the probability of every label")
-    add_column_arguments(parser)
-    add_base_argument(parser)
-    add_generation_arguments(parser)
+    parser.add_argument("input", nargs="?", default="-", metavar="FILE", help="Texts; - is standard input. Default: -.")
+    parser.add_argument("--adapter", required=True, metavar="FOLDER", help="Folder of a run, or of its adapter.")
+    parser.add_argument("--jsonl", action="store_true", help="Read standard input as JSONL.")
+    parser.add_argument("--all", action="store_true", help="Add the probability of every label.")
+    add_column_flags(parser)
+    add_base_flag(parser)
+    add_generation_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -105,7 +106,7 @@ class _Left:
         if self.rows is not None:
             yield self.rows
         if self.cut:
-            yield f"{self.cut:,} texts cut at {self.max_length} tokens"
+            yield f"{self.cut:,} texts truncated to {self.max_length} tokens"
 
 
 def _label(
@@ -225,7 +226,7 @@ def _rows(
     from lora_jax.training.data.sources import SUFFIXES, read_examples
     from lora_jax.training.errors import DataError
 
-    suffix, skip = Path(args.input).suffix.lower(), hasattr(args, "skip_bad_rows")
+    suffix, skip = Path(args.input).suffix.lower(), getattr(args, "skip_bad_rows", False)
     if suffix in SUFFIXES and suffix != ".jsonl":
         examples = read_examples(args.input, text=text, text_pair=pair, skip_bad_rows=skip)
         left.rows = examples.left_out
@@ -237,8 +238,8 @@ def _rows(
         raise DataError(f"This adapter takes pairs: give JSONL with the fields '{text}' and '{pair}'.")
     kinds = (str, list) if conversations else (str,)
     if args.input == "-":
-        lines = arriving_lines(sys.stdin.buffer)
-        yield from _parsed(lines, "standard input", as_json, text, pair, kinds, left if skip else None)
+        stream = arriving_lines(sys.stdin.buffer)
+        yield from _parsed(stream, "standard input", as_json, text, pair, kinds, left if skip else None)
         return
     if not Path(args.input).is_file():
         raise DataError(f"{args.input} doesn't exist or is no file.")
@@ -247,7 +248,7 @@ def _rows(
 
 
 def _parsed(
-    lines: Iterable[bytes | None],
+    stream: Iterable[bytes | None],
     name: str,
     as_json: bool,
     text: str,
@@ -260,24 +261,26 @@ def _parsed(
     Bad ones are told of in `left`, or refused where that is `None`.
     """
     from lora_jax.training.data.documents import check_messages
+    from lora_jax.training.data.file_formats import read_lines
     from lora_jax.training.data.table import BadRows
     from lora_jax.training.errors import DataError
 
-    bad, count, number = BadRows(name, skip=True), 0, 0
-    for raw in lines:
-        if raw is None:
+    bad, count = BadRows(name, skip=True), 0
+    for line in read_lines(stream, name):
+        if line is None:
             yield None
             continue
-        number += 1
         try:
-            where = f"{name}, line {number}"
-            row = _parse(raw, number, where, as_json, text, pair, kinds)
+            where = f"{name}, line {line.number}"
+            if line.fault is not None:
+                raise DataError(f"{where} {line.fault}.")
+            row = _parse(line.text.strip(), where, as_json, text, pair, kinds)
             if row and isinstance(row[text], list):
                 check_messages(row[text], f"{where}: field '{text}'")
         except DataError as error:
             if left is None:
                 raise
-            bad.add(number, str(error).removeprefix(f"{name}, "))
+            bad.add(line.number, str(error).removeprefix(f"{name}, "))
             row = {}
         if row is not None:
             count += 1
@@ -287,17 +290,12 @@ def _parsed(
         left.rows = bad.describe(count)
 
 
-def _parse(
-    raw: bytes, number: int, where: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]
-) -> Row | None:
+def _parse(line: str, where: str, as_json: bool, text: str, pair: str | None, kinds: tuple[type, ...]) -> Row | None:
+    from lora_jax.text import listed
     from lora_jax.training.data.json_lines import check_writable, parse_object
-    from lora_jax.training.data.table import shown, some_names
+    from lora_jax.training.data.table import short_repr
     from lora_jax.training.errors import DataError
 
-    try:
-        line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 (byte {error.start + 1}): save the file as UTF-8.") from None
     if not line:
         return None
     row = parse_object(line, where) if as_json else {text: line}
@@ -306,8 +304,8 @@ def _parse(
     for column in (text, pair):
         if column is not None and not isinstance(row.get(column), kinds):
             raise DataError(
-                f"{where}: field '{column}' holds {shown(row.get(column))}, and a text is expected. The fields are "
-                f"{some_names(list(row))}; choose with `--text`, `--text-pair`, `--prompt` or `--messages`."
+                f"{where}: field '{column}' must be a text, got {short_repr(row.get(column))}. The fields are "
+                f"{listed(list(row), 20)}; choose with `text`, `text_pair`, `prompt` or `messages`."
             )
     return row
 

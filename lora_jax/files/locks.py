@@ -1,6 +1,6 @@
-"""Locks between processes, and between threads: held through the system, which lets go when a process ends, however.
+"""Locks between processes and threads, held through the operating system, which releases them when a process ends.
 
-So what a kill leaves is a file that holds nobody up. Where there are no such locks (Windows, some network file systems,
+So the file that a kill leaves behind blocks nobody. Where there are no such locks (Windows, some network file systems,
 a folder that can't be written) nothing is locked, and nothing is refused for that.
 """
 
@@ -15,29 +15,32 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import LoraJaxError
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-_LONGEST_WAIT = 0.02  # seconds between two looks at a lock that another holds
-_LARGEST = 1000  # bytes that are read of what a lock file says
+_LONGEST_WAIT = 0.02  # seconds between two attempts
+_LARGEST = 1000  # bytes to read of a lock file
+_YOUNG = 60.0  # seconds in which a new file may not have been marked yet
 
 
-class BusyError(Exception):
-    """Another holds the lock; the message says who."""
+class BusyError(LoraJaxError):
+    """Another process or thread holds the lock; the message says which."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
-    """Holds the lock file `path`, made and removed here, which says who holds it.
+    """Holds a lock file for the block, which is made and removed here and says who holds it.
 
     Args:
         path: The lock file, in a folder that exists.
         seconds: Time to wait for another holder.
 
     Yields:
-        Whether the lock is held; `False` where there is none to be had.
+        Whether the lock is held; `False` where the system has no locks.
 
     Raises:
         BusyError: Another process or thread holds it.
@@ -50,7 +53,7 @@ def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
         yield True
     finally:
         try:
-            # While it is held: whoever opened the file before finds that it is gone, and makes another.
+            # While it is held: whoever opened the file before finds it gone, and makes another.
             path.unlink(missing_ok=True)
         except OSError:
             pass
@@ -64,7 +67,7 @@ def _acquire(path: Path, deadline: float) -> int | None:
     wait = 0.001
     while True:
         try:
-            # Not through a link, since it is written to.
+            # Not through a link, since the file is written to.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError:
             return None
@@ -84,7 +87,7 @@ def _acquire(path: Path, deadline: float) -> int | None:
         if _is_file(descriptor, path):
             _sign(descriptor)
             return descriptor
-        os.close(descriptor)  # of a holder that has let go since, and removed it
+        os.close(descriptor)  # its holder has released and removed it since
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
@@ -97,7 +100,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
 def _sign(descriptor: int) -> None:
     since = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     text = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since})
-    with contextlib.suppress(OSError):  # a full disk: the lock holds without
+    with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
 
@@ -116,7 +119,7 @@ def _holder(descriptor: int) -> str:
 
 @contextlib.contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """Marks a file for the block, so that `is_abandoned` can tell it from what a killed process left."""
+    """Marks a file as in use for the block, so that `is_abandoned` can tell it from one that a killed process left."""
     descriptor = None
     if fcntl is not None:
         with contextlib.suppress(OSError):
@@ -130,12 +133,12 @@ def in_use(path: Path) -> Iterator[None]:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether a file that was made to be marked by `in_use` is in nobody's use; `False` where that can't be told."""
+    """Whether nobody marks a file by `in_use` any more; `False` where that can't be told."""
     if fcntl is None:
         return False
     try:
         if time.time() - path.stat(follow_symlinks=False).st_mtime < _YOUNG:
-            return False  # it may have been made, and not yet been marked
+            return False
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
@@ -146,6 +149,3 @@ def is_abandoned(path: Path) -> bool:
         return False
     finally:
         os.close(descriptor)
-
-
-_YOUNG = 60.0  # seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -16,29 +16,30 @@ from lora_jax.training.config import check_seed
 from lora_jax.training.data.batching import plan_in_order
 from lora_jax.training.data.buckets import choose_buckets
 from lora_jax.training.data.documents import Documents, Format, format_of
-from lora_jax.training.data.language import leading_tokens, missing_start, token_rows
+from lora_jax.training.data.language import leading_tokens, missing_start, token_sequences
 from lora_jax.training.data.special_text import encode_texts, escape
-from lora_jax.training.data.token_rows import TokenRows
+from lora_jax.training.data.token_sequences import TokenSequences
 from lora_jax.training.errors import ConfigError, DataError, TrainingError
 from lora_jax.training.examples import Columns
 from lora_jax.training.run.evaluate import check_outputs, make_forward, predict_outputs
 from lora_jax.training.task import CausalLM
+from lora_jax.types import Params
 
-from .classify import load_adapter
+from .classify import load_run_adapter
 
 if TYPE_CHECKING:
     import tokenizers
 
-_BUCKETS = 4  # lengths that prompts are padded to: one compiled program each
+_BUCKETS = 4  # most lengths that prompts are padded to, with one compiled program each
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How a text is continued, see `lj.models.generate`.
+    """How a text is continued; see `lj.models.generate` for the other options.
 
     Attributes:
-        batch_size: prompts at once.
-        seed: of the drawing; what is drawn depends on the batch that a prompt is in.
+        batch_size: Number of prompts per batch.
+        seed: Seed of sampling. The samples also depend on the batch that a prompt is in.
     """
 
     max_new_tokens: int = 128
@@ -54,17 +55,17 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("batch_size", 1)):
             if type(value := getattr(self, name)) is not int or value < least:
-                raise ConfigError(f"`{name}` is {value!r}, and a whole number of at least {least} is expected.")
+                raise ConfigError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
         check_seed("seed", self.seed)
 
 
 class Completion(NamedTuple):
-    """What was written.
+    """A generated text.
 
     Attributes:
-        text: without special tokens.
-        tokens: how many, the end-of-text included.
-        ended: whether the model ended the text, or `max_new_tokens` did.
+        text: The text, without special tokens.
+        tokens: Number of tokens, including the end-of-text token.
+        ended: Whether the model ended the text, rather than `max_new_tokens`.
     """
 
     text: str
@@ -76,18 +77,19 @@ class Completer:
     """A decoder with its parameters and tokenizer.
 
     Args:
-        model: the decoder.
-        params: its parameters, adapted or merged.
-        tokenizer, special: of the base.
-        max_length: the most tokens of a row that is scored.
-        columns: that it was trained on.
-        escape_special_tokens: Whether special tokens that a prompt spells out are plain text.
+        model: The decoder.
+        params: Parameters, adapted or merged.
+        tokenizer: The base's tokenizer.
+        special: The base's special tokens.
+        max_length: Most tokens of a sequence that is scored.
+        columns: Columns that it was trained on.
+        escape_special_tokens: Whether special tokens spelled out in a prompt are plain text.
     """
 
     def __init__(
         self,
         model: lj.models.Model,
-        params: Any,
+        params: Params,
         *,
         tokenizer: tokenizers.Tokenizer,
         special: lj.models.SpecialTokens,
@@ -101,15 +103,15 @@ class Completer:
         self.columns = columns
         self.escape_special_tokens = escape_special_tokens
         self._config, self._tokenizer = model.config, tokenizer
-        # Made once: another function would be compiled anew.
+        # Made once, since JAX compiles each new function again.
         self._apply = lj.adapt(model.apply)
         self._forward = make_forward(self._apply, CausalLM())
 
-    def evaluate(self, documents: Documents) -> tuple[TokenRows, dict[str, float | None]]:
-        """The metrics of texts, see `language_metrics`, and their rows, for what was cut."""
-        rows = token_rows(documents, self._tokenizer, self.special, self.max_length, packing=True)
-        outputs = predict_outputs(self._forward, self.params, rows, buckets=(self.max_length,))
-        return rows, CausalLM().measure(check_outputs(outputs), rows.targets)
+    def evaluate(self, documents: Documents) -> tuple[TokenSequences, dict[str, float | None]]:
+        """The token sequences of texts (which count what was truncated) and their metrics, see `language_metrics`."""
+        sequences = token_sequences(documents, self._tokenizer, self.special, self.max_length, packing=True)
+        outputs = predict_outputs(self._forward, self.params, sequences, buckets=(self.max_length,))
+        return sequences, CausalLM().measure(check_outputs(outputs), sequences.targets)
 
     def complete(
         self, prompts: Sequence[str], options: GenerationOptions | None = None, *, form: Format | None = None
@@ -117,13 +119,14 @@ class Completer:
         """Continues prompts, in order.
 
         Args:
-            prompts: texts as they stood before the completion in training, separator included; rendered conversations.
-            options: how.
-            form: what the prompts are; as in training if `None`. Special tokens go before all but conversations.
+            prompts: Texts as they preceded the completion in training, including the separator; or rendered
+                conversations.
+            options: How they are continued.
+            form: Format of the prompts; that of training if `None`. Special tokens go before all but conversations.
 
         Raises:
-            DataError: a prompt that leaves no room within the model's positions.
-            ValueError: options that don't go together, see `lj.models.generate`.
+            DataError: A prompt leaves no room within the model's positions.
+            ValueError: The options contradict each other, see `lj.models.generate`.
         """
         options = options or GenerationOptions()
         if not prompts:
@@ -135,7 +138,7 @@ class Completer:
             raise DataError(
                 f"prompt {int(lengths.argmax()) + 1} has {longest:,} tokens, which with `max_new_tokens` "
                 f"{options.max_new_tokens:,} is more than the model's {self._config.max_length:,} positions. Shorten "
-                "it, or ask for less."
+                "the prompt, or reduce `max_new_tokens`."
             )
         settings = {name: value for name, value in asdict(options).items() if name not in ("batch_size", "seed")}
         buckets = choose_buckets(lengths, count=_BUCKETS, max_length=room)
@@ -143,13 +146,13 @@ class Completer:
         plans = plan_in_order(lengths, buckets, batch_size=options.batch_size)
         for number, plan in enumerate(plans):
             batch, mask = np.zeros((2, options.batch_size, plan.length), np.int32)
-            for place, row in enumerate(np.resize(plan.rows, options.batch_size)):
+            for place, row in enumerate(np.resize(plan.indices, options.batch_size)):
                 batch[place, : lengths[row]], mask[place, : lengths[row]] = ids[row], 1
             key = jax.random.fold_in(jax.random.key(options.seed), number) if options.temperature else None
             generated = lj.models.generate(
                 self._apply, self.params, batch, mask, eos_token_id=self.special.stops, key=key, **settings
             )
-            for row, tokens, length in zip(plan.rows, *map(np.asarray, generated), strict=False):
+            for row, tokens, length in zip(plan.indices, *map(np.asarray, generated), strict=False):
                 completions[row] = self._completion(tokens[:length].tolist())
         return [completion for completion in completions if completion is not None]
 
@@ -162,15 +165,15 @@ class Completer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         begin = leading_tokens(self._tokenizer) if form != "chat" else []
-        if self.escape_special_tokens and form != "chat":  # a rendered conversation has control tokens of its own
+        if self.escape_special_tokens and form != "chat":  # a rendered conversation has its own control tokens
             prompts = [escape(prompt, self.special.added) for prompt in prompts]
         ids = [missing_start(begin, ids) + ids for ids, _ in encode_texts(self._tokenizer, prompts)]
         if empty := [row for row, tokens in enumerate(ids, start=1) if not tokens]:
-            raise DataError(f"prompt {empty[0]} is empty: one token at least is needed to go on from.")
+            raise DataError(f"prompt {empty[0]} is empty: generation needs at least one token.")
         return ids
 
     def _room(self, options: GenerationOptions) -> int:
-        """The most tokens of a prompt. Rotary positions go on beyond those that a model was trained with."""
+        """The most tokens of a prompt. Rotary positions have no limit of their own."""
         if not self._config.bounded_positions:
             return 1 << 20
         return self._config.max_length - options.max_new_tokens + 1
@@ -183,20 +186,20 @@ def load_completer(
     escape_special_tokens: bool | None = None,
     progress: lj.models.Progress | None = None,
 ) -> Completer:
-    """The adapter of a language model's run, ready to score and to write.
+    """Loads the adapter of a language model's run for scoring and generation.
 
     Args:
-        folder, base, progress: As for `load_adapter`.
-        escape_special_tokens: See `Completer`; as in training if `None`.
+        folder, base, progress: See `load_run_adapter`.
+        escape_special_tokens: See `Completer`; the setting of the training run if `None`.
 
     Example:
         completer = load_completer("out")
         completer.complete(["name[Blue Spice], eatType[pub]\\n"])[0].text
     """
-    loaded = load_adapter(folder, base=base, progress=progress)
+    loaded = load_run_adapter(folder, base=base, progress=progress)
     saved = loaded.task_file
     if saved.task.kind != "causal-lm":
-        raise TrainingError(f"`adapter` {folder} is of a {saved.task.kind}: `load_predictor` is for it.")
+        raise TrainingError(f"`adapter` {folder} was trained for {saved.task.kind}: use `load_predictor`.")
     return Completer(
         loaded.model,
         loaded.params,

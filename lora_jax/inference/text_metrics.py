@@ -1,4 +1,4 @@
-"""BLEU and ROUGE-L of written texts, by sacrebleu and rouge-score."""
+"""BLEU and ROUGE-L of generated texts, by sacrebleu and rouge-score."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lora_jax.training.errors import TrainingError
 
 
 class Referenced(NamedTuple):
-    """A prompt, and all that may follow it."""
+    """A prompt and its reference completions."""
 
     prompt: str
     references: list[str]
 
 
 def with_references(pairs: Sequence[Pair]) -> list[Referenced]:
-    """Rows that share a prompt are one, with several references; in the order of their first rows."""
+    """Joins pairs that share a prompt into one with several references, in the order of first appearance."""
     found: dict[str, list[str]] = {}
     for pair in pairs:
         found.setdefault(pair.prompt, []).append(pair.completion)
@@ -33,8 +33,8 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
     the longest common subsequence, without stems, the best of a text's references.
 
     Args:
-        texts: what was written.
-        references: of each text, one or more.
+        texts: Generated texts.
+        references: One or more references for each text.
 
     Raises:
         TrainingError: sacrebleu or rouge-score isn't installed.
@@ -43,8 +43,8 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
         >>> text_metrics(["the cat sat on the mat"], [["a cat sat on the mat", "the cat sat down"]])["rouge_l"]
         83.33333333333334
 
-    **Deviations.** The scripts of the E2E challenge tokenize in another way, and their ROUGE-L weighs recall more
-    (β = 1.2); so figures are near theirs and not equal.
+    **Deviations.** The scripts of the E2E challenge tokenize differently, and their ROUGE-L weighs recall more
+    (β = 1.2), so the figures are close to theirs but not equal.
     """
     try:
         import sacrebleu

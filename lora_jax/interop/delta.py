@@ -1,21 +1,19 @@
-"""Delta files: the leaves that training changed, under Hugging Face names. What BitFit exchanges."""
+"""Delta files: the leaves that training changed, under Hugging Face names. The exchange format for BitFit."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..adapters import AdapterError, require_held
+from ..adapters import AdapterError, require_dtypes
 from ..adapters.changes import changed_leaves
-from ..adapters.fingerprint import differences, fingerprint
-from ..errors import ArgumentError
+from ..adapters.fingerprint import CheckBase, check_fingerprint, fingerprint, require_check_base
 from ..files import (
     TensorInfo,
     read_json,
@@ -31,22 +29,26 @@ from ..files import (
     write_safetensors,
 )
 from ..paths import flatten_with_paths, leaves_by_path, nearest
+from ..types import Leaf, Params, Uses
 from ..weights import is_adapted, placement
 from .layout import leaf_layout
-from .module_names import Names, NameTable, kind
+from .module_names import ModuleTable, Names, kind
 
 DESCRIPTION, TENSORS = "lora_jax_delta.json", "delta.safetensors"
 FORMAT, VERSION = "lora_jax delta", 1
 
+# Its entries are checked as far as they are used; what they hold is JSON.
+Description = dict[str, Any]
+
 
 def export_delta(
     folder: str | os.PathLike[str],
-    params: Any,
-    base_params: Any,
+    params: Params,
+    base_params: Params,
     *,
     names: Names,
     base_name: str | None = None,
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
     absent: Collection[str] = (),
 ) -> Path:
@@ -57,23 +59,23 @@ def export_delta(
     that applying them is exact) and `lora_jax_delta.json` (shapes, checksum, a fingerprint of the values replaced).
 
     Args:
-        folder: made if it doesn't exist.
-        params: the trained tree, of plain arrays: BitFit's, or `lj.merge_params` of another.
-        base_params: the base, in the same structure.
-        names: `{leaf path: Hugging Face module}`; what has changed must be in it.
-        base_name: a name of the base, to be kept in the description.
-        uses: from `trace_weights`, if weights of more than two axes, or stored `(out, in)`, have changed.
-        fan_in_fan_out: modules that store a weight as `(in, out)` there, see `export_peft`.
-        absent: leaves that the base as others have it lacks, such as a head that was drawn: written whether they have
+        folder: Folder to write to; made if it doesn't exist.
+        params: Trained tree of plain arrays: BitFit's, or the result of `lj.merge_params`.
+        base_params: Base parameters, in the same structure.
+        names: `{leaf path: Hugging Face module}`; every leaf that has changed must be in it.
+        base_name: Name of the base for the description.
+        uses: Result of `trace_weights`, needed if weights of more than two axes, or stored `(out, in)`, have changed.
+        fan_in_fan_out: Modules that store a weight as `(in, out)` there, see `export_peft`.
+        absent: Leaves that the base as others have it lacks, such as a head that was drawn: written whether they have
             changed or not, and what they replace isn't held against anything.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: the trees differ in structure or shapes, or in nothing; an adapted weight; a changed leaf has no
+        AdapterError: The trees differ in structure or shapes, or in nothing; an adapted weight; a changed leaf has no
             name, values that are not finite, or a layout there that isn't told (see `fan_in_fan_out`).
-        FileError: the files cannot be written.
+        FileError: The files cannot be written.
 
     Example:
         >>> import lora_jax as lj, tempfile
@@ -89,11 +91,13 @@ def export_delta(
     """
     try:
         changed = changed_leaves(params, base_params)
+    except TypeError:
+        raise
     except ValueError as error:
         raise AdapterError(str(error)) from None
     leaves, before = leaves_by_path(params), leaves_by_path(base_params)
     changed = [path for path in leaves if path in {*changed, *absent}]
-    table = NameTable(names, leaves, fan_in_fan_out)
+    table = ModuleTable(names, leaves, fan_in_fan_out)
     if not changed:
         raise AdapterError("`params` and `base_params` are equal: there is nothing to write")
     tensors, replaced, tied = {}, {}, {}
@@ -130,13 +134,13 @@ def export_delta(
 
 def apply_delta(
     folder: str | os.PathLike[str],
-    target: Any,
+    target: Params,
     *,
     names: Names | None = None,
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
-    check_base: Literal["error", "warn", "ignore"] = "error",
-) -> Any:
+    check_base: CheckBase = "error",
+) -> Params:
     """Puts a delta's values in place of a base's, in a tree of ours or in a mapping of Hugging Face names.
 
     With `names`, `target` is a parameter tree. Without, it is a flat mapping from Hugging Face names to arrays, NumPy's
@@ -145,26 +149,25 @@ def apply_delta(
     `model.load_state_dict({name: torch.as_tensor(value) for name, value in result.items()})`.
 
     Args:
-        folder: written by `export_delta`.
-        target: the base.
+        folder: Folder that `export_delta` wrote.
+        target: Base parameters.
         names: `{leaf path: Hugging Face module}` for a tree; `None` for a mapping of Hugging Face names.
-        uses, fan_in_fan_out: as they were given to `export_delta`; for a tree only.
-        check_base: what to do when the values to be replaced are not those that were: `"error"`, `"warn"` or
+        uses, fan_in_fan_out: Same as for `export_delta`; only for a tree.
+        check_base: Reaction to replaced values that differ from those of the export: `"error"`, `"warn"` or
             `"ignore"`. Names and shapes must fit in any case.
 
     Returns:
         A new tree, or a new dict, in which the changed entries are new and all others the same objects.
 
     Raises:
-        AdapterError: another base; a tensor without a place here, misshapen, not finite, or (for a tree) float64 where
+        AdapterError: Another base; a tensor without a place here, misshapen, not finite, or (for a tree) float64 where
             JAX has no 64-bit numbers; a description that this version cannot read.
-        FileError: a file is missing, truncated or corrupt, or leads out of the folder.
+        FileError: A file is missing, truncated or corrupt, or leads out of the folder.
 
     Example:
         See `export_delta`.
     """
-    if check_base not in ("error", "warn", "ignore"):
-        raise ArgumentError(f'`check_base` must be "error", "warn" or "ignore", got {check_base!r}')
+    require_check_base(check_base)
     folder = Path(folder)
     description, header, tensors = read_together(folder, (TENSORS, DESCRIPTION), lambda: _read(folder))
     if names is None:
@@ -173,13 +176,13 @@ def apply_delta(
                 f"`target` is a {type(target).__name__}: pass a mapping of Hugging Face names, or a tree with `names`"
             )
         places = {name: (name, None) for name in header}
-        here: Mapping[str, Any] = target
+        here: Mapping[str, Leaf] = target
     else:
         here = leaves_by_path(target)
         adapted = [path for path, leaf in here.items() if is_adapted(leaf)]
         if adapted:
             raise AdapterError(f"`target` has factors, at {', '.join(adapted[:5])}: pass the base, `lj.detach(params)`")
-        table = NameTable(names, here, fan_in_fan_out)
+        table = ModuleTable(names, here, fan_in_fan_out)
         places = {}
         for name, info in header.items():
             module, _, part = name.rpartition(".")
@@ -211,24 +214,26 @@ def apply_delta(
         if check_base != "ignore":
             replaced[name] = _array(name, here[place]) if layout is None else layout.export(here[place])
     if check_base != "ignore":
-        _check_base(folder, description, replaced, check_base)
+        entries = {name: entry for name, entry in description["tensors"].items() if entry.get("base") is not None}
+        saved = {name: {"shape": entry["shape"], "sample": entry["base"]} for name, entry in entries.items()}
+        check_fingerprint(folder, saved, fingerprint({name: replaced[name] for name in saved}), check_base)
 
     without_checksum(description, folder / DESCRIPTION)  # after all that can say more of what is wrong
     if names is None:
         listed = description["tensors"]
         tied = {other: tensors[name] for name in tensors for other in _names(listed[name].get("tied")) if other in here}
         return {**here, **tensors, **tied}
-    require_held(tensors, folder)
+    require_dtypes(tensors, folder)
     new = {path: _leaf(layout.restore(tensors[name]), here[path]) for name, (path, layout) in places.items() if layout}
     _, _, treedef = flatten_with_paths(target)
     return jax.tree.unflatten(treedef, [new.get(path, leaf) for path, leaf in here.items()])
 
 
-def _names(value: Any) -> list[str]:
+def _names(value: object) -> list[str]:
     return [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
 
 
-def _array(name: str, value: Any) -> np.ndarray:
+def _array(name: str, value: Leaf) -> np.ndarray:
     try:
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:  # a bfloat16 tensor of PyTorch, or one on a GPU
@@ -238,7 +243,7 @@ def _array(name: str, value: Any) -> np.ndarray:
         ) from None
 
 
-def _leaf(array: np.ndarray, base: Any) -> jax.Array:
+def _leaf(array: np.ndarray, base: Leaf) -> jax.Array:
     sharding = placement(base)
     # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
     new = jnp.array(array, copy=True)
@@ -255,7 +260,7 @@ def _require_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
         raise AdapterError(f"{what}: NaN or infinity in {', '.join(broken[:5])}")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str, np.ndarray]]:
+def _read(folder: Path) -> tuple[Description, dict[str, TensorInfo], dict[str, np.ndarray]]:
     description, header = _read_description(folder)
     tensors = read_safetensors(folder / TENSORS, header)
     _require_finite(tensors, f"{folder / TENSORS} is not usable")
@@ -264,7 +269,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo], dict[str
     return description, header, tensors
 
 
-def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _read_description(folder: Path) -> tuple[Description, dict[str, TensorInfo]]:
     path = within_folder(folder, DESCRIPTION)
     description = read_json(path)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -288,19 +293,3 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInf
                 f"{entry.get('dtype')!r:.50} {entry.get('shape')!r:.50}: copy both files again"
             )
     return description, header
-
-
-def _check_base(folder: Path, description: Mapping[str, Any], replaced: Mapping[str, Any], check: str) -> None:
-    saved = {
-        name: {"shape": entry["shape"], "sample": entry["base"]}
-        for name, entry in description["tensors"].items()
-        if entry.get("base") is not None
-    }
-    found = differences(saved, fingerprint({name: array for name, array in replaced.items() if name in saved}))
-    if not found:
-        return
-    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-    message = f"{folder} was made on another base: {'; '.join(found[:5])}{more}"
-    if check == "error":
-        raise AdapterError(f'{message}. Load the base that it was trained on, or pass `check_base="warn"`')
-    warnings.warn(message, stacklevel=3)

@@ -7,15 +7,15 @@ split into heads. Axes of one label are joined in the order in which the leaf ha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..adapters import AdapterError
 from ..methods.lora.weight import LowRankWeight
-from ..methods.targets import by_convention
+from ..methods.weight_method import by_convention
 from ..paths import is_weight_name, leaf_name, shape_text, words
+from ..types import Leaf, Uses
 from ..weights import IN, OUT, STACK
 
 # Words of a leaf's name that say that it may be a table of embeddings.
@@ -26,9 +26,9 @@ class Layout(NamedTuple):
     """One leaf's place in both worlds.
 
     Attributes:
-        here: its shape in the tree.
-        order: the leaf's axes in the order in which the Hugging Face tensor has them.
-        there: the tensor's shape.
+        here: Shape in the tree.
+        order: Axes of the leaf, in the order of the Hugging Face tensor.
+        there: Shape of the tensor.
     """
 
     here: tuple[int, ...]
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
             return ""
         return ". If its module stores (in, out), as GPT-2's `Conv1D` does, name it in `fan_in_fan_out`"
 
-    def export(self, array: Any) -> np.ndarray:
+    def export(self, array: Leaf) -> np.ndarray:
         """The Hugging Face tensor of a leaf."""
         return np.asarray(array).transpose(self.order).reshape(self.there)
 
@@ -51,17 +51,17 @@ class Layout(NamedTuple):
         return split.transpose(np.argsort(self.order))
 
 
-def is_embedding(path: str, uses: Mapping[str, Any] | None) -> bool:
+def is_embedding(path: str, uses: Uses | None) -> bool:
     """Whether a leaf is a table of embeddings, which both sides keep as `(rows, d)`."""
     use = (uses or {}).get(path)
     return leaf_name(path) == "embedding" or (use is not None and use.op == "gather")
 
 
-def axis_labels(path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
+def weight_axes(path: str, leaf: Leaf, uses: Uses | None) -> str:
     """The labels of a weight's axes, from `uses` or by the convention `(in, out)`.
 
     Raises:
-        AdapterError: they are unknown, or PEFT has no place for such a weight: a stack of layers, a convolution.
+        AdapterError: They are unknown, or PEFT has no place for such a weight: a stack of layers, a convolution.
     """
     use = (uses or {}).get(path)
     shape = tuple(leaf.shape)
@@ -93,22 +93,22 @@ def require_no_stack(path: str, labels: str) -> None:
         )
 
 
-def leaf_layout(path: str, leaf: Any, uses: Mapping[str, Any] | None, *, in_out: bool | None = False) -> Layout:
+def leaf_layout(path: str, leaf: Leaf, uses: Uses | None, *, in_out: bool | None = False) -> Layout:
     """How the whole leaf lies in a checkpoint.
 
     Args:
-        path, leaf: the leaf, or an adapted weight, whose base is meant.
-        uses: from `trace_weights`, for weights of more than two axes and those stored `(out, in)`.
-        in_out: whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does; `None` if nobody has said.
+        path, leaf: Leaf with its path; of an adapted weight, its base is meant.
+        uses: Result of `trace_weights`, needed for weights of more than two axes and those stored `(out, in)`.
+        in_out: Whether the module there stores `(in, out)`, as the `Conv1D` of GPT-2 does; `None` if nobody has said.
 
     Raises:
-        AdapterError: as `axis_labels`; or the leaf is square, so that its shape doesn't show a mistake, and `in_out` is
+        AdapterError: As `weight_axes`; or the leaf is square, so that its shape doesn't show a mistake, and `in_out` is
             `None`, or its name is a table's and `uses` doesn't tell what it is.
     """
     shape = tuple(leaf.shape)
     if not is_weight_name(path) or len(shape) < 2:  # biases and norms, though they may be split into heads
         return Layout(shape, tuple(range(len(shape))), (math.prod(shape),) if shape else ())
-    labels = axis_labels(path, leaf, uses)
+    labels = weight_axes(path, leaf, uses)
     inside, outside = ([axis for axis, own in enumerate(labels) if own == label] for label in (IN, OUT))
     fan_in, fan_out = factor_sizes(shape, labels)
     embedding = is_embedding(path, uses)

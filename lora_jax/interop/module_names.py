@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from ..adapters import AdapterError
 from ..paths import is_bias_name, nearest
+from ..types import Leaf
 
 WEIGHT, BIAS = "weight", "bias"
 
@@ -22,7 +22,7 @@ class ModuleNames(dict[str, str | tuple[str, ...]]):
 
     Args:
         names: `{leaf path: Hugging Face module}`.
-        fan_in_fan_out: those modules, by their names or by what follows a dot in them; empty if all are
+        fan_in_fan_out: Those modules, by their names or by what follows a dot in them; empty if all are
             `torch.nn.Linear`, whose weight is `(out, in)`.
 
     Example:
@@ -36,7 +36,7 @@ class ModuleNames(dict[str, str | tuple[str, ...]]):
         self.fan_in_fan_out = tuple(fan_in_fan_out)
 
 
-class NameTable:
+class ModuleTable:
     """Leaf paths and Hugging Face names, each found by the other.
 
     A module of PyTorch has at most one `weight` and one `bias`. A leaf that is named as biases are (`bias`, `b`,
@@ -45,25 +45,25 @@ class NameTable:
     Args:
         names: `{leaf path: Hugging Face module}`; leaves that stay as they are may be missing. A leaf that is several
             modules there, as an embedding tied to the output is, has them in a tuple, the embedding first.
-        leaves: the tree's leaves by path.
-        fan_in_fan_out: modules that store a weight as `(in, out)` there, by their names or by what follows a dot in
+        leaves: Leaves of the tree by path.
+        fan_in_fan_out: Modules that store a weight as `(in, out)` there, by their names or by what follows a dot in
             them; what `names` says of it if `None`.
 
     Raises:
-        AdapterError: no such table, a path that the tree does not have, two leaves of one name; `fan_in_fan_out` is no
+        AdapterError: No such table, a path that the tree does not have, two leaves of one name; `fan_in_fan_out` is no
             list of names, has one that means no module, or contradicts `names`.
 
     Example:
-        >>> table = NameTable({"dense/kernel": "layer.0.dense", "dense/bias": "layer.0.dense"},
+        >>> table = ModuleTable({"dense/kernel": "layer.0.dense", "dense/bias": "layer.0.dense"},
         ...                   {"dense/kernel": ..., "dense/bias": ..., "norm/scale": ...})
         >>> table.tensor("dense/kernel"), table.path("layer.0.dense", BIAS), table.path("layer.0.norm", WEIGHT)
         ('layer.0.dense.weight', 'dense/bias', None)
-        >>> tied = NameTable({"words/embedding": ("model.embed", "lm_head")}, {"words/embedding": ...})
+        >>> tied = ModuleTable({"words/embedding": ("model.embed", "lm_head")}, {"words/embedding": ...})
         >>> tied.module("words/embedding"), tied.path("lm_head", WEIGHT), tied.tied_to("words/embedding")
         ('model.embed', 'words/embedding', ('lm_head',))
     """
 
-    def __init__(self, names: Names, leaves: Mapping[str, Any], fan_in_fan_out: Sequence[str] | None = None) -> None:
+    def __init__(self, names: Names, leaves: Mapping[str, Leaf], fan_in_fan_out: Sequence[str] | None = None) -> None:
         if not isinstance(names, Mapping) or not all(_modules_of(name) for name in names.values()):
             raise AdapterError(
                 "`names` must map leaf paths to Hugging Face module names, such as "
@@ -170,11 +170,12 @@ class NameTable:
         return ", ".join(segments[name] for name in nearest(module.replace(".", "/"), segments)) or "none"
 
 
-def _modules_of(value: Any) -> tuple[str, ...]:
+def _modules_of(value: object) -> tuple[str, ...]:
     """One name or several; nothing where it is neither."""
     several = (value,) if isinstance(value, str) else value
-    good = isinstance(several, tuple | list) and all(isinstance(name, str) and name for name in several)
-    return tuple(several) if good else ()
+    if not isinstance(several, tuple | list) or not all(isinstance(name, str) and name for name in several):
+        return ()
+    return tuple(several)
 
 
 def kind(path: str) -> str:
@@ -186,8 +187,8 @@ def selects(entries: Collection[str], module: str) -> bool:
     """Whether a list of names means a module, by PEFT's rule: the whole name, or what follows a dot in it.
 
     Args:
-        entries: the names, best a set: then a long list costs no more than a short one.
-        module: a module's name.
+        entries: The names, best a set: then a long list costs no more than a short one.
+        module: A module's name.
 
     Example:
         >>> selects({"query"}, "layer.0.query"), selects({"query"}, "layer.0.subquery")

@@ -7,8 +7,8 @@ more axis in front.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,18 @@ import numpy as np
 
 from ..adapters import AdapterError
 from ..paths import shape_text
+from ..types import DTypeLike, Leaf, Use, Uses
 from ..weights import STACK, AdaptedWeight
 from .module_names import Names
+
+Part = TypeVar("Part")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Member:
     """One layer's part of a stacked array; its values are read when they are asked for."""
 
-    stack: Any
+    stack: Leaf
     number: int
 
     @property
@@ -36,15 +39,15 @@ class Member:
         return len(self.shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.stack.dtype
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         del copy
         return np.asarray(self.stack[self.number], dtype=dtype)
 
 
-class _Place(NamedTuple):
+class _StackPlace(NamedTuple):
     stack: str
     number: int
 
@@ -53,8 +56,8 @@ class Stacks:
     """Which leaves of a tree are stacks, and of what.
 
     Args:
-        names: see `NameTable`; paths that the tree has as they are, are no members of a stack.
-        leaves: the tree's leaves by path, arrays or adapted weights.
+        names: See `ModuleTable`; paths that the tree has as they are, are no members of a stack.
+        leaves: Leaves of the tree by path, arrays or adapted weights.
 
     Raises:
         AdapterError: `names` has some members of a stack and not others.
@@ -68,10 +71,10 @@ class Stacks:
         'layers/up/kernel'
     """
 
-    def __init__(self, names: Names, leaves: Mapping[str, Any]) -> None:
-        self._places: dict[str, _Place] = {}
+    def __init__(self, names: Names, leaves: Mapping[str, Leaf]) -> None:
+        self._places: dict[str, _StackPlace] = {}
         self._members: dict[str, dict[int, str]] = {}
-        for path in names if isinstance(names, Mapping) else ():  # another `names` is refused by `NameTable`
+        for path in names if isinstance(names, Mapping) else ():  # another `names` is refused by `ModuleTable`
             place = None if path in leaves else _place(str(path), leaves)
             if place is not None:
                 self._places[path] = place
@@ -93,7 +96,7 @@ class Stacks:
         """`whole` of each, once."""
         return list(dict.fromkeys(map(self.whole, paths)))
 
-    def apart(self, leaves: Mapping[str, Any], part: Callable[[Any, int], Any] | None = None) -> dict[str, Any]:
+    def apart(self, leaves: Mapping[str, Leaf], part: Callable[[Any, int], Any] | None = None) -> dict[str, Any]:
         """`{path: leaf}` with the members in place of each stack; `part(leaf, number)` makes one."""
         part = part or _part
         return {
@@ -106,17 +109,17 @@ class Stacks:
             )
         }
 
-    def uses(self, uses: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    def uses(self, uses: Uses | None) -> Uses | None:
         """What `trace_weights` says of the stacks, said of their members."""
         return None if uses is None else self.apart(uses, lambda use, _: _part_of_use(use))
 
-    def together(self, parts: Mapping[str, Any], join: Callable[[str, list[Any]], Any]) -> dict[str, Any]:
+    def together(self, parts: Mapping[str, Part], join: Callable[[str, list[Part]], Leaf]) -> dict[str, Leaf]:
         """The inverse of `apart`, for what was made of the leaves at some paths; `join(path, members)` makes a stack.
 
         Raises:
-            AdapterError: some members of a stack are there, and others not.
+            AdapterError: Some members of a stack are there, and others not.
         """
-        result: dict[str, Any] = {}
+        result: dict[str, Leaf] = {}
         for path, value in parts.items():
             whole = self.whole(path)
             if whole == path:
@@ -133,7 +136,7 @@ class Stacks:
         return result
 
 
-def stack_weights(base: Any, nodes: list[AdaptedWeight]) -> AdaptedWeight:
+def stack_weights(base: Leaf, nodes: Sequence[AdaptedWeight]) -> AdaptedWeight:
     """One adapted weight of those of all layers, which are alike, beside the stacked base."""
     first, *rest = [dataclasses.replace(node, base=None) for node in nodes]
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), first, *rest)
@@ -143,18 +146,18 @@ def stack_weights(base: Any, nodes: list[AdaptedWeight]) -> AdaptedWeight:
     return dataclasses.replace(node, **arrays)
 
 
-def _place(path: str, leaves: Mapping[str, Any]) -> _Place | None:
+def _place(path: str, leaves: Mapping[str, Leaf]) -> _StackPlace | None:
     segments = path.split("/")
     for index, segment in enumerate(segments):
         if segment.isdecimal():
             stack = "/".join(segments[:index] + segments[index + 1 :])
             shape = getattr(leaves.get(stack), "shape", ())
             if shape and int(segment) < shape[0]:
-                return _Place(stack, int(segment))
+                return _StackPlace(stack, int(segment))
     return None
 
 
-def _part(leaf: Any, number: int) -> Any:
+def _part(leaf: Leaf, number: int) -> Leaf:
     if not isinstance(leaf, AdaptedWeight):
         return Member(leaf, number)
     if not str(leaf.axes).startswith(STACK):
@@ -163,10 +166,10 @@ def _part(leaf: Any, number: int) -> Any:
             "axis, `s`. Attach the factors with `uses=lj.trace_weights(fn, params, ...)`"
         )
     (base, *arrays), member = leaf.stacked()
-    slices: list[Any] = [Member(base, number), *(array[number] for array in arrays)]
+    slices: list[Leaf] = [Member(base, number), *(array[number] for array in arrays)]
     return member(slices)
 
 
-def _part_of_use(use: Any) -> Any:
+def _part_of_use(use: Use) -> Use:
     labels = use.labels
     return use._replace(labels=labels[1:] if labels and labels.startswith(STACK) else None)

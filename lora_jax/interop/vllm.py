@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from ..adapters import AdapterError
 from ..errors import ArgumentError
 from ..files import read_safetensors_header
-from .peft.adapter_config import read_peft_config, scale_of, variants, weights_file
+from .peft.adapter_config import PeftConfig, read_peft_config, scale_of, variants, weights_file
 from .peft.keys import FactorKey, LeafKey, parse_key
 from .peft.patterns import PatternError, Patterns
 
@@ -24,17 +23,17 @@ def vllm_problems(
     """Why vLLM wouldn't serve an adapter, or would serve another function than PEFT's; each as one sentence.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`. No tensor is read.
-        max_lora_rank: what vLLM is started with, one of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
-        modules: the last segments of the modules that the served model can adapt, `{"q_proj", "v_proj", …}`; targets
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`. No tensor is read.
+        max_lora_rank: vLLM's `--max-lora-rank`, one of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
+        modules: Last segments of the modules that the served model can adapt, `{"q_proj", "v_proj", …}`; targets
             aren't checked if `None`, since they depend on the model.
 
     Returns:
         The problems; empty if there are none.
 
     Raises:
-        AdapterError, FileError: the folder can't be read, see `read_peft_config` and `import_peft`.
-        ValueError: `max_lora_rank` is none that vLLM takes.
+        AdapterError, FileError: The folder can't be read, see `read_peft_config` and `import_peft`.
+        ValueError: vLLM doesn't accept `max_lora_rank`.
 
     Example:
         >>> import lora_jax as lj, tempfile
@@ -54,7 +53,7 @@ def vllm_problems(
         `/ √r`) is the scale of all. So patterns do no harm where every module's scale is that one.
     """
     if max_lora_rank not in RANKS:
-        raise ArgumentError(f"`max_lora_rank` must be one of {', '.join(map(str, RANKS))}, got {max_lora_rank!r}")
+        raise ArgumentError(f"`max_lora_rank` must be one of {', '.join(map(str, RANKS))}, got {max_lora_rank!r}.")
     config = read_peft_config(folder)
     file = weights_file(folder)
     header = read_safetensors_header(file)
@@ -94,7 +93,7 @@ def vllm_problems(
     return problems
 
 
-def _scales(config: Mapping[str, Any], ranks: Mapping[str, int]) -> list[str]:
+def _scales(config: PeftConfig, ranks: Mapping[str, int]) -> list[str]:
     """Modules that vLLM would scale by another number than PEFT: it has one number for all, by `lora_alpha` and `r`."""
     set_here = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
     if not set_here:

@@ -1,21 +1,23 @@
-"""Bottleneck adapters: two small layers after a sublayer, with a skip of their own."""
+"""Bottleneck adapters: two small layers after a sublayer, with a skip connection of their own."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
 
 from ..paths import path_key
+from ..types import LeafPath, Uses
+from ..weights import AdaptedWeight
 from . import dtypes
-from .base import is_number, require
-from .inserted_arrays import InsertedArray, InsertingMethod, Sublayer, sublayers
+from .base import LeafLabels, Leaves, flag, require, require_positive
+from .inserting_method import InsertedArray, InsertingMethod, Sublayer, sublayers
 from .norm_tuning import NormTuning
 
-Placement = Literal["houlsby", "pfeiffer"]
+Sublayers = Literal["houlsby", "pfeiffer"]
 
 _DEVIATION = 1e-2
 
@@ -24,26 +26,26 @@ _DEVIATION = 1e-2
 class BottleneckAdapter(InsertingMethod):
     """Inserts `h ← h + gelu(h D + c) U + e` after the sublayers of every layer, and trains that and the head.
 
-    `h (…, d)` is what a sublayer is about to add to the residual: its output, projected back to `d` features. `D (d,
-    m)`, `c (m,)`, `U (m, d)` and `e (d,)` are new; `D` starts normal with standard deviation 0.01, cut off at two of
-    them, `U` and the biases at zero, so that at the start the function is the base's.
+    `h (…, d)` is what a sublayer is about to add to the residual: its output, projected back to `d` features.
+    `D (d, m)`, `c (m,)`, `U (m, d)` and `e (d,)` are new. `D` starts normal with standard deviation 0.01, truncated at
+    two standard deviations; `U` and the biases start at zero, so that at first the function is the base's.
 
-    `"houlsby"` has one after the attention and one after the MLP of each layer, `"pfeiffer"` one after the MLP. Each
-    has `2 · m · d + m + d` parameters. A nonlinearity stands between them and the base's weights, so that there is
-    nothing to merge: adapters stay in the model and cost time at inference, small matmuls that wait for each other.
+    `"houlsby"` inserts one after the attention and one after the MLP of each layer, `"pfeiffer"` one after the MLP.
+    Each has `2 · m · d + m + d` parameters. Because of the nonlinearity they can't be merged into the base's weights:
+    adapters stay in the model and cost time at inference, as small matmuls that wait for each other.
 
     Only the functions of `lora_jax.models` read what is inserted. `lj.merge_params` leaves it in place as plain arrays;
     `lj.detach` takes it out.
 
     Args:
         size: `m`, the width of the bottleneck.
-        placement: `"houlsby"` or `"pfeiffer"`.
-        train_norms: whether the layers' norms learn too, `2 · d` parameters each, or `d` without a shift. `None`: as in
-            the papers, with `"houlsby"` yes, with `"pfeiffer"` no.
-        also_train: the head, see `Method`.
+        placement: Sublayers that are followed by an adapter, `"houlsby"` or `"pfeiffer"`.
+        train_norms: Whether the layers' norms are trained too, `2 · d` parameters each, or `d` without a shift. `None`
+            follows the papers: yes with `"houlsby"`, no with `"pfeiffer"`.
+        also_train: The head, see `Method`.
 
     Raises:
-        ValueError: `size` is no positive integer, `placement` none of the two; (when used) the tree isn't that of a
+        ValueError: `size` is no positive integer, `placement` neither of the two; (when used) the tree isn't that of a
             bundled model.
 
     Example:
@@ -61,63 +63,71 @@ class BottleneckAdapter(InsertingMethod):
         arXiv:2005.00247, section 3.
 
     Deviations:
-        `U` starts at zero rather than near it: the start is the base's function exactly. Pfeiffer et al. put theirs
-        after the MLP's residual and norm, with a norm after it; here it has Houlsby's second place in every family,
-        also where norms come first. The nonlinearity is gelu in both, where Pfeiffer et al. have relu.
+        `U` starts at zero rather than near it, so that the start is exactly the base's function. Pfeiffer et al. put
+        theirs after the MLP's residual and norm, with a norm after it; here it has Houlsby's second position in every
+        family, also where norms come first. The nonlinearity is gelu in both; Pfeiffer et al. use relu.
     """
 
-    size: int = 64
-    placement: Placement = "houlsby"
-    train_norms: bool | None = None
+    name: ClassVar[str] = "adapter"
+    saved_as: ClassVar[str] = "BottleneckAdapter"
+    title: ClassVar[str] = "bottleneck adapters"
+    summary: ClassVar[str] = "bottlenecks after the sublayers"
+    defaults: ClassVar[Mapping[str, object]] = {"size": 16, "placement": "houlsby"}
+
+    size: int = dataclasses.field(default=64, metadata=flag("Width of the bottleneck"))
+    placement: Sublayers = dataclasses.field(
+        default="houlsby", metadata=flag("After attention and MLP (houlsby), or after the MLP alone (pfeiffer)")
+    )
+    train_norms: bool | None = dataclasses.field(
+        default=None, metadata=flag("Train the layers' norms too; by default with houlsby only, as in the papers")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(self.size, "size")
         require(
-            is_number(self.size, int) and self.size >= 1, f"`size` must be an integer of at least 1, got {self.size!r}"
-        )
-        require(
-            self.placement in get_args(Placement),
-            f"`placement` must be one of {get_args(Placement)}, got {self.placement!r}",
+            self.placement in get_args(Sublayers),
+            f"`placement` must be one of {get_args(Sublayers)}, got {self.placement!r}",
         )
         require(
             self.train_norms is None or isinstance(self.train_norms, bool),
-            f"`train_norms` must be true, false or None, got {self.train_norms!r}",
+            f"`train_norms` must be True, False or None, got {self.train_norms!r}",
         )
 
-    def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
+    def attach(self, leaves: Leaves, *, key: jax.Array, uses: Uses | None) -> dict[LeafPath, AdaptedWeight]:
         del uses
         self._norms(leaves)  # refuses what can't be trained
         attentions, mlps = sublayers(leaves, self)
-        places = mlps if self.placement == "pfeiffer" else [*attentions, *mlps]
-        nodes: dict[str, Any] = {}
-        for place in places:
-            nodes |= self._adapter(place, key)
+        followed = mlps if self.placement == "pfeiffer" else [*attentions, *mlps]
+        nodes: dict[LeafPath, AdaptedWeight] = {}
+        for sublayer in followed:
+            nodes |= self._adapter(sublayer, key)
         return nodes
 
-    def _adapter(self, place: Sublayer, key: jax.Array) -> dict[str, InsertedArray]:
-        path, stack = f"{place.path}/adapter", place.stack
-        down = jax.random.truncated_normal(path_key(key, path), -2, 2, (*stack, place.width, self.size), jnp.float32)
+    def _adapter(self, sublayer: Sublayer, key: jax.Array) -> dict[LeafPath, InsertedArray]:
+        path, stack, width = f"{sublayer.path}/adapter", sublayer.stack, sublayer.width
+        down = jax.random.truncated_normal(path_key(key, path), -2, 2, (*stack, width, self.size), jnp.float32)
 
         def node(value: jax.Array, labels: str) -> InsertedArray:
-            return InsertedArray(None, value, axes=place.stack_axes + labels)
+            return InsertedArray(None, value, axes=sublayer.stack_axes + labels)
 
         return {
             f"{path}/down/kernel": node(_DEVIATION * down, "io"),
             f"{path}/down/bias": node(jnp.zeros((*stack, self.size), jnp.float32), "o"),
-            f"{path}/up/kernel": node(jnp.zeros((*stack, self.size, place.width), jnp.float32), "io"),
-            f"{path}/up/bias": node(jnp.zeros((*stack, place.width), jnp.float32), "o"),
+            f"{path}/up/kernel": node(jnp.zeros((*stack, self.size, width), jnp.float32), "io"),
+            f"{path}/up/bias": node(jnp.zeros((*stack, width), jnp.float32), "o"),
         }
 
-    def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    def own_labels(self, leaves: Leaves) -> LeafLabels:
         return dict.fromkeys(self._norms(leaves), NormTuning.label) | super().own_labels(leaves)
 
-    def resolved(self, leaves: Mapping[str, Any]) -> Self:
+    def resolved(self, leaves: Leaves) -> Self:
         return dataclasses.replace(super().resolved(leaves), train_norms=bool(self._norms(leaves)))
 
-    def _norms(self, leaves: Mapping[str, Any]) -> list[str]:
-        """Those of the layers."""
+    def _norms(self, leaves: Leaves) -> list[LeafPath]:
+        """Paths of the layers' norms, if they are trained."""
         wanted = self.placement == "houlsby" if self.train_norms is None else self.train_norms
-        layers = {place.path.rpartition("/")[0] + "/" for place in sublayers(leaves, self)[1]}
+        layers = {sublayer.path.rpartition("/")[0] + "/" for sublayer in sublayers(leaves, self)[1]}
         members = NormTuning().members(leaves) if wanted else []
         norms = [path for path in members if any(path.startswith(layer) for layer in layers)]
         return dtypes.trained(leaves, norms, argument="train_norms")

@@ -1,21 +1,35 @@
-"""DoRA: magnitude and direction of each frozen weight, the direction moved by a low-rank path."""
+"""DoRA: magnitude and direction of each frozen weight, with the direction moved by a low-rank path."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, register, wider
+from ..weights import (
+    IN,
+    OUT,
+    STACK,
+    ConvSpec,
+    DotSpec,
+    FactoredWeight,
+    RaggedDotSpec,
+    TakeSpec,
+    register,
+    wider,
+)
 from .lora.method import LoRA
 from .lora.weight import LoRAWeight, LowRankWeight, multiple
 from .scaling import scaled, scaled_conv, scaled_dot, scaled_ragged_dot, scaled_take, vector_axes
-from .targets import Target
+from .weight_method import TargetWeight
+
+# Axes of two operands, in corresponding order.
+_AxisPairs: TypeAlias = tuple[Sequence[int], Sequence[int]]
 
 
 @register
@@ -24,22 +38,23 @@ class DoRAWeight(LowRankWeight):
     """`m ⊙ V / ‖V‖` with `V = W + scale · (B A − B₀ A₀)` as a pytree node; the norm of each output is over the in axes.
 
     Attributes:
-        magnitude: `m`, shape `(stack…, out…)`, float32. The others are those of `LowRankWeight`.
+        magnitude: `m`, shape `(stack…, out…)`, float32. The other fields are those of `LowRankWeight`.
     """
 
+    saved_as: ClassVar[str] = "DoRAWeight"
     fields: ClassVar[dict[str, str]] = {**LowRankWeight.fields, "magnitude": "so"}
     saved: ClassVar[tuple[str, ...]] = (*LowRankWeight.saved, "magnitude")
     starts_from_weight: ClassVar[tuple[str, ...]] = ("magnitude",)
 
-    magnitude: Any = None
+    magnitude: jax.Array = dataclasses.field(kw_only=True)
 
     def merge(self) -> jax.Array:
         whole = self.sum()
         norms = jnp.sqrt(_squares(whole, self))
         return scaled(whole, self._ratio(norms), vector_axes(self, OUT)).astype(self.base.dtype)
 
-    def prepared(self) -> AdaptedWeight:
-        """`V` with the factor of each output, `m / ‖V‖`, which slices and transposes leave right."""
+    def prepared(self) -> FactoredWeight:
+        """`V` with the factor of each output, `m / ‖V‖`, which stays right under slices and transposes."""
         pair = self.one_pair()
         return _ScaledWeight(
             pair.base,
@@ -92,11 +107,13 @@ def _squares(array: jax.Array, node: DoRAWeight) -> jax.Array:
     return lax.transpose(squares, [kept.index(axis) for axis in vector_axes(node, OUT)])
 
 
-def _thin_product(a: jax.Array, base: jax.Array, contract: Any, batch: Any) -> jax.Array:
-    """The product of `a`, float32 or wider, with the weight, in `a`'s dtype; beside 16 bits `a` is taken as the sum of
-    two such numbers, so that the weight need not be widened."""
+def _thin_product(a: jax.Array, base: jax.Array, contract: _AxisPairs, batch: _AxisPairs) -> jax.Array:
+    """The product of `a`, float32 or wider, with the weight, in `a`'s dtype.
+
+    For a weight of 16 bits `a` is taken as the sum of two such arrays, so that the weight needn't be widened.
+    """
     if jnp.finfo(base.dtype).bits < 16:
-        base = base.astype(jnp.bfloat16)  # which holds every float of 8 bits
+        base = base.astype(jnp.bfloat16)  # it holds every float of 8 bits
     product = functools.partial(
         lax.dot_general,
         dimension_numbers=(contract, batch),
@@ -105,8 +122,8 @@ def _thin_product(a: jax.Array, base: jax.Array, contract: Any, batch: Any) -> j
     )
     if jnp.finfo(base.dtype).bits >= 32:
         return product(a, base.astype(a.dtype))
-    kind = jnp.finfo(base.dtype)
-    high = lax.reduce_precision(a, kind.nexp, kind.nmant)
+    info = jnp.finfo(base.dtype)
+    high = lax.reduce_precision(a, info.nexp, info.nmant)
     return product(high.astype(base.dtype), base) + product((a - high).astype(base.dtype), base)
 
 
@@ -118,12 +135,12 @@ class _ScaledWeight(LowRankWeight):
     fields: ClassVar[dict[str, str]] = {**LowRankWeight.fields, "ratio": "so"}
     saved: ClassVar[tuple[str, ...]] = ()
 
-    ratio: Any = None
+    ratio: jax.Array = dataclasses.field(kw_only=True)
 
     def merge(self) -> jax.Array:
         return scaled(self.sum(), self.ratio, vector_axes(self, OUT)).astype(self.base.dtype)
 
-    # One function in the program, as LoRA's.
+    # One function in the program, like LoRA's.
     @functools.partial(jax.jit, static_argnames=("spec", "run"))
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
@@ -153,15 +170,15 @@ class DoRA(LoRA):
     """Weight-decomposed low-rank adaptation: `h = (m / ‖V‖) ⊙ (x W + (α/r) · (x Aᵀ) B)` with `V = W + (α/r) · Aᵀ B`.
 
     For a weight of shape `(in, out)` it trains LoRA's `a (r, in)` and `b (r, out)`, and the magnitude `m (out)`, which
-    starts as `‖W‖`: `r · (in + out) + out` numbers. The norm `‖V‖` of each output's column is a constant to the
-    gradient. It is computed at each call, from `W` and the factors and without their sum, and so is the output.
+    starts as `‖W‖`: `r · (in + out) + out` parameters. The gradient takes the norm `‖V‖` of each output's column for a
+    constant. At each call the norm and the output are computed from `W` and the factors, without forming `V`.
 
     Args:
-        rank, alpha, targets, also_train, dropout, scaling, init, freeze_a, rank_overrides, alpha_overrides: as for
+        rank, alpha, targets, also_train, dropout, scaling, init, freeze_a, rank_overrides, alpha_overrides: See
             `LoRA`.
 
     Raises:
-        ValueError, SelectionError: as for `LoRA`.
+        ValueError, SelectionError: See `LoRA`.
 
     Example:
         >>> import lora_jax as lj
@@ -177,15 +194,20 @@ class DoRA(LoRA):
         norm taken out of the gradient as section 4.3 proposes.
 
     Deviations:
-        Under dropout PEFT drops the input of `(m/‖V‖ − 1) ⊙ x W` as well, a second full product; here the low-rank
-        path's alone, as in LoRA. The expectation is the same. A column of zeros stays zero here, where the quotient
-        would be NaN. Beside a float64 base the magnitude, a factor, is float32 all the same, so that the start is the
-        base's function to 6e-8.
+        Under dropout PEFT also drops the input of `(m/‖V‖ − 1) ⊙ x W`, a second full product; here, as in LoRA, only
+        the low-rank path's input is dropped. The expectation is the same. A column of zeros stays zero here, where the
+        quotient would be NaN. Beside a float64 base the magnitude is float32, as all factors are, so that the start is
+        the base's function to 6e-8.
     """
 
+    name: ClassVar[str] = "dora"
+    saved_as: ClassVar[str] = "DoRA"
+    title: ClassVar[str] = "DoRA"
+    summary: ClassVar[str] = "low-rank factors, and magnitudes"
+    defaults: ClassVar[Mapping[str, object]] = LoRA.defaults
     node: ClassVar[type[LowRankWeight]] = DoRAWeight
 
-    def _node(self, target: Target, rank: int, alpha: float, key: jax.Array) -> LowRankWeight:
+    def _node(self, target: TargetWeight, rank: int, alpha: float, key: jax.Array) -> LowRankWeight:
         node = super()._node(target, rank, alpha, key)
         assert isinstance(node, DoRAWeight)
         magnitude = jnp.sqrt(_squares(jnp.asarray(node.base), node)).astype(jnp.float32)

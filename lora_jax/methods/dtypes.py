@@ -1,14 +1,14 @@
-"""Which dtypes a method takes: everything that would be trained or given factors passes here."""
+"""Which dtypes a method takes: every leaf that is to be trained or given factors is checked here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
 
 from ..paths import shape_text
 from ..selection import SelectionError
+from ..types import HasShape, LeafPath, PyTree, has_shape
 from ..weights import is_adapted
 
 _COMPLEX = (
@@ -21,25 +21,27 @@ _EIGHT_BITS = (
 )
 
 
-def trained(leaves: Mapping[str, Any], paths: Iterable[str], *, argument: str) -> list[str]:
-    """`paths`, whose leaves are to be trained themselves.
+def trained(leaves: Mapping[LeafPath, PyTree], paths: Iterable[LeafPath], *, argument: str) -> list[LeafPath]:
+    """`paths`, if their leaves can be trained themselves.
 
     Raises:
-        SelectionError: one of them is complex, or a float of 8 bits. What stays frozen may be either.
+        SelectionError: One of them is complex, or a float of 8 bits. Frozen leaves may be either.
     """
     return _taken(leaves, paths, argument, why_not_trained)
 
 
-def factored(leaves: Mapping[str, Any], paths: Iterable[str], *, argument: str = "targets") -> list[str]:
-    """`paths`, beside whose leaves real factors are to be trained.
+def factored(
+    leaves: Mapping[LeafPath, PyTree], paths: Iterable[LeafPath], *, argument: str = "targets"
+) -> list[LeafPath]:
+    """`paths`, if real factors can be trained beside their leaves.
 
     Raises:
-        SelectionError: one of them is complex.
+        SelectionError: One of them is complex.
     """
     return _taken(leaves, paths, argument, lambda leaf: _COMPLEX if _is_complex(leaf) else None)
 
 
-def why_not_trained(leaf: Any) -> str | None:
+def why_not_trained(leaf: HasShape) -> str | None:
     """Why a leaf of an inexact type can't be trained; `None` if it can."""
     if _is_complex(leaf):
         return _COMPLEX
@@ -48,14 +50,19 @@ def why_not_trained(leaf: Any) -> str | None:
     return None
 
 
-def _is_complex(leaf: Any) -> bool:
+def _is_complex(leaf: HasShape) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
-def _taken(leaves: Mapping[str, Any], paths: Iterable[str], argument: str, why_not: Any) -> list[str]:
+def _taken(
+    leaves: Mapping[LeafPath, PyTree],
+    paths: Iterable[LeafPath],
+    argument: str,
+    why_not: Callable[[HasShape], str | None],
+) -> list[LeafPath]:
     taken = list(paths)
     for path in taken:
         leaf = leaves[path].base if is_adapted(leaves[path]) else leaves[path]
-        if hasattr(leaf, "dtype") and (reason := why_not(leaf)):
+        if has_shape(leaf) and (reason := why_not(leaf)):
             raise SelectionError(f"`{argument}` selects `{path}` {shape_text(leaf)} {leaf.dtype}: {reason}")
     return taken

@@ -8,36 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, UInt32
 
 from ..draws import permutation, signs_and_normals
 
-# The Walsh-Hadamard matrix of 2^m rows is a Kronecker product of smaller ones. To multiply with factors of 2^5 rows
-# takes m / 5 passes over memory, where butterflies take m.
+# The Walsh-Hadamard matrix of 2^m rows is a Kronecker product of smaller ones. Multiplying by factors of 2^5 rows
+# takes m / 5 passes over memory; butterflies take m.
 _FACTOR = 5
 _CHUNK = 2**19  # rows computed at once
 
 
 def padded_length(dimension: int) -> int:
-    """The power of two, at least `dimension`, that a block of the transform has rows and columns."""
+    """Number of rows and columns in a block of the transform: the next power of two from `dimension` on."""
     return 1 << (dimension - 1).bit_length()
 
 
 @functools.partial(jax.jit, static_argnames="count")
-def fastfood(vector: jax.Array, seed: jax.Array, *, count: int) -> jax.Array:
+def fastfood(vector: Float[Array, " d"], seed: UInt32[Array, ""], *, count: int) -> Float[Array, " count"]:
     """`V x` with a random matrix `V (count, d)` of blocks `H G Π H B`, in `O(count · log d)`.
 
-    With `L` the power of two from `d` on: `B` is a diagonal of random signs, `H` the Walsh-Hadamard matrix `(L, L)` of
-    entries ±1, `Π` a random permutation and `G` a diagonal of standard normal numbers; `x` is filled up with zeros.
-    `⌈count / L⌉` blocks stand on each other, and the first `count` rows are taken. An entry of `V` has mean 0 and
-    variance `L`.
+    `L` is the next power of two from `d` on, `B` a diagonal of random signs, `H` the Walsh-Hadamard matrix `(L, L)` of
+    entries ±1, `Π` a random permutation and `G` a diagonal of standard normal numbers; `x` is padded with zeros.
+    `⌈count / L⌉` blocks are stacked, and the first `count` rows are taken. An entry of `V` has mean 0 and variance `L`.
 
-    All of it is computed again from `seed` in the backward pass too, where `Vᵀ` is applied; both go through the rows in
-    chunks, so that besides the result memory is taken for one chunk.
+    Everything is computed again from `seed` in the backward pass, where `Vᵀ` is applied. Both passes go through the
+    rows in chunks, so that beside the result only one chunk is in memory.
 
     Args:
         vector: `x (d,)`, float32.
-        seed: of `B`, `G` and `Π`.
-        count: how many rows.
+        seed: Seed of `B`, `G` and `Π`.
+        count: Number of rows.
 
     Returns:
         `(count,)`, float32.
@@ -50,8 +50,8 @@ def fastfood(vector: jax.Array, seed: jax.Array, *, count: int) -> jax.Array:
         Le, Sarlós, Smola, "Fastfood: Approximating Kernel Expansions in Loglinear Time", ICML 2013, equation 4.
 
     Deviations:
-        `Π` is the same in all blocks, so that it moves whole rows in memory; `B` and `G` are each block's own. The
-        diagonal `S`, which gives the rows the lengths of a Gaussian kernel's, is left out, as in Li et al. (2018).
+        `Π` is the same in all blocks, so that it moves whole rows in memory; each block has its own `B` and `G`. The
+        diagonal `S`, which gives rows the lengths of a Gaussian kernel's, is left out, as in Li et al. (2018).
     """
 
     length = padded_length(vector.shape[0])
@@ -69,8 +69,8 @@ def fastfood(vector: jax.Array, seed: jax.Array, *, count: int) -> jax.Array:
     return lax.map(lambda number: chunk(filled, order, number), numbers).reshape(-1)[:count]
 
 
-def hadamard(columns: jax.Array) -> jax.Array:
-    """`H x` for each column, `H` being the Walsh-Hadamard matrix in Sylvester's order; the rows are a power of two.
+def hadamard(columns: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
+    """`H x` for each column, with the Walsh-Hadamard matrix `H` in Sylvester's order; `rows` is a power of two.
 
     Example:
         >>> hadamard(jnp.array([[1.0], [2.0]])).ravel().tolist()

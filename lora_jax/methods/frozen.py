@@ -1,22 +1,23 @@
-"""The frozen baseline: only the head learns."""
+"""The frozen baseline: only the head is trained."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar, Self
 
-from .base import Method
+from ..errors import ArgumentError
+from .base import LeafLabels, Leaves, Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frozen(Method):
-    """Trains nothing but the head: the pretrained model as a fixed feature extractor.
+    """Trains nothing but the head: the pretrained model is a fixed feature extractor.
 
-    The floor in quality that every other method is measured against, and in cost nearly so.
+    This is the floor in quality against which every other method is measured, and nearly the floor in cost.
 
     Args:
-        also_train: the head, see `Method`. Without one nothing is trained, and `label_params` refuses.
+        also_train: The head, see `Method`. Without one nothing is trained, and `label_params` refuses.
 
     Example:
         >>> import lora_jax as lj
@@ -24,6 +25,21 @@ class Frozen(Method):
         {'head': 'head', 'w': 'frozen'}
     """
 
-    def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    name: ClassVar[str] = "frozen"
+    saved_as: ClassVar[str] = "Frozen"
+    title: ClassVar[str] = "head only"
+    summary: ClassVar[str] = "the head alone"
+    default_rate: ClassVar[float] = 5e-3
+
+    @classmethod
+    def for_task(cls, task: str, options: Mapping[str, object]) -> Self:
+        if task == "causal-lm" and not options.get("also_train"):
+            raise ArgumentError(
+                "it trains the head alone, and a causal-lm adds none: name modules in `also_train` (`norm`, for "
+                "example), or choose another method"
+            )
+        return super().for_task(task, options)
+
+    def own_labels(self, leaves: Leaves) -> LeafLabels:
         del leaves
         return {}

@@ -1,33 +1,33 @@
-"""Norm tuning: only the normalizations' scales and shifts learn."""
+"""Norm tuning: only the scales and shifts of the normalizations are trained."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..paths import BIAS_NAMES, NORM_NAMES, in_norm, leaf_name
-from .base import is_trainable
-from .leaf_sets import Selection
+from ..types import LeafPath, PyTree
+from .base import Leaves, is_trainable
+from .leaf_method import LeafMethod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NormTuning(Selection):
+class NormTuning(LeafMethod):
     """Trains the scale `γ` and the shift `β` of every normalization `y = γ ⊙ (x - μ) / σ + β`, and the head.
 
-    That is two numbers a feature and norm, one where there is no shift (RMS norms): 38,400 in BERT-base, whose 25 norms
-    are 768 wide. Nothing is added to the model, so nothing needs merging.
+    That is two parameters per feature of each norm, or one where there is no shift (RMS norms): 38,400 in BERT-base,
+    whose 25 norms are 768 wide. Nothing is added to the model, so nothing needs merging.
 
     Args:
-        targets: which. `"all"` takes the scales and shifts of the modules that are named as norms are (`norm`,
-            `LayerNorm_0`, `final_layernorm`, `ln_1`, `bn1`) or have a leaf `scale` or `gamma`. Names choose among
-            those, a regular expression (`".*scale"`, the scales alone) or a callable too; a leaf with a single axis
-            that is named outright is taken as it is. See `selection.select`.
-        also_train: the head, see `Method`.
+        targets: Scales and shifts to train. `"all"` takes those of every module that is named like a norm (`norm`,
+            `LayerNorm_0`, `final_layernorm`, `ln_1`, `bn1`) or has a leaf `scale` or `gamma`. Names, a regular
+            expression (`".*scale"` for the scales alone) or a callable select some of them; any leaf with a single axis
+            is trained if it is named outright. See `selection.select`.
+        also_train: The head, see `Method`.
 
     Raises:
-        SelectionError: (when used) an entry matches no scale or shift of a norm, or `"all"` finds none; the message
-            lists the one-axis leaves.
+        SelectionError: (When used.) An entry matches no scale or shift of a norm, or `"all"` finds none; the message
+            lists the leaves with one axis.
 
     Example:
         >>> import lora_jax as lj
@@ -41,16 +41,21 @@ class NormTuning(Selection):
         arXiv:2003.00152.
     """
 
+    name: ClassVar[str] = "norms"
+    saved_as: ClassVar[str] = "NormTuning"
+    title: ClassVar[str] = "norms"
+    summary: ClassVar[str] = "scales and shifts of the norms"
+    default_rate: ClassVar[float] = 3e-3
     label: ClassVar[str] = "norm"
     kind: ClassVar[str] = "scale or shift of a norm"
-    sought: ClassVar[str] = f"module named as norms are, and no leaf named {', '.join(sorted(NORM_NAMES))}"
+    sought: ClassVar[str] = f"module named like a norm, and no leaf named {', '.join(sorted(NORM_NAMES))}"
 
-    def members(self, leaves: Mapping[str, Any]) -> list[str]:
+    def members(self, leaves: Leaves) -> list[LeafPath]:
         scaled = {_module(path) for path in leaves if leaf_name(path) in NORM_NAMES}
         return [path for path, leaf in leaves.items() if is_trainable(path, leaf) and _is_norm(path, leaf, scaled)]
 
 
-def _is_norm(path: str, leaf: Any, scaled: set[str]) -> bool:
+def _is_norm(path: LeafPath, leaf: PyTree, scaled: set[str]) -> bool:
     if not in_norm(path) and _module(path) not in scaled:
         return False
     return leaf_name(path) in BIAS_NAMES | NORM_NAMES or (leaf_name(path) in ("weight", "w") and len(leaf.shape) == 1)

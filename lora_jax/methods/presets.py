@@ -1,18 +1,19 @@
-"""What a preset such as `"all-linear"` takes of a tree: by the bundled models' names, and by what a function does.
+"""Which weights of a tree a preset such as `"all-linear"` selects: by the bundled models' names, and by their uses.
 
-The names are those of `lora_jax.models`. On another model they may mean a part of what they promise, so a preset takes
-them for the whole only where nothing is left that might belong to it.
+The names are those of `lora_jax.models`. Another model may have only some of them, so a preset goes by names alone only
+where no weight is left that might belong to it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..paths import in_norm, listed, words
 from ..selection import SelectionError, matches_entry
-from .base import is_weight
+from ..types import HasShape, LeafPath, Uses
+from .base import Leaves, is_weight
 
 _FUSED, _GATE = "attention/query_key_value", "mlp/gate"
 _PARTS = tuple(f"attention/{name}" for name in ("query", "key", "value"))
@@ -20,7 +21,7 @@ _ATTENTION = (*_PARTS, _FUSED, "attention/output")
 _MLP = ("mlp/up", _GATE, "mlp/down")
 PRESETS = {"attention": _ATTENTION, "mlp": _MLP, "all-linear": _ATTENTION + _MLP}
 
-# What other libraries call the modules that the two presets of one kind are named after.
+# Names that other libraries give to attention and MLP modules.
 _KINDS = {"attention": ("attention", "attn"), "mlp": ("mlp", "ffn", "feedforward", "feed_forward")}
 # Modules that map to the output's vocabulary or classes; `"all-linear"` leaves them alone, as PEFT does.
 _OUTPUT_HEADS = ("lm_head", "head", "classifier", "score", "logits", "unembed", "output_projection")
@@ -29,35 +30,35 @@ _TABLES = frozenset({"emb", "token", "tokens", "pos", "position", "positional", 
 
 
 class Choice(NamedTuple):
-    """What a preset takes, and what it can't take though it might be meant, with the reason."""
+    """Weights that a preset selects, and those that it can't select though they may be meant, with the reasons."""
 
-    found: list[str]
-    unusable: dict[str, str]
+    found: list[LeafPath]
+    unusable: dict[LeafPath, str]
 
 
 def choose(
     preset: str,
     names: Sequence[str],
-    leaves: Mapping[str, Any],
-    heads: set[str],
-    uses: Mapping[str, Any] | None,
+    leaves: Leaves,
+    heads: set[LeafPath],
+    uses: Uses | None,
 ) -> Choice:
-    """The weights that a preset takes.
+    """The weights that a preset selects.
 
     Without `uses` these are the bundled models' modules of that name. With it, `"all-linear"` is every weight of a
     matmul or convolution, and `"attention"` and `"mlp"` are, beside the bundled names, those within a module whose name
     says so (`self_attn`, `ffn`).
 
     Args:
-        preset: its name.
-        names: the bundled models' modules that it means.
-        leaves: the tree's leaves by path.
-        heads: paths that are trained in full.
-        uses: from `trace_weights`.
+        preset: Name of the preset.
+        names: Names of the bundled models' modules that it stands for.
+        leaves: The tree's leaves by path.
+        heads: Paths of the leaves that are trained in full.
+        uses: Uses of the weights, from `trace_weights`.
 
     Raises:
-        SelectionError: it takes nothing; or only some of the model's names are the bundled ones, and weights are left
-            that might be the rest. They are listed.
+        SelectionError: It selects nothing; or only some of the model's names are the bundled ones, and weights are left
+            that may be the rest. They are listed.
     """
     weights = {path: leaf for path, leaf in leaves.items() if path not in heads and is_weight(path, leaf)}
     named = [path for path in weights if _means(names, path)]
@@ -85,15 +86,15 @@ def choose(
     if rest:
         raise SelectionError(
             f"`targets={preset!r}` knows the bundled models' names ({', '.join(names)}), and beside them this tree has "
-            f"weights that may be meant as well, {listed(_patterns(rest))}: {_way_out(preset)}"
+            f"weights that may be meant as well, {listed(_patterns(rest))}: {_advice(preset)}"
         )
     return Choice(found, unusable)
 
 
 def _rest(preset: str, names: Sequence[str], named: list[str], found: list[str], left: list[str]) -> list[str]:
-    """What of the weights that are left might belong to a preset of one kind.
+    """Those of the weights left over that may belong to a preset of one kind.
 
-    That is all in modules of its kind; and if the bundled names are there in part only, all that has a name of no kind.
+    These are all in modules of its kind; and if only some of the bundled names are there, all with a name of no kind.
     """
     within = [path for path in left if preset in _KINDS and _kind(path) == preset]
     if within or len(found) > len(named) or not _lacking(names, named):
@@ -102,15 +103,13 @@ def _rest(preset: str, names: Sequence[str], named: list[str], found: list[str],
 
 
 def _lacking(names: Sequence[str], named: list[str]) -> list[str]:
-    """The names that a bundled model would have and this tree lacks."""
+    """Names that a bundled model would have and this tree lacks."""
     absent = [name for name in names if not any(matches_entry(path, name) for path in named)]
     instead = (_FUSED,) if _FUSED in absent else _PARTS
     return [name for name in absent if name not in (*instead, _GATE)]
 
 
-def _nothing(
-    preset: str, names: Sequence[str], unusable: Mapping[str, str], left: list[str], uses: Mapping[str, Any] | None
-) -> str:
+def _nothing(preset: str, names: Sequence[str], unusable: Mapping[str, str], left: list[str], uses: Uses | None) -> str:
     if unusable:
         return f"`targets={preset!r}` found no weight that factors can stand beside. {reasons(unusable)}"
     if uses is not None and preset == "all-linear":
@@ -118,12 +117,12 @@ def _nothing(
     others = f". Weights that it has: {listed(_patterns(left))}" if left else ""
     return (
         f"`targets={preset!r}` knows the bundled models' names ({', '.join(names)}), and this tree has none of "
-        f"them: {_way_out(preset)}{others}"
+        f"them: {_advice(preset)}{others}"
     )
 
 
 def reasons(unusable: Mapping[str, str]) -> str:
-    """Why weights can't be taken by a preset, and how to take them nevertheless; ends a message."""
+    """The end of a message: why a preset can't select some weights, and how to adapt them nevertheless."""
     shown = listed([f"{path}: {reason}" for path, reason in unusable.items()], most=5)
     return (
         f"By `uses`, {shown}. Named in `targets` they are adapted, and merged where they are used; a weight of more "
@@ -131,14 +130,14 @@ def reasons(unusable: Mapping[str, str]) -> str:
     )
 
 
-def _way_out(preset: str) -> str:
+def _advice(preset: str) -> str:
     if preset in PRESETS:
         return 'name the modules, or pass `targets="all-linear"` with `uses=lj.trace_weights(fn, params, ...)`'
     return "name the modules, or say which they are by their own names"
 
 
 def _patterns(paths: list[str]) -> list[str]:
-    """Paths with `*` for the numbers of layers, each once."""
+    """Paths with `*` in place of layer numbers, without repetitions."""
     return list(dict.fromkeys(re.sub(r"(?<![^/])\d+(?![^/])", "*", path) for path in paths))
 
 
@@ -147,7 +146,7 @@ def _means(names: Sequence[str], path: str) -> bool:
 
 
 def _kind(path: str) -> str | None:
-    """What the innermost module that says so is, `"attention"` or `"mlp"`."""
+    """Kind of the innermost module whose name tells it, `"attention"` or `"mlp"`."""
     for segment in reversed(path.lower().split("/")):
         for kind, names in _KINDS.items():
             if any(name in segment for name in names):
@@ -155,16 +154,16 @@ def _kind(path: str) -> str | None:
     return None
 
 
-def _is_linear(path: str, uses: Mapping[str, Any]) -> bool:
+def _is_linear(path: str, uses: Uses) -> bool:
     use = uses.get(path)
     linear = use is not None and use.labels is not None and use.op in _LINEAR
     return linear and not any(matches_entry(path, head) for head in _OUTPUT_HEADS)
 
 
-def _may_be_linear(path: str, leaf: Any) -> bool:
+def _may_be_linear(path: LeafPath, leaf: HasShape) -> bool:
     """Whether a weight looks like one of a matmul within the model, as far as its name and shape tell.
 
-    Tables of embeddings, heads and poolers, and what belongs to a norm don't; nor do vectors.
+    Embeddings, heads, poolers and norms don't, and neither do vectors.
     """
     if "embed" in path.lower() or in_norm(path) or sum(size > 1 for size in leaf.shape) < 2:
         return False

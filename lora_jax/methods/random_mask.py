@@ -1,4 +1,4 @@
-"""A random mask: of all weights, some entries learn, chosen by chance."""
+"""Random masks: some entries of the weights are trained, chosen at random."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ..draws import leaf_seed, spread_places
-from ..weights import IN, OUT, STACK, register, wider
-from .base import is_number, is_trainable, is_weight, require
+from ..types import HasShape, LeafPath, Uses
+from ..weights import IN, OUT, STACK, AdaptedWeight, labelled, register, wider
+from .base import Leaves, flag, is_number, is_trainable, is_weight, require
 from .bitfit import BitFit
-from .targets import axis_labels
-from .whole import WholeMethod, WholeWeight, bases
+from .seeded_method import SeededMethod, SeededWeight, bases
+from .weight_method import axis_labels
 
-Kind = Literal["uniform", "rows", "columns"]
+Lines = Literal["uniform", "rows", "columns"]
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MaskedEntries(WholeWeight):
-    """`W` with new values in `n` of its entries, at places drawn from `seed`: `W[places] = values`.
+class MaskedEntries(SeededWeight):
+    """`W` with new values in `n` of its entries, at indices drawn from `seed`: `W[indices] = values`.
 
     Attributes:
-        values: shape `(n,)`, float32; they start as the entries that they replace. In `MaskedRows` and
-            `MaskedColumns` they are whole lines, `(n, out…)` and `(n, in…)`.
+        values: Shape `(n,)`, float32; they start as the entries that they replace. `MaskedRows` and `MaskedColumns`
+            replace whole lines, `(n, out…)` and `(n, in…)`.
     """
 
+    saved_as: ClassVar[str] = "MaskedEntries"
     fields: ClassVar[dict[str, str]] = {"values": "n"}
     saved: ClassVar[tuple[str, ...]] = ("values",)
-    # Labels of the axes along which one chooses; the others lie within a line.
+    # Labels of the axes among whose entries one is drawn; the others lie within a line.
     across: ClassVar[str] = STACK + IN + OUT
 
-    values: Any
+    values: jax.Array
 
     @property
     def lines(self) -> int:
-        """How many entries (rows, columns) there are to choose from."""
+        """Number of entries (rows, columns) to draw from."""
         return math.prod(self.shape[axis] for axis in self._order()[0])
 
     def started(self, count: int) -> Self:
@@ -52,7 +54,7 @@ class MaskedEntries(WholeWeight):
     def merge(self) -> jax.Array:
         across, within = self._order()
         problem = self.misfit({"values": self.values.shape})
-        require(problem is None, str(problem))
+        require(problem is None, f"a {type(self).__name__} can't be merged: {problem}")
         lines = _replaced(self._as_lines(self.base), self.values, jnp.uint32(self.seed))
         whole = lines.reshape([self.shape[axis] for axis in across + within])
         return lax.transpose(whole, [(across + within).index(axis) for axis in range(self.ndim)])
@@ -64,7 +66,7 @@ class MaskedEntries(WholeWeight):
         return problem
 
     def label(self, method_labels: bool) -> Self:
-        return dataclasses.replace(self, base="frozen", values="masked" if method_labels else "frozen")
+        return labelled(self, {"values": "masked"} if method_labels else {})
 
     def _order(self) -> tuple[list[int], list[int]]:
         across = [axis for axis in range(self.ndim) if self.axes[axis] in self.across]
@@ -78,8 +80,9 @@ class MaskedEntries(WholeWeight):
 @register
 @dataclasses.dataclass(frozen=True)
 class MaskedRows(MaskedEntries):
-    """`MaskedEntries` whose lines are rows: all that one input gives, `W[i, :]` of a weight `(in, out)`."""
+    """`MaskedEntries` whose lines are rows: the weights of one input, `W[i, :]` of a weight `(in, out)`."""
 
+    saved_as: ClassVar[str] = "MaskedRows"
     fields: ClassVar[dict[str, str]] = {"values": "no"}
     across: ClassVar[str] = STACK + IN
 
@@ -87,8 +90,9 @@ class MaskedRows(MaskedEntries):
 @register
 @dataclasses.dataclass(frozen=True)
 class MaskedColumns(MaskedEntries):
-    """`MaskedEntries` whose lines are columns: all that one output takes, `W[:, j]` of a weight `(in, out)`."""
+    """`MaskedEntries` whose lines are columns: the weights of one output, `W[:, j]` of a weight `(in, out)`."""
 
+    saved_as: ClassVar[str] = "MaskedColumns"
     fields: ClassVar[dict[str, str]] = {"values": "ni"}
     across: ClassVar[str] = STACK + OUT
 
@@ -101,39 +105,39 @@ def _taken(lines: jax.Array, seed: jax.Array, *, count: int) -> jax.Array:
 
 @jax.jit
 def _replaced(lines: jax.Array, values: jax.Array, seed: jax.Array) -> jax.Array:
-    places = spread_places(seed, values.shape[0], lines.shape[0])
-    return lines.at[places].set(values.astype(lines.dtype), indices_are_sorted=True, unique_indices=True)
+    indices = spread_places(seed, values.shape[0], lines.shape[0])
+    return lines.at[indices].set(values.astype(lines.dtype), indices_are_sorted=True, unique_indices=True)
 
 
 _NODES: dict[str, type[MaskedEntries]] = {"uniform": MaskedEntries, "rows": MaskedRows, "columns": MaskedColumns}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomMask(WholeMethod):
-    """Trains `k` numbers of the model chosen by chance, and the head: `W[places] = values`, all else as pretrained.
+class RandomMask(SeededMethod):
+    """Trains `k` parameters drawn at random, and the head: `W[indices] = values`; all others stay as pretrained.
 
-    The question that it answers is whether the biases are special, or any parameters as many would do. The share
-    `k / N` of the `N` numbers in the targets is the same in each leaf, up to whole numbers (or rows, or columns).
+    The baseline answers whether biases are special, or whether any parameters of the same number would do. Each leaf
+    has the same share `k / N` of the `N` parameters in the targets, up to whole parameters (or rows, or columns).
 
-    Only `values` are parameters: there is a gradient and optimizer state for `k` numbers. The places are computed from
-    the seed at every use. The cost of a step is that of full fine-tuning nevertheless: the function gets the merged
-    weights, and the gradient of `values` is read off that of the whole weight, which is formed on the way. It is a
-    baseline for quality, not for speed.
+    Only `values` are parameters: there are a gradient and optimizer state for `k` of them. The indices are computed
+    from the seed at every use. A step still costs as much as in full fine-tuning: the function gets the merged weights,
+    and the gradient of `values` is read off the gradient of the whole weight. It is a baseline for quality, not for
+    speed.
 
     Args:
-        size: `k`, a whole number; or a share of the targets' numbers, as a float below 1; or `"bitfit"`, as many as the
+        size: `k`, an integer; or a share of the targets' parameters, as a float below 1; or `"bitfit"`, as many as the
             tree has biases outside of the head.
-        kind: `"uniform"` chooses single numbers, `"rows"` and `"columns"` whole rows and columns of weights: a row is
-            what one input gives to all outputs, a column what one output takes from all inputs.
-        targets: what is chosen from: `"all"` leaves (for rows and columns, all weights) but the head's, or those at and
-            below what is named; see `selection.select`.
-        seed: of the places; that of a leaf follows from it and the leaf's path. The key of `attach` isn't used.
-        also_train: the head, see `Method`.
+        kind: What is drawn: `"uniform"` single parameters, `"rows"` and `"columns"` whole rows and columns of weights.
+            A row has the weights of one input, a column those of one output.
+        targets: Leaves to draw from: `"all"` (for rows and columns, all weights) but the head's, or those at and below
+            what is named; see `selection.select`.
+        seed: Seed of the indices; that of a leaf follows from it and the leaf's path. The key of `attach` isn't used.
+        also_train: The head, see `Method`.
 
     Raises:
-        ValueError: `size` or `kind` is none of these, or (when used) `size` is more than there are numbers, or less
-            than one line; the axes of a weight of more than two are unknown (for rows and columns).
-        SelectionError: (when used) an entry matches nothing, or a target is also a head.
+        ValueError: `size` or `kind` is none of these, or (when used) `size` is more than the targets have, or less than
+            one line; the axes of a weight of more than two are unknown (for rows and columns).
+        SelectionError: (When used.) An entry matches nothing, or a target is also a head.
 
     Example:
         >>> import lora_jax as lj
@@ -147,13 +151,21 @@ class RandomMask(WholeMethod):
         "rand uniform" and "rand row/col".
 
     Deviations:
-        The numbers are spread: cut into `k` equal parts, a leaf gives one of each. The paper draws without such parts.
+        The parameters are spread: one is drawn from each of `k` equal parts of a leaf. The paper draws from the whole.
     """
 
-    nodes: ClassVar[tuple[type[WholeWeight], ...]] = tuple(_NODES.values())
+    name: ClassVar[str] = "random-mask"
+    saved_as: ClassVar[str] = "RandomMask"
+    title: ClassVar[str] = "random mask"
+    summary: ClassVar[str] = "parameters drawn at random, a baseline"
+    defaults: ClassVar[Mapping[str, object]] = {"size": "bitfit"}
+    default_rate: ClassVar[float] = 3e-3
+    nodes: ClassVar[tuple[type[SeededWeight], ...]] = tuple(_NODES.values())
 
-    size: int | float | str = "bitfit"
-    kind: Kind = "uniform"
+    size: int | float | str = dataclasses.field(
+        default="bitfit", metadata=flag("Number of parameters, their share as 0.01, or bitfit for as many as biases")
+    )
+    kind: Lines = dataclasses.field(default="uniform", metadata=flag("Single parameters (uniform), rows or columns"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,53 +176,56 @@ class RandomMask(WholeMethod):
             usable = size >= 1 if is_number(size, int) else is_number(size, float) and 0 < size < 1
         require(
             usable,
-            f'`size` must be a whole number of at least 1, a share between 0 and 1, or "bitfit", got {self.size!r}',
+            f'`size` must be a positive integer, a share between 0 and 1, or "bitfit", got {self.size!r}',
         )
-        require(self.kind in _NODES, f"`kind` must be one of {tuple(_NODES)}, got {self.kind!r}")
+        require(self.kind in get_args(Lines), f"`kind` must be one of {get_args(Lines)}, got {self.kind!r}")
 
-    def attach(self, leaves: Mapping[str, Any], *, key: jax.Array, uses: Mapping[str, Any] | None) -> dict[str, Any]:
+    def attach(self, leaves: Leaves, *, key: jax.Array, uses: Uses | None) -> dict[LeafPath, AdaptedWeight]:
         del key
         wanted = self.count(leaves)
         node = _NODES[self.kind]
         targets = {
-            path: node(leaves[path], None, seed=leaf_seed(self.seed, path), axes=self._axes(path, leaves[path], uses))
-            for path in self._targets(leaves)
+            path: node.bare(leaves[path], seed=leaf_seed(self.seed, path), axes=self._axes(path, leaves[path], uses))
+            for path in self.selected(leaves)
         }
         total = sum(target.size for target in targets.values())
-        require(wanted <= total, f"`size` {wanted} is more than the {total} numbers of the targets")
+        require(
+            wanted <= total, f"`size` must be at most {total}, the number of parameters in the targets, got {wanted}"
+        )
         counts = _shares(wanted / total, targets)
         require(
             any(counts.values()),
-            f"`size` {wanted} is less than one of the {self.kind}: choose a larger one, or fewer `targets`",
+            f"`size` {wanted} is less than one of the {self.kind}: choose a larger `size`, or fewer `targets`",
         )
         return {path: target.started(counts[path]) for path, target in targets.items() if counts[path]}
 
-    def count(self, leaves: Mapping[str, Any]) -> int:
+    def count(self, leaves: Leaves) -> int:
         """`k` for a tree, adapted or not."""
         leaves = bases(leaves)
         if self.size == "bitfit":
             found = set(BitFit().selected(leaves)) - set(self.head(leaves))
             return sum(math.prod(leaves[path].shape) for path in found)
         if isinstance(self.size, float) and self.size < 1:
-            return round(self.size * sum(math.prod(leaves[path].shape) for path in self._targets(leaves)))
+            return round(self.size * sum(math.prod(leaves[path].shape) for path in self.selected(leaves)))
         return int(self.size)
 
-    def resolved(self, leaves: Mapping[str, Any]) -> Self:
-        return self.with_targets(leaves, self._targets(bases(leaves)), size=self.count(leaves))
+    def resolved(self, leaves: Leaves) -> Self:
+        return dataclasses.replace(self.with_targets(leaves, self.selected(bases(leaves))), size=self.count(leaves))
 
-    def _targets(self, leaves: Mapping[str, Any]) -> list[str]:
+    def selected(self, leaves: Leaves) -> list[LeafPath]:
+        """Paths of the targets, in tree order; `leaves` are those of the base."""
         if self.kind == "uniform":
-            return self.chosen(leaves, eligible=is_trainable, kind="leaf of a floating type")
-        return self.chosen(leaves, eligible=is_weight, kind="weight")
+            return self.selected_from(leaves, eligible=is_trainable, kind="leaf of a floating type")
+        return self.selected_from(leaves, eligible=is_weight, kind="weight")
 
-    def _axes(self, path: str, leaf: Any, uses: Mapping[str, Any] | None) -> str:
+    def _axes(self, path: LeafPath, leaf: HasShape, uses: Uses | None) -> str:
         if self.kind == "uniform":
             return OUT * len(leaf.shape)
         return axis_labels(path, leaf, uses)
 
 
-def _shares(share: float, targets: Mapping[str, MaskedEntries]) -> dict[str, int]:
-    """How many lines of each target make up the share; what rounding leaves over goes to the next."""
+def _shares(share: float, targets: Mapping[LeafPath, MaskedEntries]) -> dict[LeafPath, int]:
+    """Number of lines of each target that make up the share; what rounding leaves over goes to the next."""
     counts, left = {}, 0.0
     for path, target in targets.items():
         length = target.size // target.lines

@@ -1,38 +1,37 @@
-"""Fine-tuning of the last layers alone."""
+"""Fine-tuning of the last layers only."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
 from ..depth import layer_places, layer_sizes
 from ..selection import SelectionError
 from ..state import StateLeaf
 from . import dtypes
-from .base import Method, is_number, is_trainable, require
+from .base import LeafLabels, Leaves, Method, flag, is_trainable, require, require_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopLayers(Method):
-    """Trains the last `count` of a model's layers in full, and the head; all that lies below stays as pretrained.
+    """Trains the last `count` of a model's layers in full, and the head; everything below stays as pretrained.
 
-    Of `L` layers of `n` numbers each that is `count · n`. The backward pass ends at the lowest trained layer, so a step
-    costs less than with LoRA; nothing is added to the model, so nothing needs merging.
+    With layers of `n` parameters each, it trains `count · n`. The backward pass ends at the lowest trained layer, so a
+    step costs less than with LoRA. Nothing is added to the model, so nothing needs merging.
 
-    Layers are what numbers tell apart in leaf paths, see `depth.layer_places`. Layers that one leaf holds along an
-    axis (of a scan) can't be trained in part: `lj.models.unstack_layers` makes them leaves of their own, in the bundled
-    models.
+    Layers are told apart by the numbers in leaf paths, see `depth.layer_places`. Layers that a scan stacks along an
+    axis of one leaf can't be trained in part; for the bundled models `lj.models.unstack_layers` gives each layer leaves
+    of its own.
 
     Args:
-        count: how many layers, at least 1.
-        within: which layers, where a tree has several stacks of them: the end of the stack's path,
-            `"decoder/layers"`.
-        also_train: the head, see `Method`; and what comes after the last layer, a final norm or a pooler.
+        count: Number of layers, at least 1.
+        within: The stack of layers, where a tree has several: the end of its path, `"decoder/layers"` for example.
+        also_train: The head, see `Method`, and what comes after the last layer, such as a final norm or a pooler.
 
     Raises:
         ValueError: `count` is no positive integer, or (when used) more than there are layers.
-        SelectionError: (when used) the tree has no layers that numbers tell apart, or several stacks and no `within`.
+        SelectionError: (When used.) The tree has no numbered layers, or several stacks and no `within`.
 
     Example:
         >>> import lora_jax as lj
@@ -45,17 +44,21 @@ class TopLayers(Method):
         With `count=2` it is the baseline FT-Top2 of Li, Liang, "Prefix-Tuning", 2021, arXiv:2101.00190.
     """
 
-    count: int
+    name: ClassVar[str] = "top-layers"
+    saved_as: ClassVar[str] = "TopLayers"
+    title: ClassVar[str] = "last layers"
+    summary: ClassVar[str] = "the last layers"
+    defaults: ClassVar[Mapping[str, object]] = {"count": 2}
+    default_rate: ClassVar[float] = 1e-4
+
+    count: int = dataclasses.field(metadata=flag("Number of layers"))
     within: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            is_number(self.count, int) and self.count >= 1,
-            f"`count` must be an integer of at least 1, got {self.count!r}",
-        )
+        require_positive(self.count, "count")
 
-    def own_labels(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    def own_labels(self, leaves: Leaves) -> LeafLabels:
         places = layer_places(path for path, leaf in leaves.items() if not isinstance(leaf, StateLeaf))
         stack, size = self._stack(layer_sizes(places))
         require(self.count <= size, f"`count` is {self.count}, and `{stack}` has {size} layers")
@@ -68,13 +71,13 @@ class TopLayers(Method):
         known = ", ".join(f"{stack} ({size} layers)" for stack, size in sizes.items())
         if not sizes:
             raise SelectionError(
-                "the tree has no layers that numbers tell apart, as in `layers/0/...` or `Block_0/...`. "
-                "Layers along an axis of a leaf can't be trained in part: take them apart "
+                "the tree has no numbered layers, as in `layers/0/...` or `Block_0/...`. "
+                "Layers stacked along an axis of a leaf can't be trained in part: take them apart "
                 "(`lj.models.unstack_layers`), or name leaves in `FullFineTune(targets=...)`"
             )
         if self.within is None:
             if len(sizes) > 1:
-                raise SelectionError(f"the tree has several stacks of layers, {known}: say which in `within`")
+                raise SelectionError(f"the tree has several stacks of layers, {known}: name one in `within`")
             return next(iter(sizes.items()))
         wanted = "/" + self.within.strip("/")
         found = [stack for stack in sizes if f"/{stack}".endswith(wanted)]

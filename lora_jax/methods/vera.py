@@ -1,65 +1,81 @@
-"""VeRA: random projections that all weights share, and two learned vectors for each weight."""
+"""VeRA: random projections that all weights share, and two trained vectors for each weight."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Hashable, Mapping
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from ..weights import IN, OUT, STACK, AdaptedWeight, ConvSpec, DotSpec, RaggedDotSpec, TakeSpec, register, wider
-from .base import FROZEN, is_number, require
+from ..types import LeafPath
+from ..weights import (
+    IN,
+    OUT,
+    STACK,
+    AdaptedWeight,
+    ConvSpec,
+    DotSpec,
+    FactoredWeight,
+    RaggedDotSpec,
+    TakeSpec,
+    labelled,
+    register,
+    wider,
+)
+from .base import flag, is_number, require, require_probability, require_seed
 from .lora.weight import LoRAWeight, key_for_use, keys_of, multiple
-from .targets import Target, WeightMethod
+from .weight_method import TargetWeight, WeightMethod
 
-# More than any weight has use for, and few enough that a file can't ask for much memory.
+# More than any weight can use, and small enough that a file can't ask for much memory.
 _MOST_RANK = 2**14
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class VeRAWeight(AdaptedWeight):
+class VeRAWeight(FactoredWeight):
     """`W + Λ_b B Λ_d A` as a pytree node, with diagonal `Λ`.
 
     Attributes:
-        base: the frozen weight, any number of axes.
-        a: the projection `A (r, in…)`, float32, frozen. Weights of equal `in` axes hold the same array, and the members
+        base: The frozen weight, with any number of axes.
+        a: The projection `A (r, in…)`, float32, frozen. Weights of equal `in` axes hold the same array, and the members
             of a stack share it.
-        b: the projection `B (r, out…)`, transposed as LoRA's; likewise.
+        b: The projection `B (r, out…)`, transposed like LoRA's; shared likewise.
         lambda_d: `(stack…, r)`, float32.
         lambda_b: `(stack…, out…)`, float32.
-        key: random key of the dropout, one per member of the stack; `None` switches dropout off.
-        seed: what the projections are drawn from; no file holds them.
-        axes: one label per base axis: `i` in, `o` out, `s` stack.
-        dropout: probability with which each element of the low-rank path's input is dropped.
+        key: Random key of the dropout, one per member of the stack; `None` switches dropout off.
+        seed: Seed of the projections, which no file holds.
+        axes: One label per base axis: `i` in, `o` out, `s` stack.
+        dropout: Probability of dropping each element of the low-rank path's input.
     """
 
+    saved_as: ClassVar[str] = "VeRAWeight"
     fields: ClassVar[dict[str, str]] = {"a": "ri", "b": "ro", "lambda_d": "sr", "lambda_b": "so", "key": "s"}
     saved: ClassVar[tuple[str, ...]] = ("lambda_d", "lambda_b")
 
-    a: Any = None
-    b: Any = None
-    lambda_d: Any = None
-    lambda_b: Any = None
-    key: Any = None
+    a: jax.Array
+    b: jax.Array
+    lambda_d: jax.Array
+    lambda_b: jax.Array
+    key: jax.Array | None = None
     seed: int = dataclasses.field(kw_only=True)
     dropout: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        require(0 <= self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout!r}")
-        require(_is_seed(self.seed), f"`seed` must be a whole number in [0, 2³²), got {self.seed!r}")
+        require_probability(self.dropout, "dropout")
+        require_seed(self.seed)
 
     def low_rank(self) -> LoRAWeight:
-        """The same weight as LoRA's, both vectors on the side of `b`, so that no gradient has the shape of `a`."""
+        """The same weight as a `LoRAWeight`, with both vectors on the side of `b`: no gradient has `a`'s shape."""
         stack, outer = self.places(STACK), self.places(OUT)
         wide = wider(self.base.dtype, jnp.float32)
         lambda_d, lambda_b = self.lambda_d.astype(wide), self.lambda_b.astype(wide)
         scales = jnp.expand_dims(lambda_d, [len(stack) + 1 + axis for axis in range(len(outer))])
-        b = scales * self.b.astype(wide) * jnp.expand_dims(lambda_b, len(stack))
+        b = scales * jnp.expand_dims(self.b.astype(wide), range(len(stack))) * jnp.expand_dims(lambda_b, len(stack))
         a = jnp.broadcast_to(self.a, (*(self.shape[axis] for axis in stack), *self.a.shape))
         return LoRAWeight(self.base, a, b, self.key, scale=1.0, axes=self.axes, dropout=self.dropout)
 
@@ -67,8 +83,7 @@ class VeRAWeight(AdaptedWeight):
         return self.low_rank().merge()
 
     def label(self, method_labels: bool) -> Self:
-        frozen = jax.tree.map(lambda array: FROZEN, self)
-        return dataclasses.replace(frozen, lambda_d="vera_d", lambda_b="vera_b") if method_labels else frozen
+        return labelled(self, {"lambda_d": "vera_d", "lambda_b": "vera_b"} if method_labels else {})
 
     def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         rank = shapes["lambda_d"][-1:]
@@ -76,15 +91,15 @@ class VeRAWeight(AdaptedWeight):
             return f"`lambda_d` has the shape {shapes['lambda_d']}, and a rank of 1 to {_MOST_RANK} is expected"
         return super().misfit(shapes)
 
-    def regrown(self, shared: dict[Any, Any]) -> Self:
-        rank, places = self.lambda_d.shape[-1], self.placements()
+    def regrown(self, shared: dict[Hashable, jax.Array]) -> Self:
+        rank, shardings = self.lambda_d.shape[-1], self.placements()
 
         def drawn(name: str, label: str, projection: Callable[[int, int, int], jax.Array]) -> jax.Array:
-            sizes, place = tuple(self.shape[axis] for axis in self.places(label)), places.get(name)
-            which = (name, self.seed, rank, sizes, place)
+            sizes, sharding = tuple(self.shape[axis] for axis in self.places(label)), shardings.get(name)
+            which = (name, self.seed, rank, sizes, sharding)
             if which not in shared:
                 array = projection(self.seed, rank, math.prod(sizes)).reshape(rank, *sizes)
-                shared[which] = array if place is None else jax.device_put(array, place)
+                shared[which] = array if sharding is None else jax.device_put(array, sharding)
             return shared[which]
 
         return dataclasses.replace(self, a=drawn("a", IN, projection_a), b=drawn("b", OUT, projection_b))
@@ -97,10 +112,10 @@ class VeRAWeight(AdaptedWeight):
         key = None if self.dropout == 0 else key
         return dataclasses.replace(self, key=keys_of(key, self.lambda_d.shape[:-1]))
 
-    def for_use(self, number: Any) -> Self:
+    def for_use(self, number: int | jax.Array) -> Self:
         return dataclasses.replace(self, key=key_for_use(self.key, number))
 
-    # One function in the program, as LoRA's.
+    # One function in the program, like LoRA's.
     @functools.partial(jax.jit, static_argnames=("spec", "run"))
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
@@ -119,22 +134,22 @@ class VeRAWeight(AdaptedWeight):
         return self.low_rank().ragged_dot(other, sizes, spec, run)
 
 
-def projection_a(seed: int, rank: int, size: int) -> jax.Array:
-    """The first `size` columns of `A`, `(rank, size)`, uniform in `±√(6/size)`: Kaiming's start for the weight.
+def projection_a(seed: int, rank: int, size: int) -> Float[Array, "rank size"]:
+    """The first `size` columns of `A`, uniform in `±√(6/size)`: Kaiming's start for the weight.
 
-    Every column has a key of its own, so a wider weight's projection begins with a narrower one's, but for the bound.
+    Every column has a key of its own, so that up to the bound a wider weight's projection begins with a narrower one's.
     """
     return _uniform(seed, 0, rank, size) * math.sqrt(6 / size)
 
 
-def projection_b(seed: int, rank: int, size: int) -> jax.Array:
-    """The first `size` columns of `Bᵀ`, `(rank, size)`, uniform in `±√(6/rank)`."""
+def projection_b(seed: int, rank: int, size: int) -> Float[Array, "rank size"]:
+    """The first `size` columns of `Bᵀ`, uniform in `±√(6/rank)`."""
     return _uniform(seed, 1, rank, size) * math.sqrt(6 / rank)
 
 
 @functools.partial(jax.jit, static_argnames=("seed", "which", "rank", "size"))
-def _uniform(seed: int, which: int, rank: int, size: int) -> jax.Array:
-    """Numbers in `[-1, 1)` that a seed and a place determine, whatever JAX's settings for random numbers are."""
+def _uniform(seed: int, which: int, rank: int, size: int) -> Float[Array, "rank size"]:
+    """Numbers in `[-1, 1)` that depend on seed, row and column, and not on JAX's settings for random numbers."""
     start = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), which)
 
     def word(column: jax.Array, row: jax.Array) -> jax.Array:
@@ -144,31 +159,27 @@ def _uniform(seed: int, which: int, rank: int, size: int) -> jax.Array:
     return (words >> 8).astype(jnp.float32) * 2.0**-23 - 1
 
 
-def _is_seed(value: Any) -> bool:
-    return is_number(value, int) and 0 <= value < 2**32
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VeRA(WeightMethod):
     """Vector-based random matrix adaptation: `h = x W + ((x Aᵀ) ⊙ d) B ⊙ b` with random `A` and `B` that all share.
 
-    For a weight of shape `(in, out)` it trains `d (r)` and `b (out)`, that is `r + out` numbers, where LoRA has
-    `r · (in + out)`; so `r` is large as a rule, 256 to 1024. `b` starts at zero. The projections follow from
-    `projection_seed`: they are frozen, saved nowhere, and in memory once for all weights of one size. A weight takes as
-    many columns of them as it has inputs and outputs.
+    For a weight of shape `(in, out)` it trains `d (r)` and `b (out)`, `r + out` parameters, where LoRA has
+    `r · (in + out)`; so `r` is usually large, 256 to 1024. `b` starts at zero. The projections follow from
+    `projection_seed`: they are frozen, in no file, and in memory once for all weights of one size. A weight uses as
+    many of their columns as it has inputs and outputs.
 
     Args:
         rank: `r`, at least 1; it may be larger than the weight's sizes.
-        targets: which weights; see `LoRA`, whose presets are known here too.
-        also_train: the head, see `Method`.
-        dropout: probability of dropping each element of the low-rank path's input, in `[0, 1)`; acts after
-            `with_dropout`. Lookups are not dropped.
-        d_initial: what `d` starts at.
-        projection_seed: of `A` and `B`.
+        targets: Weights to adapt; see `LoRA`, which has the same presets.
+        also_train: The head, see `Method`.
+        dropout: Probability of dropping each element of the low-rank path's input, in `[0, 1)`; acts after
+            `with_dropout`. The inputs of lookups are not dropped.
+        d_initial: Initial value of `d`.
+        projection_seed: Seed of `A` and `B`.
 
     Raises:
-        ValueError: a value is out of range, or (when used) the axes of a weight of more than two are unknown.
-        SelectionError: (when used) an entry matches no weight, or a target is also a head.
+        ValueError: A value is out of range, or (when used) the axes of a weight of more than two are unknown.
+        SelectionError: (When used.) An entry matches no weight, or a target is also a head.
 
     Example:
         >>> import lora_jax as lj
@@ -185,43 +196,50 @@ class VeRA(WeightMethod):
         equation 2, with Kaiming's uniform projections and `d` of 0.1 as in section 3.3.
 
     Deviations:
-        Where sizes differ, PEFT draws the projections for the largest and slices; so it is here, but the bound of `A`
-        is that of each weight's own size, so that a weight's projections don't depend on what else is adapted.
+        Where sizes differ, PEFT draws the projections for the largest and slices. Here the bound of `A` is that of each
+        weight's own size, so that a weight's projections don't depend on what else is adapted.
     """
 
+    name: ClassVar[str] = "vera"
+    saved_as: ClassVar[str] = "VeRA"
+    title: ClassVar[str] = "VeRA"
+    summary: ClassVar[str] = "vectors between shared random factors"
+    defaults: ClassVar[Mapping[str, object]] = {"rank": 256, "targets": "all-linear"}
+    # Few parameters move a whole layer little; the paper's rate is some ten times LoRA's.
+    default_rate: ClassVar[float] = 1e-2
     node: ClassVar[type[AdaptedWeight]] = VeRAWeight
 
-    rank: int
-    dropout: float = 0.0
-    d_initial: float = 0.1
-    projection_seed: int = 0
+    rank: int = dataclasses.field(metadata=flag("Rank of the shared factors"))
+    dropout: float = dataclasses.field(
+        default=0.0, metadata=flag("Dropout probability of the factors' input", name="lora-dropout")
+    )
+    d_initial: float = dataclasses.field(default=0.1, metadata=flag("Initial value of the vector between the factors"))
+    projection_seed: int = dataclasses.field(default=0, metadata=flag("Seed of the shared factors"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             is_number(self.rank, int) and 1 <= self.rank <= _MOST_RANK,
-            f"`rank` must be an integer of 1 to {_MOST_RANK}, got {self.rank!r}",
+            f"`rank` must be an integer from 1 to {_MOST_RANK}, got {self.rank!r}",
         )
-        require(
-            is_number(self.dropout, float) and 0 <= self.dropout < 1,
-            f"`dropout` must be in [0, 1), got {self.dropout!r}",
-        )
+        require_probability(self.dropout, "dropout")
         usable = is_number(self.d_initial, float) and math.isfinite(self.d_initial) and self.d_initial != 0
         require(usable, f"`d_initial` must be a number other than 0, got {self.d_initial!r}")
-        seed = self.projection_seed
-        require(_is_seed(seed), f"`projection_seed` must be a whole number in [0, 2³²), got {seed!r}")
+        require_seed(self.projection_seed, "projection_seed")
 
-    def nodes(self, targets: list[Target], *, key: jax.Array) -> dict[str, AdaptedWeight]:
-        del key  # the projections are the seed's
-        shared: dict[Any, Any] = {}
+    def nodes(self, targets: list[TargetWeight], *, key: jax.Array) -> dict[LeafPath, AdaptedWeight]:
+        del key  # the projections have a seed of their own
+        shared: dict[Hashable, jax.Array] = {}
         return {target.path: self._node(target).regrown(shared) for target in targets}
 
-    def _node(self, target: Target) -> VeRAWeight:
-        node = VeRAWeight(target.base, seed=int(self.projection_seed), axes=target.axes, dropout=float(self.dropout))
-        stack, places = target.sizes(STACK), node.placements()
+    def _node(self, target: TargetWeight) -> VeRAWeight:
+        node = VeRAWeight.bare(
+            target.base, seed=int(self.projection_seed), axes=target.axes, dropout=float(self.dropout)
+        )
+        stack, shardings = target.sizes(STACK), node.placements()
         arrays = {
             "lambda_d": jnp.full((*stack, self.rank), self.d_initial, jnp.float32),
             "lambda_b": jnp.zeros((*stack, *target.sizes(OUT)), jnp.float32),
         }
-        placed = {name: jax.device_put(a, places[name]) if places else a for name, a in arrays.items()}
+        placed = {name: jax.device_put(a, shardings[name]) if shardings else a for name, a in arrays.items()}
         return dataclasses.replace(node, **placed)

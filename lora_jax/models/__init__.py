@@ -4,9 +4,9 @@ model = lora_jax.models.load("minilm", task="classification", num_labels=8)
 logits = model.apply(model.params, input_ids, attention_mask)
 """
 
+from .checkpoint.byte_progress import Progress as Progress
 from .checkpoint.hub import DEFAULT_BASE as DEFAULT_BASE
 from .checkpoint.hub import find_base as find_base
-from .checkpoint.reporting import Progress as Progress
 from .checkpoint.tokenizer import SpecialTokens as SpecialTokens
 from .checkpoint.tokenizer import load_tokenizer as load_tokenizer
 from .checkpoint.tokenizer import read_special_tokens as read_special_tokens

@@ -1,4 +1,4 @@
-"""What a checkpoint itself says of its task, and what a model has that its checkpoint hasn't."""
+"""The task and head that a checkpoint comes with, and the leaves that it lacks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .model_config import label_names
 
 
 class CheckpointTask(NamedTuple):
-    """What to pass to `load` as `task` and `num_labels`."""
+    """Values of `task` and `num_labels` for `load`."""
 
     task: Task
     num_labels: int | None
 
 
 def task_of_outputs(family: Family, outputs: int | None) -> CheckpointTask:
-    """The task of a head with so many outputs: one is a regression's, `None` stands for no head.
+    """The task of a head with this many outputs: regression for one, hidden states for `None`, no head.
 
-    A decoder's head gives logits over the vocabulary, however many.
+    A decoder's task is always `"causal-lm"`.
     """
     if family.is_decoder:
         return CheckpointTask("causal-lm", None)
@@ -35,13 +35,13 @@ def task_of_outputs(family: Family, outputs: int | None) -> CheckpointTask:
 
 
 def checkpoint_task(source: str | os.PathLike[str]) -> CheckpointTask:
-    """The task of a Hugging Face folder, from the head that its checkpoint has.
+    """The task of a Hugging Face folder, judged by the head in its checkpoint.
 
     Args:
-        source: as for `load`.
+        source: Folder, hub name or alias, as for `load`.
 
     Raises:
-        FileError: see `load`.
+        FileError: See `load`.
     """
     folder = find_base(source)
     family = family_of(read_model_config(folder))
@@ -50,12 +50,12 @@ def checkpoint_task(source: str | os.PathLike[str]) -> CheckpointTask:
 
 
 class CheckpointHead(NamedTuple):
-    """The head that a checkpoint brings along.
+    """The trained head in a checkpoint.
 
     Attributes:
-        outputs: How many numbers it gives; one is a regression's.
-        labels: The names of the outputs, in their order; `None` where `config.json` has no name of its own for each, or
-            only numbers them as transformers does (`LABEL_0`, `LABEL_1`, …).
+        outputs: Number of outputs; 1 for regression.
+        labels: Labels of the outputs, in order; `None` if `config.json` doesn't name each one, or only has the
+            numbered names of transformers (`LABEL_0`, `LABEL_1`, …).
     """
 
     outputs: int
@@ -63,12 +63,12 @@ class CheckpointHead(NamedTuple):
 
 
 def checkpoint_head(source: str | os.PathLike[str]) -> CheckpointHead | None:
-    """The trained head of an encoder's checkpoint; `None` where it has none, as a base has that was only pretrained.
+    """The trained head of an encoder's checkpoint; `None` if it has none, as after pretraining alone.
 
-    Who trains it further has to keep the order of its labels, or to leave the head aside (`load(..., new_head=True)`).
+    To train it further, keep the order of its labels, or replace the head (`load(..., new_head=True)`).
 
     Args:
-        source: As for `load`.
+        source: Folder, hub name or alias, as for `load`.
 
     Raises:
         FileError: See `load`.
@@ -82,13 +82,15 @@ def checkpoint_head(source: str | os.PathLike[str]) -> CheckpointHead | None:
     if outputs is None:
         return None
     labels = label_names(read_config(folder))
-    is_numbered = labels == tuple(f"LABEL_{place}" for place in range(outputs))
+    is_numbered = labels == tuple(f"LABEL_{number}" for number in range(outputs))
     return CheckpointHead(outputs, None if is_numbered or len(set(labels or ())) != outputs else labels)
 
 
 def has_other_head(source: str | os.PathLike[str], task: Task, num_labels: int | None) -> bool:
-    """Whether an encoder's checkpoint has a head of another size than a task's: it is of no use for an adapter that
-    brings its own, and `load` has to be told so (`new_head=True`)."""
+    """Whether an encoder's checkpoint has a head of a different size than the task needs.
+
+    Such a head must be replaced: `load(..., new_head=True)`.
+    """
     if task not in ("classification", "regression"):
         return False
     head = checkpoint_head(source)
@@ -96,15 +98,15 @@ def has_other_head(source: str | os.PathLike[str], task: Task, num_labels: int |
 
 
 def head_outputs(family: Family, shapes: Mapping[str, tuple[int, ...]], *, prefix: str = "") -> int | None:
-    """The outputs of the head among tensors with Hugging Face names, `None` if there is none; `prefix` is before it."""
+    """Number of outputs of the head among tensors with Hugging Face names after `prefix`; `None` without a head."""
     shape = shapes.get(prefix + family.names.tensor(f"{family.logits}/kernel"))
     return shape[0] if shape else None
 
 
 def absent_leaves(model: Model, source: str | os.PathLike[str]) -> list[str]:
-    """The leaves of a model that its base has no tensor for, or `load` has drawn all the same: a head, a BERT's pooler.
+    """Paths of the model's leaves that `load` drew instead of reading from the base: a head, BERT's pooler.
 
-    What they are isn't known to anyone else who loads the base, so an exchange has to take them along, trained or not.
+    Whoever else loads the base can't know their values, so an exported adapter must include them, trained or not.
     """
     family = family_of(model.config)
     if not family.draws_heads:

@@ -1,4 +1,4 @@
-"""`Family`: all that loading, saving and naming have to know of a kind of model."""
+"""`Family`: what loading, saving and naming need to know about one kind of model."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..interop.module_names import ModuleNames
-from .checkpoint.name_table import NameTable, is_kernel
+from .checkpoint.tensor_names import TensorNames, is_kernel
 from .model_config import ModelConfig
 
 Task = Literal["classification", "regression", "causal-lm"] | None
 
-# A decoder's embeddings, and its head where that is no part of them.
+# A decoder's embeddings, and its head if that isn't tied to them.
 WORDS, HEAD = "embeddings/word/embedding", "lm_head/kernel"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """One kind of model, told by `model_type` in its `config.json`.
+    """One kind of model, identified by `model_type` in its `config.json`.
 
     Attributes:
-        config: the class of its configurations.
-        module: `module(config, pooling=, outputs=, dtype=, remat=, rngs=)` makes the NNX module, which is called with
-            `(input_ids, mask, token_types, dropout_key)`. That of a decoder is made with `head=` and `scan=` in place
-            of `pooling=` and `outputs=`, and called as `Decoder` says.
-        names: its parameters' names in Hugging Face checkpoints.
-        architectures: the classes of transformers, by task.
-        sizes: `{tensor: entries of the configuration}`: the sizes that the shapes in a checkpoint repeat.
-        layers: the entry of the configuration that counts the layers.
-        heads: top-level modules that a base may have without use, or lack, to be drawn anew.
-        logits: the module whose kernel's columns are the outputs.
-        draws_heads: whether a head that the base lacks is drawn anew; otherwise its tensors are missing.
+        config: Class of the family's configurations.
+        module: `module(config, pooling=, outputs=, dtype=, remat=, rngs=)` makes an encoder's NNX module, which is
+            called with `(input_ids, mask, token_types, dropout_key)`. A decoder's takes `head=` and `scan=` in place of
+            `pooling=` and `outputs=`, and is called as `Decoder` describes.
+        names: Names of the parameters in Hugging Face checkpoints.
+        architectures: Classes of transformers, by task.
+        sizes: `{tensor: configuration entries}` for tensors whose shapes must equal these entries.
+        layers: Configuration entry with the number of layers.
+        heads: Top-level modules that a checkpoint may have although they aren't used, or lack, to be drawn anew.
+        logits: Module whose kernel has one column per output.
+        draws_heads: Whether a head that the checkpoint lacks is drawn anew; if not, its absence is an error.
     """
 
     config: type[ModelConfig]
     module: Callable[..., Any]
-    names: NameTable
+    names: TensorNames
     architectures: Mapping[Task, str]
     sizes: Mapping[str, tuple[str, ...]]
     layers: str
@@ -46,7 +46,7 @@ class Family:
 
     @property
     def head(self) -> str:
-        """The top-level module that the logits are made in."""
+        """Top-level module that computes the logits."""
         return self.logits.partition("/")[0]
 
     @property
@@ -54,11 +54,11 @@ class Family:
         return "causal-lm" in self.architectures
 
     def leaf_modules(self, paths: Collection[str], task: Task) -> ModuleNames:
-        """The Hugging Face module of every leaf; of embeddings that are the head as well, both.
+        """The Hugging Face module of every leaf; both modules for embeddings that double as the head.
 
         Args:
-            paths: of all leaves, those of the layers side by side.
-            task: of the model.
+            paths: Paths of all leaves, with unstacked layers.
+            task: The model's task.
         """
         names: dict[str, str | tuple[str, ...]] = {}
         names |= self.names.module_names(paths, prefix=self.names.prefix if task else "")
@@ -70,7 +70,7 @@ class Family:
 
 
 def encoder_architectures(name: str) -> dict[Task, str]:
-    """The classes of an encoder.
+    """The classes of an encoder in transformers, by task.
 
     Example:
         >>> encoder_architectures("Bert")[None], encoder_architectures("Bert")["regression"]
@@ -81,7 +81,7 @@ def encoder_architectures(name: str) -> dict[Task, str]:
 
 
 def decoder_architectures(name: str, *, head: str | None = None) -> dict[Task, str]:
-    """The classes of a decoder.
+    """The classes of a decoder in transformers, by task.
 
     Example:
         >>> decoder_architectures("Llama")

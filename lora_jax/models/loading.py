@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,18 @@ import numpy as np
 from ..errors import ArgumentError
 from ..files import FileError
 from ..paths import leaves_by_path, path_key
+from .checkpoint.byte_progress import Progress
 from .checkpoint.hub import find_base
-from .checkpoint.reporting import Progress
 from .checkpoint.weight_files import Located, locate_tensors, read_tensors
 from .families.registry import family_of, read_model_config
 from .family import HEAD, WORDS, Family, Task
+from .leaf_reader import read_leaves
 from .model import Model, check_options, difference, skeleton
 from .model_config import ModelConfig
 from .nn.attention import ATTENTION_FORMS, AttentionForm
 from .nn.decoder import DecoderConfig
 from .nn.heads import Pooling
 from .nn.rematerialization import Remat
-from .reading import read_leaves
 from .stacking import is_stacked, layer_path
 
 
@@ -50,64 +50,62 @@ def load(
     """Loads an encoder (BERT, RoBERTa, XLM-RoBERTa, DistilBERT) or a decoder (GPT-2, Llama, Mistral, Qwen2, Qwen3).
 
     Args:
-        source: a Hugging Face folder, a hub name (`"owner/name"`, `"owner/name@revision"`) or an alias; see
-            `find_base`.
-        task: `"classification"` or `"regression"` for a head on an encoder, `"causal-lm"` for a decoder's logits,
+        source: Hugging Face folder, hub name (`"owner/name"`, `"owner/name@revision"`) or alias, see `find_base`.
+        task: `"classification"` or `"regression"` for an encoder with a head, `"causal-lm"` for a decoder's logits,
             `None` for the last hidden states.
-        num_labels: logits of a classification; those of the checkpoint's own head if `None`.
-        dtype: of the parameters and of the computation; float32 if `None`, whatever the checkpoint holds. With
-            bfloat16 half the memory is taken, norms and softmax stay in float32, and parameters are cast to bfloat16
-            where they are used: so leaves to be trained may (and, for small updates not to be rounded away, should)
-            be made float32.
-        seed: of a head that the checkpoint lacks: normal with deviation `initializer_range`, biases zero, drawn from
-            the leaf's path.
-        pooling: what the head sees: `"first"`, the first token, in BERT through the pooler (as in transformers'
-            `...ForSequenceClassification`); or `"mean"`, the mean over the tokens that aren't padding.
-        remat: rematerialization, for less memory in training: what of a layer is kept for the backward pass, by its
-            name in `jax.checkpoint_policies`. `"nothing_saveable"` keeps its input alone and computes the layer twice,
-            `"products_saveable"` keeps what each weight's matmul gave together with its low-rank path, so that no
-            product is computed twice, `"dots_saveable"` keeps what all matmuls gave, `"dots_with_no_batch_dims_saveable"` that of weights' matmuls.
-            `None` keeps all.
-        scan_layers: stacks a decoder's layers into one tree, `layers/…` with a leading axis, and runs them in a
-            `lax.scan`: compiling takes as long for eighty layers as for one. `stack_layers` and `unstack_layers` turn
-            one form into the other. `lj.LoRA` then needs `uses=lj.trace_weights(model.apply, params, input_ids)`.
-        attention: The form of the attention. `"xla"` is written out; `"cudnn"` is the fused kernel of NVIDIA GPUs, in
-            bfloat16 and float16, and `"splash"` that of TPUs (with several devices, under `jax.set_mesh`). `"auto"` is
-            the kernel of the platform that the program is compiled for, where there is one that can compute the case,
-            from 128 tokens on (512 in float32); else `"xla"`. Fused kernels have no forward mode (`jax.jvp`).
-        zero_biases: gives every linear layer of a Llama, Mistral, Qwen2 or Qwen3 that has no bias one of zeros, for
-            `lj.BitFit` to train; nothing computed changes by it. `save_pretrained` says which of them, once trained,
-            transformers has a place for.
-        tie_word_embeddings: whether a decoder's head is its embeddings; as the checkpoint has it if `None`. `False`
-            makes it a leaf of its own, with the same values where the checkpoint ties them: so that one of the two can
-            be adapted without the other, as PEFT does.
-        new_head: Whether an encoder's head is drawn from `seed` even where the checkpoint has one, which is then left
-            aside: of another task, or with another order of its labels (see `checkpoint_head`).
-        progress: called with the bytes read so far and those to read, first with 0 and then after every tensor.
+        num_labels: Number of logits for classification; that of the checkpoint's own head if `None`.
+        dtype: Dtype of the parameters and of the computation; float32 if `None`, whatever the checkpoint's is. bfloat16
+            halves the memory. Norms and softmax are still computed in float32, and parameters are cast to bfloat16
+            where they are used, so trained leaves may be float32, and should be: bfloat16 rounds small updates away.
+        seed: Seed of a head that the checkpoint lacks: weights are normal with standard deviation
+            `initializer_range`, biases zero. Each leaf's draw depends on the seed and its path.
+        pooling: Input of the head: `"first"` for the first token, in BERT through the pooler (as in transformers'
+            `...ForSequenceClassification`), or `"mean"` for the mean over the tokens that aren't padding.
+        remat: Rematerialization policy, a name in `jax.checkpoint_policies`, to save memory in training.
+            `"nothing_saveable"` keeps only each layer's input and computes the layer twice, `"dots_saveable"` keeps
+            the results of all matmuls, `"dots_with_no_batch_dims_saveable"` those of matmuls with weights.
+            `"products_saveable"`, which isn't among JAX's, keeps the result of each matmul with a weight once, its
+            low-rank path added, and what fused attention gave, so that no matmul is computed twice. `None` keeps
+            everything.
+        scan_layers: Whether to stack a decoder's layers into one tree, `layers/…` with a leading axis, and run them in
+            a `lax.scan`: compiling eighty layers then takes as long as compiling one. `stack_layers` and
+            `unstack_layers` convert between the two forms. `lj.LoRA` then needs
+            `uses=lj.trace_weights(model.apply, params, input_ids)`.
+        attention: Form of the attention. `"xla"` is written out; `"cudnn"` is the fused kernel of NVIDIA GPUs, in
+            bfloat16 and float16, and `"splash"` that of TPUs (on several devices, within `jax.set_mesh`). `"auto"` is
+            the kernel of the platform that the program is compiled for, if it can compute the case, from 128 tokens on
+            (512 in float32), and `"xla"` otherwise. Fused kernels have no forward mode (`jax.jvp`).
+        zero_biases: Whether to add a bias of zeros to every linear layer of a Llama, Mistral, Qwen2 or Qwen3 that has
+            none, for `lj.BitFit` to train. This leaves the output unchanged. `save_pretrained` reports which of them
+            transformers can load once they are trained.
+        tie_word_embeddings: Whether a decoder's head is tied to its embeddings; as in the checkpoint if `None`. `False`
+            makes the head a leaf of its own, with the embeddings' values if the checkpoint ties them, so that either
+            can be adapted without the other, as PEFT does.
+        new_head: Whether to draw an encoder's head from `seed` even if the checkpoint has one, because that one is for
+            another task or another order of the labels (see `checkpoint_head`).
+        progress: Callback that receives the bytes read and the bytes in total: once at the start, then after every
+            tensor.
 
     Returns:
-        A `Model`. Its `params` hold no leaf without use: BERT's pooler is there for a head with `pooling="first"`
-        only. The head is below `classifier`, be it of one layer or (RoBERTa, DistilBERT) of two. A decoder's is
-        `lm_head`, or, where it is tied to the embeddings, no leaf of its own.
+        A `Model`. Its `params` hold no unused leaves: BERT's pooler is there only for a head with `pooling="first"`.
+        An encoder's head is below `classifier`, whether it has one layer or two (RoBERTa, DistilBERT). A decoder's is
+        `lm_head`, unless it is tied to the embeddings and so no leaf of its own.
 
     Raises:
-        FileError: no such model, or files that are malformed or contradict each other: a pickle, missing, unexpected
-            or misshapen tensors (each named), sizes that the checkpoint doesn't have, a head that is said to be tied to
-            the embeddings and isn't. No memory is taken before.
-        ValueError: an argument outside its choices or that the kind of model doesn't have, or a classification without
+        FileError: There is no such model, or its files are malformed or contradict each other: a pickle; missing,
+            unexpected or misshapen tensors (each named); sizes that don't match the checkpoint; a head that differs
+            from the embeddings although it is declared tied. This is checked before memory is allocated.
+        ValueError: An argument is invalid or doesn't apply to this kind of model, or classification lacks
             `num_labels`.
 
-    Tensors are read one at a time, those of a stacked leaf one after the other: beside the parameters, memory is taken
-    for one leaf.
+    Tensors are read one at a time, those of a stacked leaf included, so peak memory is the parameters and one leaf.
 
-    A BERT without a pooler gets a new one, with a warning: it starts random, so it must be trained
-    (`also_train=("pooler", "classifier")`), or replaced by `pooling="mean"`.
+    A BERT without a pooler gets a new one, with a warning: it is random, so train it
+    (`also_train=("pooler", "classifier")`) or use `pooling="mean"` instead.
     """
     _check_arguments(task, num_labels, pooling, remat, attention)
     if new_head and task not in ("classification", "regression"):
-        raise ArgumentError(
-            f"`new_head` is for a classification or a regression, and `task` is {task!r}: leave it out."
-        )
+        raise ArgumentError(f"`new_head` applies to classification and regression, and `task` is {task!r}: omit it.")
     dtype = _float_dtype(dtype)
     folder = find_base(source)
     config = read_model_config(folder)
@@ -144,13 +142,13 @@ def load(
     if task == "causal-lm" and HEAD not in expected:
         _check_tied(family, tensors, names, folder)
 
-    made_of = {path: [held[part] for part in parts[path]] for path in parts if parts[path].keys() <= held.keys()}
-    values = read_leaves(family, expected, made_of, tensors, progress)
+    sources = {path: [held[part] for part in parts[path]] for path in parts if parts[path].keys() <= held.keys()}
+    values = read_leaves(family, expected, sources, tensors, progress)
     for path in expected.keys() - values.keys():
         values[path] = _draw(path, expected[path], config, seed)
     if "pooler/kernel" in expected and "pooler/kernel" not in held:
         warnings.warn(
-            f"{folder} has no pooler, so a new one was drawn from `seed`: train it with the head "
+            f"{folder} has no pooler, so a new one was drawn from `seed`: train it together with the head "
             '(`also_train=("pooler", "classifier")`), or use `pooling="mean"`.',
             stacklevel=2,
         )
@@ -168,47 +166,49 @@ def load(
 
 def _check_arguments(task: object, num_labels: object, pooling: object, remat: object, attention: object) -> None:
     if task is not None and task not in ("classification", "regression", "causal-lm"):
-        raise ArgumentError(f'`task` must be "classification", "regression", "causal-lm" or None, not {task!r}.')
+        raise ArgumentError(f'`task` must be "classification", "regression", "causal-lm" or None, got {task!r}.')
     if pooling not in get_args(Pooling):
-        raise ArgumentError(f'`pooling` must be "first" or "mean", not {pooling!r}.')
+        raise ArgumentError(f'`pooling` must be "first" or "mean", got {pooling!r}.')
     if remat is not None and remat not in get_args(Remat):
-        raise ArgumentError(f"`remat` must be one of {', '.join(get_args(Remat))} or None, not {remat!r}.")
+        raise ArgumentError(f"`remat` must be one of {', '.join(get_args(Remat))} or None, got {remat!r}.")
     if attention not in ATTENTION_FORMS:
-        raise ArgumentError(f"`attention` must be one of {', '.join(ATTENTION_FORMS)}, not {attention!r}.")
+        raise ArgumentError(f"`attention` must be one of {', '.join(ATTENTION_FORMS)}, got {attention!r}.")
     if num_labels is None:
         return
     if task == "classification" and (type(num_labels) is not int or num_labels < 2):
-        raise ArgumentError(f"`num_labels` must be 2 or more, not {num_labels!r}; a single value is a regression.")
+        raise ArgumentError(
+            f'`num_labels` must be an integer of at least 2, got {num_labels!r}; use `task="regression"` for one value.'
+        )
     if task == "regression" and num_labels != 1:
-        raise ArgumentError(f"`num_labels` must be 1 (or left out) for a regression, not {num_labels!r}.")
+        raise ArgumentError(f"`num_labels` must be 1 or omitted for regression, got {num_labels!r}.")
     if task is None:
         raise ArgumentError('`num_labels` needs a `task`: pass `task="classification"`.')
     if task == "causal-lm":
-        raise ArgumentError(f'`num_labels` is {num_labels!r}, and a "causal-lm" has its vocabulary: leave it out.')
+        raise ArgumentError(f'`num_labels` must be omitted for "causal-lm", got {num_labels!r}.')
 
 
 def _float_dtype(dtype: jax.typing.DTypeLike | None) -> np.dtype:
     result = np.dtype(jnp.float32) if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(result, jnp.floating) or jax.dtypes.canonicalize_dtype(result) != result:
-        raise ArgumentError(f"`dtype` must be float32, bfloat16, float16 (or float64 where JAX has it), not {result}.")
+        raise ArgumentError(f"`dtype` must be float32, bfloat16, float16, or float64 if JAX enables it, got {result}.")
     return result
 
 
 def _check_sizes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Before anything is built from them: a configuration may claim sizes that no memory has."""
+    """Checks sizes before anything is built from them, since a configuration may claim more than fits into memory."""
     family = family_of(config)
     for tensor, sizes in family.sizes.items():
         wanted = tuple(getattr(config, size) for size in sizes)
         if tensor in shapes and shapes[tensor] != wanted:
             said = " and ".join(f"`{size}` {number:,}" for size, number in zip(sizes, wanted, strict=True))
             raise FileError(
-                f"{folder}: config.json says {said}, and the tensor '{tensor}' has shape {shapes[tensor]}. They belong "
+                f"{folder}: config.json has {said}, but the tensor '{tensor}' has shape {shapes[tensor]}. They belong "
                 "to different models."
             )
     layers, said = family.names.layer_count(shapes), getattr(config, family.layers)
     if layers != said:
         raise FileError(
-            f"{folder}: config.json says `{family.layers}` {said:,}, and the checkpoint has {layers:,} layers: tensors "
+            f"{folder}: config.json has `{family.layers}` {said:,}, but the checkpoint has {layers:,} layers: tensors "
             "are missing, or they belong to different models."
         )
 
@@ -226,24 +226,26 @@ def _count_outputs(
     held = names.get(family.names.tensor(f"{family.logits}/kernel"))
     outputs = tensors[held].info.shape[0] if held is not None and tensors[held].info.shape else None
     wanted = 1 if task == "regression" else num_labels
-    if wanted is None and outputs is None:
-        raise ArgumentError(f"`num_labels` is needed: {folder} has no head of its own.")
-    if wanted is not None and outputs is not None and wanted != outputs:
+    if wanted is None:
+        if outputs is None:
+            raise ArgumentError(f"`num_labels` is required: {folder} has no head.")
+        return outputs
+    if outputs is not None and wanted != outputs:
         raise FileError(
-            f"{folder} has a head of {outputs} outputs, and {wanted} are asked for: leave `num_labels` out to use it, "
-            "or pass `new_head=True` to draw another in its place."
+            f"{folder} has a head with {outputs} outputs, not {wanted}: omit `num_labels` to use it, or pass "
+            "`new_head=True` to replace it."
         )
-    return wanted if wanted is not None else outputs  # pyright: ignore[reportReturnType]
+    return wanted
 
 
 def _match(
     family: Family,
-    expected: Mapping[str, Any],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
     tensors: Mapping[str, Located],
     names: Mapping[str, str],
     folder: Path,
 ) -> dict[str, str]:
-    """`{leaf path: tensor in the checkpoint}`, having compared every name, dtype and shape."""
+    """`{leaf path: tensor in the checkpoint}`, after checking every name, dtype and shape."""
     paths = {family.names.tensor(path): path for path in expected}
     heads = {head: family.names.tops(head) for head in family.heads}
     in_heads = {name for name in names if any(name.split(".")[0] in tops for tops in heads.values())}
@@ -257,14 +259,14 @@ def _match(
         info, shape = tensors[names[name]].info, expected[paths[name]].shape
         shape = shape[::-1] if family.names.is_transposed(paths[name]) else shape
         if info.shape != shape:
-            raise FileError(f"{folder}: the tensor '{names[name]}' has shape {info.shape}, and {shape} is expected.")
+            raise FileError(f"{folder}: the tensor '{names[name]}' must have shape {shape}, got {info.shape}.")
         if not jnp.issubdtype(info.dtype, jnp.floating):
-            raise FileError(f"{folder}: the tensor '{names[name]}' has dtype {info.dtype}, and a float is expected.")
+            raise FileError(f"{folder}: the tensor '{names[name]}' must have a float dtype, got {info.dtype}.")
     return {paths[name]: names[name] for name in wanted}
 
 
 def _parts(path: str, leaf: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves that have tensors of their own: this one, or the layers of a stacked one."""
+    """The leaves with a tensor of their own: this one, or one for each layer of a stacked leaf."""
     if not is_stacked(path):
         return {path: leaf}
     layers, *shape = leaf.shape
@@ -279,16 +281,16 @@ def _tied(config: ModelConfig, tie: bool | None, task: Task) -> ModelConfig:
     if tie is None:
         return config
     if type(tie) is not bool:
-        raise ArgumentError(f"`tie_word_embeddings` must be true, false or None, not {tie!r}.")
+        raise ArgumentError(f"`tie_word_embeddings` must be true, false or None, got {tie!r}.")
     if task != "causal-lm":
         raise ArgumentError(
-            '`tie_word_embeddings` is for a decoder with its head: pass `task="causal-lm"`, or leave it out.'
+            '`tie_word_embeddings` applies to a decoder with logits: pass `task="causal-lm"`, or omit it.'
         )
     return dataclasses.replace(config, tie_word_embeddings=tie)
 
 
 def _check_tied(family: Family, tensors: dict[str, Located], names: Mapping[str, str], folder: Path) -> None:
-    """A checkpoint may hold the head that it ties to the embeddings; then it must be the same."""
+    """Checks that a head that the checkpoint holds although it is tied equals the embeddings."""
     head = names.get(family.names.tensor(f"{family.logits}/kernel"))
     word = names[family.names.tensor(WORDS)]
     if head is None or head == word:
@@ -296,8 +298,8 @@ def _check_tied(family: Family, tensors: dict[str, Located], names: Mapping[str,
     arrays = dict(read_tensors(tensors, [word, head]))
     if not np.array_equal(arrays[word], arrays[head]):
         raise FileError(
-            f"{folder}: the head is tied to the embeddings, and '{head}' differs from '{word}'. To use it, pass "
-            "`tie_word_embeddings=False`."
+            f"{folder}: config.json ties the head to the embeddings, but '{head}' differs from '{word}': pass "
+            "`tie_word_embeddings=False` to use the checkpoint's head."
         )
 
 

@@ -1,16 +1,18 @@
-"""`Model`: a pure apply function, its parameters, its configuration and its names elsewhere."""
+"""`Model`: a pure apply function, its parameters, its configuration and its Hugging Face names."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..interop.module_names import Names
@@ -21,11 +23,15 @@ from .family import Family, Task
 from .model_config import ModelConfig
 from .nn.attention import AttentionForm
 from .nn.cache import Cache, empty_cache
-from .nn.decoder import DecoderConfig, WithHead
+from .nn.decoder import Decoder, DecoderConfig, WithHead
 from .nn.heads import Pooling
 from .nn.insertion import insert, split_inserted
 from .nn.layers import wide
 from .nn.rematerialization import Remat
+
+# `Model` lists the keywords of encoders and decoders. Only a decoder that is given a cache returns two values.
+Apply = Callable[Concatenate[PyTree[Array], Int[ArrayLike, "batch time"], ...], Any]
+Module = TypeVar("Module")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,37 +39,40 @@ class Model:
     """A bundled model.
 
     Attributes:
-        apply: `apply(params, input_ids, attention_mask=None, token_type_ids=None, *, dropout_key=None)`, pure. The
-            inputs are `(batch, time)`; `attention_mask` is 0 or false at padding. (RoBERTa counts positions from the
-            first token that isn't `config.pad_token_id`: padding on the left has to be that.) Returns hidden states
-            `(batch, time, d)` in the dtype of the computation, logits `(batch, num_labels)` or values `(batch,)` in
-            float32 or wider. There is dropout if and only if there is a `dropout_key`.
+        apply: The model's pure function. An encoder's is
+            `apply(params, input_ids, attention_mask=None, token_type_ids=None, *, dropout_key=None)`. The inputs are
+            `(batch, time)`; `attention_mask` is 0 or false at padding. (RoBERTa counts positions from the first token
+            that isn't `config.pad_token_id`, so padding on the left must be that token.) It returns hidden states
+            `(batch, time, d)` in the computation's dtype, or logits `(batch, num_labels)` or values `(batch,)` in
+            float32 or wider. Dropout is applied if and only if there is a `dropout_key`.
 
-            Of a decoder: `apply(params, input_ids, attention_mask=None, *, position_ids=None, segments=None,
-            cache=None, last_only=False, with_head=None, dropout_key=None)`. Returns hidden states, or logits
-            `(batch, time, vocabulary)` in float32 or wider; with `last_only` those of the last token, `(batch, 1, …)`. Without
-            `position_ids` the places are counted, padding too, as transformers' models do: rotary positions don't mind,
-            but for a GPT-2 padding on the left needs `position_ids`. With `segments`, `(batch, time)` integers, a row
-            is several texts end to end, each a run of equal numbers: a token attends within its own, places are counted
-            there, and the result is that of each text in a row of its own. With a `cache` (a number of slots at first,
-            see `Cache`) the tokens follow those that it holds, `attention_mask` is that of the new tokens, and the
-            cache is returned beside. `with_head(hidden, head, tied)` takes the place of the logits: it gets the hidden
-            states `(batch, time, d)`, the head `(d, vocabulary)`, or, with `tied`, the table `(vocabulary, d)`, and
-            what it gives is the result; for a loss that forms no logits, see `lj.losses.chunked_cross_entropy`.
-        params: a nested dict of arrays with string keys. With `scan_layers` each leaf below `layers` holds all layers.
-        config: sizes and settings; a `BertConfig`, `LlamaConfig`, … by the kind of model.
-        names: the Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` is in
-            `bert.encoder.layer.0.attention.self.query`. Embeddings that are the head as well have both modules. With
-            `scan_layers` they are the names of `unstack_layers(params)`, which `lj.interop` takes for either form.
-            `names.fan_in_fan_out` are the modules, by their last segments, that store `(in, out)` there: GPT-2's.
+            A decoder's is `apply(params, input_ids, attention_mask=None, *, position_ids=None, segments=None,
+            cache=None, last_only=False, with_head=None, dropout_key=None)`. It returns hidden states, or logits
+            `(batch, time, vocabulary)` in float32 or wider; with `last_only`, only the last token's, `(batch, 1, …)`.
+            Without `position_ids`, positions count every token, padding included, as transformers' models do: this
+            makes no difference to rotary positions, but a GPT-2 needs `position_ids` for padding on the left. With
+            `segments`, `(batch, time)` integers, each run of equal numbers in a row is a sequence of its own: a token
+            attends within its run, positions restart there, and the result is the same as for one sequence a row.
+            With a `cache` (initially a number of slots, see `Cache`) the tokens follow the cached ones,
+            `attention_mask` covers the new tokens only, and the result is `(output, cache)`.
+            `with_head(hidden, head, tied)` takes the place of the logits: it receives the hidden states
+            `(batch, time, d)` and the head, `(d, vocabulary)` or, if `tied`, the table `(vocabulary, d)`, and its
+            result is the output; see `lj.losses.chunked_cross_entropy`.
+        params: Nested dict of arrays with string keys. With `scan_layers`, each leaf below `layers` holds all layers.
+        config: Sizes and settings: a `BertConfig`, `LlamaConfig`, …, according to the kind of model.
+        names: The Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` belongs to
+            `bert.encoder.layer.0.attention.self.query`. Embeddings that double as the head have both modules. With
+            `scan_layers` these are the names for `unstack_layers(params)`, which `lj.interop` accepts for either form.
+            `names.fan_in_fan_out` lists the modules, by their last segments, that store weights as `(in, out)`, as
+            GPT-2 does.
         task: `"classification"`, `"regression"`, `"causal-lm"`, or `None` for hidden states.
-        pooling: what the head sees, `"first"` or `"mean"`.
-        new_head: Whether the head was drawn though the checkpoint has one, see `load`.
+        pooling: Input of the head: `"first"` or `"mean"`.
+        new_head: Whether the head was drawn even though the checkpoint has one, see `load`.
     """
 
-    apply: Callable[..., Any]
-    params: dict[str, Any]
-    config: Any  # a `ModelConfig`: which, and so which sizes it has, is known when a folder is read
+    apply: Apply
+    params: dict[str, PyTree[Array]]
+    config: Any  # A `ModelConfig`; which one, and so which sizes it has, is known once a folder has been read.
     names: Names
     task: Task
     pooling: Pooling
@@ -73,8 +82,8 @@ class Model:
 class Skeleton(NamedTuple):
     """A model without its parameters."""
 
-    apply: Callable[..., Any]
-    params: dict[str, Any]  # of `jax.ShapeDtypeStruct`
+    apply: Apply
+    params: dict[str, PyTree[jax.ShapeDtypeStruct]]
 
 
 @functools.cache
@@ -89,12 +98,12 @@ def skeleton(
     scan_layers: bool = False,
     attention: AttentionForm = "auto",
 ) -> Skeleton:
-    """A model's apply function and the shapes of its parameters; takes no memory for them.
+    """A model's apply function and the shapes of its parameters, without allocating any.
 
-    Equal arguments give the same function, so that two loads of one model share what `jax.jit` has compiled.
+    Equal arguments return the same function, so two loads of one model share what `jax.jit` has compiled.
 
     Raises:
-        ValueError: a task that this kind of model has no head for; `pooling` or `scan_layers` where they mean nothing.
+        ValueError: The task has no head in this kind of model, or `pooling` or `scan_layers` doesn't apply to it.
 
     Example:
         >>> import math
@@ -128,44 +137,49 @@ def check_options(family: Family, *, task: object, pooling: Pooling, scan_layers
     """Refuses options that a family doesn't have.
 
     Raises:
-        ValueError: see `skeleton`.
+        ValueError: See `skeleton`.
     """
-    kind = family.config.model_type
+    model_type = family.config.model_type
     if task not in family.architectures:
         tasks = [f'"{name}"' for name in family.architectures if name is not None]
         other = "an encoder" if family.is_decoder else "a decoder (GPT-2, Llama, …)"
         raise ArgumentError(
-            f"`task` of a {kind} must be {', '.join(tasks)} or None, not {task!r}: that is for {other}."
+            f"`task` of a {model_type} must be {', '.join(tasks)} or None, got {task!r}, which needs {other}."
         )
     if family.is_decoder and pooling != "first":
-        raise ArgumentError(f"`pooling` is for the heads of encoders, and a {kind} has none of them: leave it out.")
+        raise ArgumentError(f"`pooling` applies to encoders with a head, and a {model_type} is a decoder: omit it.")
     if scan_layers and not family.is_decoder:
-        raise ArgumentError(f"`scan_layers` is for decoders, and a {kind} is an encoder: leave it out.")
+        raise ArgumentError(f"`scan_layers` applies to decoders, and a {model_type} is an encoder: omit it.")
 
 
-def _split(build: Callable[..., Any]) -> tuple[Any, dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The module's structure, its parameters as shapes, and each one's shape by its path."""
+def _split(
+    build: Callable[..., Module],
+) -> tuple[nnx.GraphDef[Module], dict[str, PyTree[jax.ShapeDtypeStruct]], dict[str, tuple[int, ...]]]:
+    """The module's structure, the shapes of its parameters as a tree, and the same shapes by leaf path."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
     shapes = _with_string_keys(nnx.to_pure_dict(state))
     return graph, shapes, {path: leaf.shape for path, leaf in leaves_by_path(shapes).items()}
 
 
-def _encoder(config: ModelConfig, task: Task, build: Callable[..., Any]) -> Skeleton:
+def _encoder(config: ModelConfig, task: Task, build: Callable[..., Callable[..., Array]]) -> Skeleton:
     graph, shapes, expected = _split(build)
 
     def apply(
-        params: Mapping[str, Any],
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
+        params: PyTree,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
         *,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        input_ids, mask, token_types = _check_inputs(config, input_ids, attention_mask, token_type_ids)
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch ..."]:
+        tokens, mask, token_types = _check_tokens(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        )
+        _check_length(config, tokens.shape[1])
         if dropout_key is not None:
             require_key(dropout_key, "dropout_key")
         model = _with_params(graph, params, expected)
-        result = model(input_ids, mask, token_types, dropout_key)
+        result = model(tokens, mask, token_types, dropout_key)
         if task is None:
             return result
         result = result.astype(wide(result.dtype))
@@ -174,43 +188,36 @@ def _encoder(config: ModelConfig, task: Task, build: Callable[..., Any]) -> Skel
     return Skeleton(apply, shapes)
 
 
-def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callable[..., Any]) -> Skeleton:
+def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callable[..., Decoder]) -> Skeleton:
     graph, shapes, expected = _split(build)
 
     def apply(
-        params: Mapping[str, Any],
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
+        params: PyTree,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
         *,
-        position_ids: jax.Array | None = None,
-        segments: jax.Array | None = None,
+        position_ids: ArrayLike | None = None,
+        segments: ArrayLike | None = None,
         cache: Cache | int | None = None,
         last_only: bool = False,
         with_head: WithHead | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_key: PRNGKeyArray | None = None,
     ) -> Any:
-        input_ids, mask, positions, segments = _check_tokens(
+        tokens, mask, positions, runs = _check_tokens(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, segments=segments
         )
-        if segments is not None and not jnp.issubdtype(segments.dtype, jnp.integer):
-            raise ArgumentError(f"`segments` must be integers, not {segments.dtype}.")
-        if segments is not None and cache is not None:
-            raise ArgumentError("`segments` are for rows that are run at once: leave out the `cache`, or the segments.")
+        if runs is not None and not jnp.issubdtype(runs.dtype, jnp.integer):
+            raise ArgumentError(f"`segments` must be integers, got {runs.dtype}.")
+        if runs is not None and cache is not None:
+            raise ArgumentError("`segments` and `cache` can't be combined: omit one of them.")
         if with_head is not None and task is None:
-            raise ArgumentError('`with_head` is for a model with a head: load it with `task="causal-lm"`.')
-        cache = _check_cache(config, input_ids, cache, dtype)
+            raise ArgumentError('`with_head` needs a model with a head: load it with `task="causal-lm"`.')
+        cache = _check_cache(config, tokens, cache, dtype)
         if dropout_key is not None:
             require_key(dropout_key, "dropout_key")
         model = _with_params(graph, params, expected)
         result, cache = model(
-            input_ids,
-            mask,
-            positions,
-            cache,
-            dropout_key,
-            segments=segments,
-            last_only=last_only,
-            with_head=with_head,
+            tokens, mask, positions, cache, dropout_key, segments=runs, last_only=last_only, with_head=with_head
         )
         result = result if task is None or with_head is not None else result.astype(wide(result.dtype))
         return result if cache is None else (result, cache)
@@ -218,14 +225,14 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
     return Skeleton(apply, shapes)
 
 
-def _with_params(graph: Any, params: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> Any:
-    """The module with these parameters, and with the adapters and prefixes that are among them."""
+def _with_params(graph: nnx.GraphDef[Module], params: PyTree, expected: Mapping[str, tuple[int, ...]]) -> Module:
+    """The module with these parameters, including the adapters and prefixes among them."""
     leaves = leaves_by_path(params)
     for path, leaf in leaves.items():
         if is_adapted(leaf):
             raise ArgumentTypeError(
                 f"`params` holds an adapted weight at {path}, and the model takes arrays: wrap its apply function with "
-                "`lora_jax.adapt`, or fold the weights in with `lora_jax.merge_params`."
+                "`lora_jax.adapt`, or merge the weights with `lora_jax.merge_params`."
             )
     own, inserted = split_inserted(leaves, expected)
     if own.keys() != expected.keys():
@@ -235,28 +242,18 @@ def _with_params(graph: Any, params: Mapping[str, Any], expected: Mapping[str, t
     return model
 
 
-def _check_inputs(
-    config: ModelConfig, input_ids: Any, attention_mask: Any, token_type_ids: Any
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    input_ids, mask, token_types = _check_tokens(
-        input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
-    )
-    _check_length(config, input_ids.shape[1])
-    return input_ids, mask, token_types
-
-
-def _check_tokens(input_ids: Any, *, attention_mask: Any, **others: Any) -> tuple[Any, ...]:
-    """The tokens, the mask as booleans, and others of their shape; `None` where there is none."""
-    input_ids = jnp.asarray(input_ids)
-    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise ArgumentError(
-            f"`input_ids` must be (batch, time) integers, not {input_ids.dtype} of shape {input_ids.shape}."
-        )
+def _check_tokens(
+    input_ids: ArrayLike, *, attention_mask: ArrayLike | None, **others: ArrayLike | None
+) -> tuple[Array, *tuple[Array | None, ...]]:
+    """The tokens, the mask as booleans, and the other arrays of that shape; `None` for each that is missing."""
+    tokens = jnp.asarray(input_ids)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ArgumentError(f"`input_ids` must be (batch, time) integers, got {tokens.dtype} of shape {tokens.shape}.")
     for name, value in (("attention_mask", attention_mask), *others.items()):
-        if value is not None and jnp.shape(value) != input_ids.shape:
-            raise ArgumentError(f"`{name}` has shape {jnp.shape(value)}, and `input_ids` has {input_ids.shape}.")
+        if value is not None and jnp.shape(value) != tokens.shape:
+            raise ArgumentError(f"`{name}` must have the shape of `input_ids`, {tokens.shape}, got {jnp.shape(value)}.")
     return (
-        input_ids,
+        tokens,
         None if attention_mask is None else jnp.asarray(attention_mask).astype(bool),
         *(None if other is None else jnp.asarray(other) for other in others.values()),
     )
@@ -265,45 +262,45 @@ def _check_tokens(input_ids: Any, *, attention_mask: Any, **others: Any) -> tupl
 def _check_length(config: ModelConfig, time: int) -> None:
     if time > config.max_length:
         raise ArgumentError(
-            f"`input_ids` has {time} tokens in a row, and the model has positions for {config.max_length}: cut the "
-            "texts."
+            f"`input_ids` must have at most {config.max_length} tokens a row, the model's positions, got {time}: "
+            "truncate the texts."
         )
 
 
-def _check_cache(
-    config: DecoderConfig, input_ids: jax.Array, cache: Cache | int | None, dtype: jnp.dtype
-) -> Cache | None:
-    """The cache to fill: an empty one for a number of slots."""
-    batch, time = input_ids.shape
+def _check_cache(config: DecoderConfig, tokens: Array, cache: Cache | int | None, dtype: jnp.dtype) -> Cache | None:
+    """The cache to fill: the given one, or an empty one with the given number of slots."""
+    batch, time = tokens.shape
     if cache is None:
         if config.bounded_positions:
             _check_length(config, time)
         return None
     if isinstance(cache, int):
         if isinstance(cache, bool) or cache < time:
-            raise ArgumentError(f"`cache` must have a slot for each of the {time} tokens at least, not {cache!r}.")
+            raise ArgumentError(f"`cache` must have at least one slot for each of the {time} tokens, got {cache!r}.")
         if config.bounded_positions and cache > config.max_length:
             raise ArgumentError(
-                f"`cache` of {cache} slots, for the prompt and what is to come, is more than the model's "
-                f"{config.max_length} positions."
+                f"`cache` must have at most {config.max_length} slots, the model's positions, for the prompt and new "
+                f"tokens, got {cache}."
             )
         return empty_cache(config.cache_sizes, batch=batch, slots=cache, dtype=dtype)
     if not isinstance(cache, Cache):
-        raise ArgumentError(f"`cache` must be a number of slots or what apply gave before, not {type(cache).__name__}.")
+        raise ArgumentError(f"`cache` must be a number of slots or a `Cache`, got {type(cache).__name__}.")
     layers, heads, width = config.cache_sizes
     wanted = (layers, batch, heads, cache.slots, width)
     if cache.keys.shape != wanted or cache.values.shape != wanted or cache.mask.shape[0] != batch:
-        raise ArgumentError(f"`cache` has keys of shape {cache.keys.shape}, and {wanted} is expected: another model's.")
+        raise ArgumentError(
+            f"`cache` must have keys of shape {wanted} for this model and batch, got {cache.keys.shape}."
+        )
     if not is_traced(cache.used) and int(cache.used) + time > cache.slots:
         raise ArgumentError(
-            f"`cache` has {cache.slots} slots, {int(cache.used)} of them taken, and {time} more tokens come: begin "
+            f"`cache` has {cache.slots} slots, {int(cache.used)} of them used, too few for {time} more tokens: start "
             "with more slots."
         )
     return cache
 
 
-def difference(found: Any, expected: Any, limit: int = 5) -> str:
-    """`missing a, b; unexpected c`, each list cut to `limit`."""
+def difference(found: Set[str], expected: Set[str], limit: int = 5) -> str:
+    """`missing a, b; unexpected c`, with at most `limit` names in each list."""
     parts = []
     for what, names in (("missing", expected - found), ("unexpected", found - expected)):
         if names:
@@ -312,12 +309,12 @@ def difference(found: Any, expected: Any, limit: int = 5) -> str:
     return "; ".join(parts)
 
 
-# Flax numbers the layers with integers. The public tree has strings only, so that it can be saved by any tool.
-def _with_string_keys(tree: Any) -> Any:
+# Flax numbers the layers with integers. The public tree has string keys only, so that any tool can save it.
+def _with_string_keys(tree: PyTree) -> PyTree:
     return {str(key): _with_string_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _with_layer_numbers(tree: Any) -> Any:
+def _with_layer_numbers(tree: PyTree) -> PyTree:
     if not isinstance(tree, Mapping):
         return tree
     return {int(key) if key.isdecimal() else key: _with_layer_numbers(value) for key, value in tree.items()}

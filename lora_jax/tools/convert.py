@@ -1,4 +1,4 @@
-"""From one adapter to another: our folders, PEFT's, deltas, lower ranks, and a LoRA out of two full models."""
+"""Converting adapters: between our folders, PEFT's and deltas, to lower ranks, and from two full models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from lora_jax.models.families.registry import family_of
 from lora_jax.models.model_config import label_names
 from lora_jax.models.stacking import is_stacked, layer_path
 from lora_jax.paths import leaves_by_path
+from lora_jax.selection import Selector
+from lora_jax.text import listed
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.examples import Columns
-from lora_jax.training.task import KINDS, restore_task
-from lora_jax.training.task_file import TaskFile, write_task
+from lora_jax.training.options import TASKS
+from lora_jax.training.task import restore_task
+from lora_jax.training.task_file import TaskFile, save_task_adapter
 
 from .inspect import Group, trained_groups
-from .source import AdapterSource, Kind, load_source
+from .source import AdapterSource, FolderKind, load_source
 
 Format = Literal["peft", "lora_jax", "delta"]
 _TASK_TYPES = {
@@ -41,20 +44,20 @@ class Conversion(NamedTuple):
     """What was converted.
 
     Attributes:
-        kind: what the source was; `"model"` for two full models.
-        output: the folder that was written.
-        base: the adapter's base.
-        method: as written.
-        groups: the trained leaves.
-        fits: what was approximated, by leaf path; empty where nothing was.
-        carried, dropped: see `lj.extract_lora`.
-        notices: what else the user should know.
+        kind: FolderKind of the source; `"model"` for two full models.
+        output: Folder that was written.
+        base: Base of the adapter.
+        method: Method of the written adapter.
+        groups: Trained leaves.
+        fits: Approximations by leaf path; empty if the conversion is exact.
+        carried, dropped: See `lj.extract_lora`.
+        notices: Sentences for the user.
     """
 
-    kind: Kind
+    kind: FolderKind
     output: Path
     base: str
-    method: Any
+    method: lj.Method
     groups: list[Group]
     fits: dict[str, LowRankFit]
     carried: list[str]
@@ -75,16 +78,16 @@ def convert_adapter(
     """Writes an adapter in another format, or with a lower rank, or both.
 
     Args:
-        adapter: a run's folder, an adapter's, or one that PEFT wrote.
-        output: a new or empty folder; it is there whole or not at all.
+        adapter: Folder of a run, of an adapter, or of PEFT's.
+        output: New or empty folder; written whole or not at all.
         to: `"peft"`, `"lora_jax"`, or `"delta"`: the new values of every leaf that has changed, factors folded in.
-        base: where the base is; what the adapter says, if `None`.
-        rank, energy: see `lj.truncate_lora`; ranks stay as they are if both are `None`.
-        labels: names of the classes, for `to="lora_jax"` where the adapter has none.
+        base: Folder or name of the base; the one that the adapter names if `None`.
+        rank, energy: See `lj.truncate_lora`; ranks stay as they are if both are `None`.
+        labels: Names of the classes, for `to="lora_jax"` where the adapter has none.
 
     Raises:
         FileError: `output` holds files; or see `load_source`.
-        ValueError: what can't be converted, and why.
+        ValueError: What can't be converted, and why.
     """
     _check(to, output)
     source = load_source(adapter, base=base)
@@ -101,7 +104,7 @@ def extract_adapter(
     output: str | Path,
     *,
     to: Format,
-    targets: Any = "all-linear",
+    targets: Selector = "all-linear",
     rank: int | None = None,
     energy: float | None = None,
     rest: Rest = "train",
@@ -110,18 +113,18 @@ def extract_adapter(
     """Writes the LoRA that a fully fine-tuned model is on its base; see `lj.extract_lora`.
 
     Args:
-        base: the model before; where it has no head and `tuned` does, the head goes with the adapter.
-        tuned: the model after, of the same kind and sizes.
-        output, to, labels: see `convert_adapter`.
-        targets, rank, energy, rest: see `lj.extract_lora`.
+        base: Model before fine-tuning; if it has no head and `tuned` does, the head goes with the adapter.
+        tuned: Model after fine-tuning, of the same kind and sizes.
+        output, to, labels: See `convert_adapter`.
+        targets, rank, energy, rest: See `lj.extract_lora`.
 
     Raises:
         FileError: `output` holds files, or a model can't be loaded.
-        ValueError: two models that don't belong together, or see `lj.extract_lora`.
+        ValueError: Two models that don't belong together, or see `lj.extract_lora`.
     """
     _check(to, output)
     if rank is None and energy is None:
-        raise ConfigError("How much to keep isn't said: pass `--rank`, or `--energy` (0.9 keeps 90 % of Σσ²), or both.")
+        raise ConfigError("How much to keep isn't said: pass `rank`, or `energy` (0.9 keeps 90 % of Σσ²), or both.")
     task, num_labels = models.checkpoint_task(tuned)
     kinds = [models.read_model_config(models.find_base(source)).model_type for source in (base, tuned)]
     if kinds[0] != kinds[1]:
@@ -146,7 +149,14 @@ def _check(to: str, output: str | Path) -> None:
 
 
 def _convert(
-    source: AdapterSource, output: str | Path, to: Format, labels: Sequence[str] | None, *, fits: Any, **others: Any
+    source: AdapterSource,
+    output: str | Path,
+    to: Format,
+    labels: Sequence[str] | None,
+    *,
+    fits: dict[str, LowRankFit],
+    carried: Sequence[str] = (),
+    dropped: Sequence[str] = (),
 ) -> Conversion:
     return Conversion(
         kind=source.kind,
@@ -156,7 +166,8 @@ def _convert(
         groups=trained_groups(source.params, source.method),
         fits=fits,
         notices=_write(source, output, to, labels),
-        **{"carried": [], "dropped": [], **others},
+        carried=list(carried),
+        dropped=list(dropped),
     )
 
 
@@ -184,12 +195,19 @@ def _label_notice(source: AdapterSource) -> list[str]:
 
 
 def _write_own(source: AdapterSource, folder: Path, labels: Sequence[str] | None) -> list[str]:
-    lj.save_adapter(folder, source.params, source.method)
     task_file = _task_file(source, labels)
     if task_file is None:
-        return ["It has no task.json, as it is for no task of `lora-jax predict`: `lj.load_adapter` reads it."]
-    write_task(folder, task_file)
-    return []
+        lj.save_adapter(folder, source.params, source.method)
+        return ["It has no task.json, since `lora-jax predict` has no such task: `lj.load_adapter` reads it."]
+    save_task_adapter(folder, source.params, source.method, task_file)
+    names = task_file.task.labels
+    if source.task_file is not None or labels or not names:
+        return []
+    origin = "those of the base" if _labels(source.base, len(names)) == list(names) else "placeholders"
+    return [
+        f"The adapter doesn't name its labels. They are {origin}: {listed(names, form='{!r}')}. Name them with "
+        "`labels` if they mean something else."
+    ]
 
 
 def _write_peft(source: AdapterSource, folder: Path) -> None:
@@ -197,7 +215,7 @@ def _write_peft(source: AdapterSource, folder: Path) -> None:
     if model.pooling == "mean":
         raise ConfigError(
             "The head of this adapter sees the mean over the tokens (`pooling: mean`), and transformers has no class "
-            "that does, so PEFT can't load it. `--to delta` writes the values."
+            "that does, so PEFT can't load it. `to='delta'` writes the values."
         )
     interop.export_peft(
         folder,
@@ -222,7 +240,7 @@ def _write_delta(source: AdapterSource, folder: Path) -> None:
     )
 
 
-def _with_absent(source: AdapterSource) -> Any:
+def _with_absent(source: AdapterSource) -> lj.Method:
     """The method with the leaves that the base hasn't, so that they are written though they weren't trained."""
     leaves = leaves_by_path(source.params)
     absent = [path for path in models.absent_leaves(source.model, source.base) if is_trainable(path, leaves[path])]
@@ -237,7 +255,7 @@ def _unstacked(source: AdapterSource) -> AdapterSource:
         return source
     layers = getattr(model.config, family_of(model.config).layers)
 
-    def unstacked(value: Any) -> Any:
+    def unstacked(value: object) -> Any:
         if isinstance(value, Mapping):
             return {path: item for old, item in value.items() for path in _layer_paths(old, layers)}
         if isinstance(value, tuple):
@@ -261,7 +279,7 @@ def _layer_paths(path: str, layers: int) -> list[str]:
 
 def _task_file(source: AdapterSource, labels: Sequence[str] | None) -> TaskFile | None:
     model = source.model
-    if source.task_file is not None or model.task not in KINDS:
+    if source.task_file is not None or model.task not in TASKS:
         return source.task_file
     return TaskFile(
         base=source.base,

@@ -1,4 +1,4 @@
-"""What a method would train on a base, before any training; and what a saved adapter holds."""
+"""Inspecting what a method would train on a base, and what a saved adapter holds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import lora_jax as lj
 from lora_jax import files
 from lora_jax.adapters import TENSORS, read_description, saved_arrays
 from lora_jax.models import find_base, read_model_config, skeleton
-from lora_jax.training.config import TrainConfig
-from lora_jax.training.run.schedule import make_optimizer
+from lora_jax.training.config import TrainConfig, resolve
+from lora_jax.training.run.schedule import adamw_by_label
 from lora_jax.training.task_file import TaskFile, read_task
+from lora_jax.types import Leaf, Params, PyTree
 
 from ..inference.classify import adapter_folder
 
@@ -25,11 +26,11 @@ class Group(NamedTuple):
     """Leaves that are alike but for their layer: `encoder/layers/*/attention/query/kernel/a`.
 
     Attributes:
-        pattern: their path, numbers as `*`.
-        label: what they are to the method.
-        leaves: how many.
-        shape: of each; `None` where they differ.
-        params, bytes: of all.
+        pattern: Their path, with numbers as `*`.
+        label: Their label.
+        leaves: Number of leaves.
+        shape: Shape of each; `None` if they differ.
+        params, bytes: Number of parameters and bytes of all leaves.
     """
 
     pattern: str
@@ -44,12 +45,12 @@ class MethodReport(NamedTuple):
     """A method on a base; no array was made for it. Bytes of activations are not in it: they depend on the batch.
 
     Attributes:
-        groups: the trainable leaves.
-        trainable, total, percent: parameters.
+        groups: Trainable leaves.
+        trainable, total, percent: Numbers of parameters, and their ratio in percent.
         per_label: `{label: (params, bytes)}`, the frozen ones too.
-        frozen_bytes: the base, and factors that are frozen at their start.
-        trainable_bytes, gradient_bytes, optimizer_bytes: what training adds.
-        adapter_bytes: of the tensors in `adapter.safetensors`; the file has a header of names and shapes before them.
+        frozen_bytes: Bytes of the base, and of factors that stay at their start.
+        trainable_bytes, gradient_bytes, optimizer_bytes: Bytes that training adds.
+        adapter_bytes: Bytes of the tensors in `adapter.safetensors`, without its header of names and shapes.
     """
 
     groups: list[Group]
@@ -68,9 +69,10 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
     """Counts what a run of `config` would train, from the base's `config.json` and shapes alone.
 
     Args:
-        config: base, method, task, pooling and dtype count; its data isn't read.
-        num_labels: of a classification.
+        config: Config of a run; base, method, task, pooling and dtype count, and no data is read.
+        num_labels: Number of labels of a classification.
     """
+    config = resolve(config)
     base = read_model_config(find_base(config.base))
     shapes = skeleton(
         base,
@@ -83,7 +85,7 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
     labels = lj.label_params(params, config.method)
     counts = lj.count_params(params, labels)
     trainable = _trainable(params, config.method)
-    optimizer = jax.eval_shape(make_optimizer(config, labels, steps=1).init, trainable)
+    optimizer = jax.eval_shape(adamw_by_label(config, labels, steps=1).init, trainable)
     trained_bytes = _bytes(trainable)
     return MethodReport(
         groups=trained_groups(params, config.method),
@@ -99,11 +101,11 @@ def inspect_method(config: TrainConfig, *, num_labels: int) -> MethodReport:
     )
 
 
-def _saved(params: Any, method: Any) -> dict[str, Any]:
+def _saved(params: Params, method: lj.Method) -> dict[str, Leaf]:
     """The arrays of the adapter's file; of shapes."""
-    kept: list[Any] = []
+    kept: list[lj.Method] = []
 
-    def fold(params: Any) -> Any:
+    def fold(params: Params) -> Params:
         folded, after = method.folded(params)
         kept.append(after)
         return folded
@@ -125,12 +127,12 @@ class AdapterReport(NamedTuple):
     """A saved adapter.
 
     Attributes:
-        folder: where its files are.
+        folder: Folder of its files.
         task: `task.json`; `None` where the adapter wasn't saved by a run.
-        method: its name, and its options as saved.
-        tensors: name, shape and norm of each.
+        method: Name and saved options of its method.
+        tensors: Name, shape and norm of each tensor.
         base: `{path: {"shape", "sample"}}`, the fingerprint of the frozen leaves.
-        file_bytes: of `adapter.safetensors`.
+        file_bytes: Size of `adapter.safetensors`.
     """
 
     folder: Path
@@ -173,14 +175,14 @@ def pattern(path: str) -> str:
     return "/".join("*" if part.isdigit() else part for part in path.split("/"))
 
 
-def _trainable(params: Any, method: Any) -> Any:
+def _trainable(params: Params, method: lj.Method) -> Params:
     return jax.tree.map(lambda leaf, keep: leaf if keep else None, params, lj.trainable_mask(params, method))
 
 
-def trained_groups(params: Any, method: Any) -> list[Group]:
+def trained_groups(params: Params, method: lj.Method) -> list[Group]:
     """The leaves that a method trains, alike ones together; of arrays or shapes."""
     names = dict(_by_path(lj.label_params(params, method)))
-    groups: dict[tuple[str, str], list[Any]] = {}
+    groups: dict[tuple[str, str], list[Leaf]] = {}
     for path, leaf in _by_path(_trainable(params, method)):
         groups.setdefault((pattern(path), names[path]), []).append(leaf)
     return [
@@ -196,10 +198,10 @@ def trained_groups(params: Any, method: Any) -> list[Group]:
     ]
 
 
-def _by_path(tree: Any) -> Iterable[tuple[str, Any]]:
+def _by_path(tree: PyTree) -> Iterable[tuple[str, Leaf]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lora_jax import files, interop
 from lora_jax.adapters import AdapterError
-from lora_jax.interop.peft.adapter_config import CONFIG, weights_file
+from lora_jax.interop.peft.adapter_config import CONFIG, PeftConfig, weights_file
 from lora_jax.interop.peft.keys import PREFIX, FactorKey, parse_key
 from lora_jax.training.errors import TrainingError
 
@@ -18,7 +18,7 @@ from .inspect import Tensor
 from .source import check_peft_source
 
 
-class Target(NamedTuple):
+class TargetModule(NamedTuple):
     """Modules of one name, in so many layers, that have factors of this rank."""
 
     name: str
@@ -30,21 +30,21 @@ class PeftReport(NamedTuple):
     """A PEFT folder.
 
     Attributes:
-        folder: where its files are.
-        file_bytes: of its tensors.
-        config: its `adapter_config.json`, without the entries that are set to nothing.
-        targets: what has factors.
-        whole: tensors that are no factors: what was trained in full, and what PEFT saves along.
-        tensors: name, shape and norm of each.
-        refusal: why `import_peft` doesn't take it; `None` if it does, or if that can't be told.
-        unchecked: what of that couldn't be checked, since the base isn't here; `None` if all was.
-        vllm: see `lj.interop.vllm_problems`.
+        folder: Folder of its files.
+        file_bytes: Size of its tensor file.
+        config: Its `adapter_config.json`, without empty entries.
+        targets: Modules with factors.
+        whole: Tensors that aren't factors: trained in full, or saved along by PEFT.
+        tensors: Name, shape and norm of each tensor.
+        refusal: Reason why `import_peft` refuses it; `None` if it doesn't, or if that is unknown.
+        unchecked: Reason why the base couldn't be checked; `None` if it was.
+        vllm: See `lj.interop.vllm_problems`.
     """
 
     folder: Path
     file_bytes: int
-    config: dict[str, Any]
-    targets: list[Target]
+    config: PeftConfig
+    targets: list[TargetModule]
     whole: list[str]
     tensors: list[Tensor]
     refusal: str | None
@@ -56,12 +56,12 @@ def inspect_peft(folder: str | Path, *, base: str | None = None, max_lora_rank: 
     """Reads a PEFT folder of any kind, also one that can't be imported.
 
     Args:
-        folder: holds `adapter_config.json`.
-        base: where its base is, if not where it says: names and shapes are held against it.
-        max_lora_rank: what vLLM is started with.
+        folder: Folder with an `adapter_config.json`.
+        base: Folder or name of its base, to check names and shapes; the one that it names if `None`.
+        max_lora_rank: vLLM's `max_lora_rank`.
 
     Raises:
-        FileError: a file is missing, corrupt or too large to be honest.
+        FileError: A file is missing, corrupt or too large to be honest.
     """
     folder = Path(folder)
     files.settle(folder)
@@ -88,7 +88,7 @@ def inspect_peft(folder: str | Path, *, base: str | None = None, max_lora_rank: 
     )
 
 
-def _sorted_tensors(tensors: list[Tensor]) -> tuple[list[Target], list[str]]:
+def _sorted_tensors(tensors: list[Tensor]) -> tuple[list[TargetModule], list[str]]:
     counts: Counter[tuple[str, int]] = Counter()
     whole = []
     for tensor in tensors:
@@ -100,7 +100,7 @@ def _sorted_tensors(tensors: list[Tensor]) -> tuple[list[Target], list[str]]:
             whole.append(tensor.name.removeprefix(PREFIX))
         elif key.role == "a" and tensor.shape:
             counts[_within_layer(key.module), tensor.shape[0]] += 1
-    return [Target(name, count, rank) for (name, rank), count in sorted(counts.items())], whole
+    return [TargetModule(name, count, rank) for (name, rank), count in sorted(counts.items())], whole
 
 
 def _within_layer(module: str) -> str:

@@ -1,4 +1,4 @@
-"""From an adapter and its base to a Hugging Face folder."""
+"""Merging an adapter into its base, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import lora_jax as lj
 from lora_jax import files
 from lora_jax.errors import ArgumentError
+from lora_jax.methods.inserting_method import InsertingMethod
 
 from .source import load_source
 
@@ -22,24 +23,24 @@ def merge_adapter(
     """Folds an adapter into its base and writes the merged model for `transformers`.
 
     Args:
-        adapter: a run's folder, the `adapter` folder in it, or one that `lj.save_adapter` or PEFT wrote.
-        output: a new or empty folder.
-        base: where the base is now, if not where it was.
-        max_shard_size: see `lj.models.save_pretrained`.
-        progress: told of the weights read, and then of those written; see `lj.models.load`.
+        adapter: Folder of a run, the `adapter` folder in it, or one that `lj.save_adapter` or PEFT wrote.
+        output: New or empty folder.
+        base: Folder or name of the base; the one that the adapter names if `None`.
+        max_shard_size: See `lj.models.save_pretrained`.
+        progress: Callback for the weights read and then written; see `lj.models.load`.
 
     Returns:
         `output`.
 
     Raises:
         FileError: `output` holds files.
-        ValueError: an adapter that can't be folded in, since it inserts arrays; one whose head sees the mean over the
+        ValueError: An adapter that can't be folded in, since it inserts arrays; one whose head sees the mean over the
             tokens, which transformers has no class for; see `load_source` for others.
     """
     output = Path(output)
     files.require_new_folder(output, "output")  # told before the model is loaded
     source = load_source(adapter, base=base, progress=progress)
-    if source.method.inserts:
+    if isinstance(source.method, InsertingMethod):
         raise ArgumentError(
             f"{source.folder} is of {type(source.method).__name__}, which puts new arrays into the layers: no weights "
             "of the base's own compute the same, so there is nothing to fold them into. Keep the adapter beside its "

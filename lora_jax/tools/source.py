@@ -1,33 +1,35 @@
-"""An adapter from wherever it comes, on its base: a run's, one that `save_adapter` wrote, or PEFT's."""
+"""Loading an adapter of any kind onto its base: a run's, one that `save_adapter` wrote, or PEFT's."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import lora_jax as lj
 from lora_jax import files, interop, models
 from lora_jax.adapters import DESCRIPTION, read_description
 from lora_jax.interop import delta
 from lora_jax.interop.module_names import Names
-from lora_jax.interop.peft.adapter_config import CONFIG, is_saved, weights_file
+from lora_jax.interop.peft.adapter_config import CONFIG, PeftConfig, is_saved, weights_file
 from lora_jax.interop.peft.keys import PREFIX, FactorKey, parse_key
 from lora_jax.models.checkpoint_task import CheckpointTask, head_outputs, task_of_outputs
 from lora_jax.models.families.registry import family_of
 from lora_jax.models.family import HEAD, WORDS, Family
+from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.stacking import is_stacked
 from lora_jax.paths import leaf_paths
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.task_file import TASK_FILE, TaskFile
+from lora_jax.types import Params
 
-from ..inference.classify import adapter_folder, load_adapter
+from ..inference.classify import adapter_folder, load_run_adapter
 
-Kind = Literal["run", "adapter", "peft", "delta", "model"]
+FolderKind = Literal["run", "adapter", "peft", "delta", "model"]
 
 # The file that each kind of folder is known by; the first found decides, since a run's folder has two of them.
-_MARKS: dict[str, Kind] = {
+_MARKS: dict[str, FolderKind] = {
     f"adapter/{TASK_FILE}": "run",
     TASK_FILE: "run",
     DESCRIPTION: "adapter",
@@ -42,30 +44,30 @@ class AdapterSource(NamedTuple):
 
     Attributes:
         kind: `"run"`, `"adapter"`, `"peft"`; or `"model"`, where it was made of two models.
-        folder: where it was found.
-        base: the name or folder of its base.
-        model: the base, with a head where the adapter has one.
-        params: with the adapter's leaves.
-        method: that labels them.
-        task_file: of a run.
-        config: PEFT's `adapter_config.json`.
+        folder: Folder of the adapter.
+        base: Folder or name of its base.
+        model: Base, with a head where the adapter has one.
+        params: Adapted tree.
+        method: Method that labels it.
+        task_file: `task.json` of a run.
+        config: `adapter_config.json` of a PEFT folder.
     """
 
-    kind: Kind
+    kind: FolderKind
     folder: Path
     base: str
-    model: Any
-    params: Any
-    method: Any
+    model: models.Model
+    params: Params
+    method: lj.Method
     task_file: TaskFile | None = None
-    config: Mapping[str, Any] | None = None
+    config: PeftConfig | None = None
 
 
-def folder_kind(folder: str | Path) -> Kind:
+def folder_kind(folder: str | Path) -> FolderKind:
     """What a folder holds, by its files.
 
     Raises:
-        TrainingError: nothing that is known, or two adapters in one folder.
+        TrainingError: The folder holds nothing known, or two adapters.
     """
     folder = Path(folder)
     files.settle(folder)
@@ -89,18 +91,18 @@ def load_source(
     """Loads an adapter of any kind, and the base that it belongs to.
 
     Args:
-        folder: a run's folder, an adapter's, or one that PEFT wrote.
-        base: where the base is; what the folder says, if `None`.
-        progress: told of the base's weights as they are read, see `lj.models.load`.
+        folder: Folder of a run, of an adapter, or of PEFT's.
+        base: Folder or name of the base; the one that the folder names if `None`.
+        progress: Callback for the weights read; see `lj.models.load`.
 
     Raises:
-        TrainingError: no adapter there, or one whose base isn't said.
-        AdapterError, FileError: see `lj.load_adapter`, `lj.interop.import_peft` and `lj.models.load`.
+        TrainingError: No adapter there, or one whose base isn't said.
+        AdapterError, FileError: See `lj.load_adapter`, `lj.interop.import_peft` and `lj.models.load`.
     """
     folder = Path(folder)
     kind = folder_kind(folder)
     if kind == "run":
-        found = load_adapter(folder, base=base, progress=progress)
+        found = load_run_adapter(folder, base=base, progress=progress)
         saved = found.task_file
         return AdapterSource(kind, found.folder, base or saved.base, found.model, found.params, found.method, saved)
     if kind == "adapter":
@@ -110,7 +112,7 @@ def load_source(
     raise no_adapter(kind, folder)
 
 
-def no_adapter(kind: Kind, folder: Path) -> TrainingError:
+def no_adapter(kind: FolderKind, folder: Path) -> TrainingError:
     """The error to raise for what an adapter is asked for, and isn't one."""
     if kind == "delta":
         return TrainingError(
@@ -123,11 +125,11 @@ def no_adapter(kind: Kind, folder: Path) -> TrainingError:
     )
 
 
-def peft_base(folder: str | Path, config: Mapping[str, Any], base: str | None) -> str:
+def peft_base(folder: str | Path, config: PeftConfig, base: str | None) -> str:
     """The base of a PEFT folder: the one given, or the one that its config names."""
     if found := base or config.get("base_model_name_or_path"):
         return found
-    raise TrainingError(f"{Path(folder) / CONFIG} doesn't say its base (`base_model_name_or_path`): pass `--base`.")
+    raise TrainingError(f"{Path(folder) / CONFIG} doesn't say its base (`base_model_name_or_path`): pass `base`.")
 
 
 def check_peft_source(folder: str | Path, *, base: str | None = None) -> Names:
@@ -150,9 +152,9 @@ def check_peft_source(folder: str | Path, *, base: str | None = None) -> Names:
     return names
 
 
-def _head_of_its_own(folder: Path, config: Mapping[str, Any], sizes: Any, task: str | None) -> bool:
+def _head_of_its_own(folder: Path, config: PeftConfig, sizes: ModelConfig, task: str | None) -> bool:
     """Whether a PEFT folder changes one use of tied embeddings, so that each needs a leaf."""
-    if task != "causal-lm" or not sizes.tie_word_embeddings or config.get("ensure_weight_tying"):
+    if task != "causal-lm" or not getattr(sizes, "tie_word_embeddings", False) or config.get("ensure_weight_tying"):
         return False
     names = family_of(sizes).names
     tied = {names.module(WORDS, prefix=names.prefix), names.module(HEAD)}
@@ -166,7 +168,7 @@ def _head_of_its_own(folder: Path, config: Mapping[str, Any], sizes: Any, task: 
 def _load_own(folder: Path, base: str | None, progress: models.Progress | None) -> AdapterSource:
     """An adapter without a `task.json`; the leaves that it names tell which head its model had."""
     if base is None:
-        raise TrainingError(f"`adapter` {folder} doesn't say its base, as it isn't a run's: pass `--base`.")
+        raise TrainingError(f"`adapter` {folder} doesn't say its base, as it isn't a run's: pass `base`.")
     description = read_description(folder)
     leaves = {path: tuple(entry["shape"]) for name in ("base", "tensors") for path, entry in description[name].items()}
     config = models.read_model_config(models.find_base(base))
@@ -223,7 +225,7 @@ def _peft_task(family: Family, base: str, folder: Path) -> CheckpointTask:
     if task.task is None:
         raise TrainingError(
             f"{folder} was trained on a model with a head, and the head is neither in it nor in its base {base}: save "
-            "it along (`modules_to_save`), or pass as `--base` the model that has it."
+            "it along (`modules_to_save`), or pass as `base` the model that has it."
         )
     return task
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .config import TrainConfig as TrainConfig
+from .config import resolve as resolve
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DataError as DataError
 from .errors import NotFiniteError as NotFiniteError
 from .errors import RunFolderError as RunFolderError
 from .errors import TrainingError as TrainingError
-from .run.loop import RunResult as RunResult
-from .run.loop import train as train
 
 if TYPE_CHECKING:
     from lora_jax.inference.classify import Predictor as Predictor
@@ -22,17 +21,23 @@ if TYPE_CHECKING:
     from lora_jax.inference.complete import GenerationOptions as GenerationOptions
     from lora_jax.inference.complete import load_completer as load_completer
 
-# What answers lies in a room above; these names of it are at home here for those who train and ask in one script.
-_OF_INFERENCE = {
-    "Predictor": "classify",
-    "load_predictor": "classify",
-    "Completer": "complete",
-    "GenerationOptions": "complete",
-    "load_completer": "complete",
+    from .run.loop import RunResult as RunResult
+    from .run.loop import train as train
+
+# Imported on first use, so that `lora-jax --help` knows the options without the packages that training needs. Inference
+# lies in a room above; its names are offered here to those who train and predict in one script.
+_LAZY = {
+    "train": "training.run.loop",
+    "RunResult": "training.run.loop",
+    "Predictor": "inference.classify",
+    "load_predictor": "inference.classify",
+    "Completer": "inference.complete",
+    "GenerationOptions": "inference.complete",
+    "load_completer": "inference.complete",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _OF_INFERENCE:
-        return getattr(importlib.import_module(f"lora_jax.inference.{_OF_INFERENCE[name]}"), name)
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"lora_jax.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What one answer to every text scores: each score of a model has to be held against it."""
+"""The scores of one answer to all texts, which a model has to beat."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .task import LabelledTask
 
 
 class Baseline(NamedTuple):
-    """The best answer of who reads no text, and what it scores.
+    """The best single answer to all texts, and its scores.
 
     Attributes:
-        answer: In words: `"'no'"`, the most frequent label of the training rows, or `"the mean, 2.5"`.
-        metrics: On the rows that a model is scored on.
+        answer: Answer in words: `"'no'"`, the most frequent training label, or `"the mean, 2.5"`.
+        metrics: Metrics on the examples that a model is scored on.
     """
 
     answer: str
     metrics: dict[str, float]
 
     def is_beaten(self, metric: str, value: float | None, *, by: float = 0.0) -> bool:
-        """Whether a score is better, and by more than so much; an undefined one isn't."""
+        """Whether a score is better by more than `by`; an undefined one isn't."""
         if value is None or math.isnan(value):
             return False
         return better(metric, value) - better(metric, self.metrics[metric]) > by + 1e-9
@@ -33,12 +33,12 @@ class Baseline(NamedTuple):
 
 
 def baseline_of(task: LabelledTask, prior: np.ndarray, targets: np.ndarray) -> Baseline:
-    """The baseline on some rows.
+    """Computes the baseline of some examples.
 
     Args:
-        task: Says what is answered, and has the metrics.
-        prior: Of the training rows, see `LabelledTask.prior`.
-        targets: Of the rows to score.
+        task: Task with the metrics.
+        prior: Prior of the training examples, see `LabelledTask.prior`.
+        targets: Targets of the examples to score.
 
     Example:
         >>> from lora_jax.training.task import Classification

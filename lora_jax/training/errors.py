@@ -1,4 +1,4 @@
-"""The errors that a user of the training can mend: a command prints them as one line, without a traceback."""
+"""The errors of training that a user can fix: a command prints them as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class RunFolderError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint that cannot be written or read; those written earlier are whole."""
+    """A checkpoint that cannot be written or read; those written earlier are intact."""
 
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint that is not as it was written.
 
     Attributes:
-        reason: what is wrong with it.
+        reason: What is wrong with it.
     """
 
     def __init__(self, message: str, *, reason: str) -> None:
@@ -41,7 +41,7 @@ class NotFiniteError(TrainingError):
     """A loss, a gradient or a parameter that became NaN or infinite.
 
     Attributes:
-        step: the step, counted from 1, at which it happened.
+        step: Step at which it happened, counted from 1.
     """
 
     def __init__(self, message: str, *, step: int) -> None:

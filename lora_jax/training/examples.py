@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,10 +12,10 @@ class Columns:
     """Which columns of a data set are read; each task has its own.
 
     Attributes:
-        text, text_pair, label: of labelled texts; `text` of plain texts too.
-        prompt, completion: a text, and what is to follow it.
-        separator: what stands between the two.
-        messages: of conversations.
+        text, text_pair, label: Columns of labelled texts; `text` also of plain texts.
+        prompt, completion: Columns of prompts and of what follows them.
+        separator: Text between a prompt and its completion.
+        messages: Column of conversations.
     """
 
     text: str = "text"
@@ -28,21 +28,21 @@ class Columns:
 
 
 class Examples(NamedTuple):
-    """Rows of a data set: texts, and labels as the source holds them (class names where it knows them).
+    """Examples of a data set: texts, and labels as the source holds them (class names where it knows them).
 
     Attributes:
-        name: the file or data set, for messages.
-        texts, pairs: the texts of every row; `pairs` is `None` without a second column.
-        labels: `None` where no label column was asked for.
-        rows: the number of each in the source; `None` for 1, 2, 3, …
-        left_out: what was left out of bad rows, in words; `None` for nothing.
-        skipped: how many these are.
+        name: Name of the file or data set, for messages.
+        texts, pairs: First and second texts; `pairs` is `None` without a second column.
+        labels: Labels; `None` without a label column.
+        rows: Row number of each example in the source; `None` for 1, 2, 3, …
+        left_out: Description of the bad rows that were left out; `None` for none.
+        skipped: Number of bad rows that were left out.
     """
 
     name: str
     texts: list[str]
     pairs: list[str] | None = None
-    labels: list[Any] | None = None
+    labels: list[str | int | float | bool] | None = None
     rows: Sequence[int] | None = None
     left_out: str | None = None
     skipped: int = 0

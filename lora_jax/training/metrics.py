@@ -1,10 +1,9 @@
-"""The measures of predictions: scikit-learn's, SciPy's and perplexity. Rates are shares between 0 and 1."""
+"""Metrics of predictions: scikit-learn's, SciPy's and perplexity. Rates are between 0 and 1."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ def better(metric: str, value: float) -> float:
 
 
 def is_undefined(metric: str, targets: np.ndarray) -> bool:
-    """Whether a metric says nothing of rows with such targets: a correlation with what doesn't vary."""
+    """Whether a metric is undefined for these targets: a correlation with targets that don't vary."""
     return metric in _OF_VARIATION and np.ptp(targets) == 0
 
 
@@ -28,8 +27,8 @@ def classification_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str
     `matthews` is `None`, undefined, where all targets are the same; 0 where all predictions are.
 
     Args:
-        outputs: logits `(rows, labels)`.
-        targets: `(rows,)`, places of the labels.
+        outputs: Logits `(rows, labels)`.
+        targets: Indices of the labels, `(rows,)`.
     """
     from sklearn import metrics
 
@@ -55,12 +54,12 @@ def regression_metrics(outputs: np.ndarray, targets: np.ndarray) -> dict[str, fl
     are, which follow nothing.
 
     Args:
-        outputs, targets: `(rows,)`.
+        outputs, targets: Numbers, `(rows,)`.
     """
     from scipy import stats
 
     outputs = outputs.astype(np.float64)
-    correlations: dict[str, Any] = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
+    correlations = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}
     measured: dict[str, float | None] = {}
     for name, correlation in correlations.items():
         if is_undefined(name, targets):
@@ -74,8 +73,8 @@ def language_metrics(sums: np.ndarray) -> dict[str, float | None]:
     """`perplexity`, `token_accuracy` and `loss`, the mean `-log p` (natural) of the target tokens.
 
     Args:
-        sums: `(rows, 3)`: of each row's target tokens, the sum of `-log p`, how many were the most probable, and how
-            many there are.
+        sums: Sums over the target tokens of each row, `(rows, 3)`: `-log p`, the tokens that were the most probable,
+            and all.
 
     Example:
         >>> language_metrics(np.array([[0.0, 1.0, 1.0], [3 * math.log(4), 0.0, 2.0]]))["perplexity"]

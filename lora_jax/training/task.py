@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +15,17 @@ import numpy as np
 import optax
 
 from lora_jax.losses import token_scores
-from lora_jax.text import nearest_name
+from lora_jax.text import listed, nearest_name
 
-from .data.table import shown
+from .data.table import BadRows, short_repr
 from .errors import ConfigError, DataError
 from .examples import Examples
 from .metrics import classification_metrics, language_metrics, regression_metrics
+from .options import TASKS, TaskKind
 
-Kind = Literal["classification", "regression", "causal-lm"]
 # Tokens whose logits are there at once: the head is read once a chunk, and fewer keep a GPU waiting for it.
 _CHUNK = 512
 _LARGEST = float(np.finfo(np.float32).max)
-KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Task(abc.ABC):
         labels: the label names in the order of the logits; empty where there are none.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[TaskKind]
     metrics: ClassVar[tuple[str, ...]]
     has_accuracy: ClassVar[bool] = True
     labels: tuple[str, ...] = ()
@@ -86,11 +86,19 @@ class LabelledTask(Task):
     """A task whose rows have a target each."""
 
     @abc.abstractmethod
-    def encode(self, examples: Examples) -> np.ndarray:
-        """The targets of labelled rows, `(rows,)`.
+    def target(self, label: object) -> float:
+        """The target that a label stands for.
 
         Raises:
-            DataError: a label that can't be one; its row is named.
+            DataError: The task has no such label; the message goes on after "row 3".
+        """
+
+    @abc.abstractmethod
+    def encode(self, examples: Examples) -> np.ndarray:
+        """The targets of examples, `(examples,)`.
+
+        Raises:
+            DataError: Some labels aren't the task's; all of them are reported.
         """
 
     @abc.abstractmethod
@@ -105,39 +113,34 @@ class LabelledTask(Task):
     def measure_prior(self, prior: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """The metrics where every row gets that answer."""
 
-    def labels_of(self, examples: Examples) -> list[Any]:
-        if examples.labels is None:
-            raise DataError(f"{examples.name} was read without a label column.")
-        return examples.labels
-
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(LabelledTask):
     """One of the `labels`."""
 
-    kind: ClassVar[Kind] = "classification"
+    kind: ClassVar[TaskKind] = "classification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews", "loss")
 
     @property
     def num_labels(self) -> int:
         return len(self.labels)
 
+    @functools.cached_property
+    def _index(self) -> dict[str, int]:
+        return {label: index for index, label in enumerate(self.labels)}
+
+    def target(self, label: object) -> int:
+        """The label's index in `labels`."""
+        name = _label_name(label)
+        if (index := self._index.get(name)) is not None:
+            return index
+        near = nearest_name(name, self.labels)
+        hint = f"nearest: {near!r:.200}" if near else f"it has {listed(self.labels, 5, form='{!r}')}"
+        raise DataError(f"has the label {name!r:.200}, which the training data lacks ({hint})")
+
     def encode(self, examples: Examples) -> np.ndarray:
-        """int32 places in `labels`; one that training hasn't seen is refused."""
-        index = {label: place for place, label in enumerate(self.labels)}
-        values = self.labels_of(examples)
-        targets = np.empty(len(values), np.int32)
-        for place, (row, value) in enumerate(zip(examples.numbers, values, strict=True)):
-            name = _label_name(value, examples.name, row)
-            if name not in index:
-                near = nearest_name(name, self.labels)
-                hint = f" (nearest: {near!r:.200})" if near else ""
-                raise DataError(
-                    f"{examples.name}, row {row} has the label {name!r:.200}{hint}, which the training data "
-                    f"doesn't have: {_some(self.labels)}."
-                )
-            targets[place] = index[name]
-        return targets
+        """int32 indices into `labels`."""
+        return np.array(_converted(examples, self.target), np.int32)
 
     def prior(self, targets: np.ndarray) -> np.ndarray:
         """The share of each label."""
@@ -168,14 +171,17 @@ class Classification(LabelledTask):
 class Regression(LabelledTask):
     """A number."""
 
-    kind: ClassVar[Kind] = "regression"
+    kind: ClassVar[TaskKind] = "regression"
     metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "loss")
     has_accuracy: ClassVar[bool] = False
 
+    def target(self, label: object) -> float:
+        """The label as a number that float32 can hold."""
+        return _number(label)
+
     def encode(self, examples: Examples) -> np.ndarray:
-        """float32; what is no finite number there is refused."""
-        values = zip(examples.numbers, self.labels_of(examples), strict=True)
-        return np.array([_number(value, examples.name, row) for row, value in values], np.float32)
+        """float32 numbers."""
+        return np.array(_converted(examples, self.target), np.float32)
 
     def prior(self, targets: np.ndarray) -> np.ndarray:
         """The mean."""
@@ -210,7 +216,7 @@ class CausalLM(Task):
             vocabulary, as PyTorch's cross entropy has it. Metrics are without.
     """
 
-    kind: ClassVar[Kind] = "causal-lm"
+    kind: ClassVar[TaskKind] = "causal-lm"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity", "token_accuracy", "loss")
     label_smoothing: float = 0.0
 
@@ -265,10 +271,8 @@ def make_task(kind: str, train: Examples) -> LabelledTask:
     if kind == "regression":
         return Regression()
     if kind != "classification":
-        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
-    if train.labels is None:
-        raise DataError(f"{train.name} was read without a label column.")
-    names = {_label_name(value, train.name, row) for row, value in zip(train.numbers, train.labels, strict=True)}
+        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(TASKS)} is expected.")
+    names = set(_converted(train, _label_name))
     if len(names) < 2:
         raise DataError(f"{train.name} has only the label {next(iter(names))!r}: two or more are needed to learn from.")
     return Classification(labels=sorted_labels(names))
@@ -290,40 +294,54 @@ def restore_task(kind: str, labels: Sequence[str]) -> Task:
     """The task of a saved adapter."""
     tasks = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
     if kind not in tasks:
-        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(KINDS)} is expected.")
+        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(TASKS)} is expected.")
     return tasks[kind](labels=tuple(labels))
 
 
-def _label_name(value: Any, name: str, row: int) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise DataError(
-                f"{name}, row {row} has the label {value}, which names no class. Choose `--task regression` to "
-                "predict numbers."
-            )
-        return str(int(value))
-    return str(value)
+def training_label_check(kind: str) -> Callable[[object], object]:
+    """Raises `DataError` for a label that no task of this kind can learn; see `LabelledTask.target`."""
+    return _number if kind == "regression" else _label_name
 
 
-def _number(value: Any, name: str, row: int) -> float:
+_T = TypeVar("_T")
+
+
+def _converted(examples: Examples, convert: Callable[[object], _T]) -> list[_T]:
+    """Each label converted; all that can't be are reported at once."""
+    if examples.labels is None:
+        raise DataError(f"{examples.name} was read without a label column.")
+    bad = BadRows(examples.name)
+    results: list[_T] = []
+    for row, label in zip(examples.numbers, examples.labels, strict=True):
+        try:
+            results.append(convert(label))
+        except DataError as error:
+            bad.add(row, f"row {row} {error}")
+    bad.check(len(examples))
+    return results
+
+
+def _label_name(label: object) -> str:
+    if isinstance(label, bool):
+        return str(label).lower()
+    if isinstance(label, float):
+        if not label.is_integer():
+            raise DataError(f"has the label {label}, which is no class (`task='regression'` predicts numbers)")
+        return str(int(label))
+    return str(label)
+
+
+def _number(label: object) -> float:
     try:
-        number = float(value)
+        number = float(label) if isinstance(label, str | int | float) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= _LARGEST:
         raise DataError(
-            f"{name}, row {row} has the label {shown(value)}, and a finite number is expected in a regression: one of "
-            f"float32, at most {_LARGEST:.3g}."
+            f"has the label {short_repr(label)}, but a regression needs a finite number, at most {_LARGEST:.3g}"
         )
     return number
 
 
 def _is_integer(name: str) -> bool:
     return name.removeprefix("-").isdecimal() and name.isascii()
-
-
-def _some(labels: Sequence[str], limit: int = 12) -> str:
-    shown = ", ".join(repr(label) for label in labels[:limit])
-    return shown + (f" and {len(labels) - limit} more" if len(labels) > limit else "")

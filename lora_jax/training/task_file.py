@@ -1,4 +1,4 @@
-"""`task.json`, beside an adapter: what `predict` needs to know that the adapter's own files don't say."""
+"""`task.json`, beside an adapter: what prediction needs beyond the adapter's own files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_jax import files
+from lora_jax.adapters import save_with
+from lora_jax.methods import Method
+from lora_jax.types import Params
 
 from .errors import ConfigError, TrainingError
 from .examples import Columns
@@ -21,17 +24,16 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFile:
-    """What an adapter is for.
+    """The task and settings that an adapter was trained with.
 
     Attributes:
-        base: the name or folder of the base.
-        task: kind and labels.
-        pooling, max_length, dtype: as trained.
-        columns: of the data, as defaults for other files.
+        base: Name or folder of the base.
+        task: Task with its labels.
+        pooling, max_length, dtype: Values in training.
+        columns: Columns of the training data, the defaults for other files.
         escape_special_tokens: Whether special tokens that a text spells out were plain text in training.
-        new_head: Whether the base has a head of something else, which was left aside.
-        prior: What the training rows tell of an answer without its text, see `LabelledTask.prior`; empty where that
-            isn't known.
+        new_head: Whether the base's own head was replaced by a new one.
+        prior: Prior of the training examples, see `LabelledTask.prior`; empty if unknown.
     """
 
     base: str
@@ -45,15 +47,21 @@ class TaskFile:
     prior: tuple[float, ...] = ()
 
 
-def write_task(folder: Path, saved: TaskFile) -> None:
-    """Writes `task.json`, atomically."""
+def save_task_adapter(folder: Path, params: Params, method: Method, saved: TaskFile) -> None:
+    """`lj.save_adapter`, with `task.json` beside the adapter; one doesn't take its place without the other."""
+    save_with(folder, params, method, {TASK_FILE: task_content(saved)})
+
+
+def task_content(saved: TaskFile) -> dict[str, object]:
+    """The content of `task.json`."""
     fields = {name: getattr(saved, name) for name in (*_PLAIN, *_FLAGS)} | {"prior": list(saved.prior)}
     content = {"format": _FORMAT, "task": saved.task.kind, "labels": list(saved.task.labels), **fields}
-    files.write_json(folder / TASK_FILE, files.with_checksum(content | dataclasses.asdict(saved.columns)))
+    return content | dataclasses.asdict(saved.columns)
 
 
 def read_task(folder: Path) -> TaskFile:
     """Reads `task.json`, and checks it: it may come from elsewhere."""
+    files.settle(folder)
     path = folder / TASK_FILE
     content: Any = files.read_json(path)
     if not isinstance(content, dict):
@@ -63,7 +71,9 @@ def read_task(folder: Path) -> TaskFile:
     whole = content
     # A file of an earlier version lacks columns of tasks that there weren't, and what wasn't kept.
     content = dataclasses.asdict(Columns()) | dict.fromkeys(_FLAGS, False) | {"prior": []} | content
-    kinds: dict[str, Any] = dict.fromkeys(("task", *_PLAIN), str) | {"max_length": int, "labels": list, "prior": list}
+    kinds: dict[str, type | tuple[type, ...]] = {"task": str, "labels": list, "prior": list}
+    kinds.update(dict.fromkeys(_PLAIN, str))
+    kinds["max_length"] = int
     kinds |= {name: (str, type(None)) if default is None else str for name, default in vars(Columns()).items()}
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind) or isinstance(content.get(name), bool):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -16,15 +15,15 @@ _DEEPEST = 50
 _MOST_BITS = 512  # of a whole number; Python doesn't print one of more than 4,300 digits
 
 
-def read_yaml_file(path: str | Path) -> Any:
+def read_yaml_file(path: str | Path) -> object:
     """The content of a YAML file.
 
-    Aliases and merged mappings are read as they are meant; aliases that multiply to more values than a file of
-    settings has aren't, nor those that contain themselves.
+    Aliases and merged mappings are resolved; aliases that contain themselves or multiply to too many values are
+    refused.
 
     Raises:
-        FileError: as `files.read_text`; or no YAML, a name twice or that is no text, a value that isn't what its form
-            or its tag says, too many values or levels. Line and column are named.
+        FileError: The file can't be read (see `files.read_text`), isn't YAML, has a repeated name or one that isn't a
+            text, a value that doesn't fit its tag, or too many values or levels. Line and column are named.
     """
     text = files.read_text(path, max_bytes=_LARGEST)
     try:
@@ -36,11 +35,11 @@ def read_yaml_file(path: str | Path) -> Any:
 class _Loader(yaml.SafeLoader):
     """`SafeLoader`, which guards against code, with what guards against sizes, and against what it lets pass."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = self._nodes = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         mark = self.peek_event().start_mark
         self._depth += 1
         self._nodes += 1
@@ -53,12 +52,13 @@ class _Loader(yaml.SafeLoader):
         finally:
             self._depth -= 1
 
-    def compose_document(self) -> Any:
+    def compose_document(self) -> yaml.Node | None:
         node = super().compose_document()
-        _count(node, {}, ())
+        if node is not None:
+            _count(node, {}, ())
         return node
 
-    def flatten_mapping(self, node: Any) -> None:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Names are held against each other before what `<<` merges joins them, which they are there to replace."""
         seen: set[str] = set()
         for key, _ in node.value:
@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         super().flatten_mapping(node)
 
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         try:
             value = super().construct_object(node, deep=deep)
         except (ValueError, OverflowError, AttributeError, TypeError, KeyError, IndexError) as error:
@@ -92,12 +92,12 @@ def _told(error: yaml.YAMLError) -> str:
     return f"{clipped(said, 600)}, line {mark.line + 1}, column {mark.column + 1}"
 
 
-def _count(node: Any, counted: dict[int, int], above: tuple[int, ...]) -> int:
-    """The values of a node, with those that aliases repeat."""
+def _count(node: yaml.Node, counted: dict[int, int], above: tuple[int, ...]) -> int:
+    """Number of values of a node, with those that aliases repeat."""
     if id(node) in above:
         raise _error("an alias that contains itself", node.start_mark)
     if id(node) not in counted:
-        children: list[Any] = []
+        children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             children = [child for pair in node.value for child in pair]
         elif isinstance(node, yaml.SequenceNode):
@@ -108,5 +108,5 @@ def _count(node: Any, counted: dict[int, int], above: tuple[int, ...]) -> int:
     return counted[id(node)]
 
 
-def _error(what: str, mark: Any) -> yaml.YAMLError:
+def _error(what: str, mark: yaml.Mark | None) -> yaml.YAMLError:
     return yaml.MarkedYAMLError(problem=what, problem_mark=mark)

@@ -80,7 +80,7 @@ class Case(NamedTuple):
     length: int
     library: str = "lora_jax"
     remat: str = NOTHING
-    settings: Mapping[str, Any] = {}  # noqa: RUF012, never changed
+    settings: Mapping[str, Any] = {}
     flags: str = ""
 
     @property
@@ -126,8 +126,8 @@ class Candidate(NamedTuple):
 def jax_step(case: Case) -> Candidate:
     """`lora-jax train`'s step.
 
-    Settings: `scan`, whether the layers are scanned (true if left out); `texts`, of a row (one if left out); `attention`, see
-    `lj.models.load`.
+    Settings: `scan`, whether the layers are scanned (true if left out); `texts`, of a row (one if left out);
+    `attention`, see `lj.models.load`.
     """
     import jax
     import jax.numpy as jnp
@@ -136,9 +136,9 @@ def jax_step(case: Case) -> Candidate:
     import lora_jax as lj
     from lora_jax.models import LlamaConfig
     from lora_jax.models.model import skeleton
+    from lora_jax.training.data.token_sequences import SingleTextBatch, TokenBatch
     from lora_jax.training.run.step import TrainState, make_step
     from lora_jax.training.task import CausalLM
-    from lora_jax.training.data.token_rows import SingleTextBatch, TokenBatch
 
     scan = case.settings.get("scan", True)
     config = LlamaConfig(**SIZES[case.size])

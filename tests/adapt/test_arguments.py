@@ -49,7 +49,7 @@ def test_python_values_stay_python_values(params: Any, x: jax.Array) -> None:
 def test_keyword_arguments_and_nodes_in_them(params: Any, x: jax.Array) -> None:
     def fn(x: jax.Array, *, params: Any, deterministic: bool, extra: Any) -> jax.Array:
         assert deterministic is False
-        return x @ params["w"] + params["b"] + x @ extra[0]
+        return x @ params["w"] + params["b"][None] + x @ extra[0]
 
     extra = [node("extra", D, 6)]
     expected = fn(x, params=merge_nodes(params), deterministic=False, extra=merge_nodes(extra))
@@ -114,7 +114,7 @@ def test_closures_over_tracers(params: Any, x: jax.Array) -> None:
 
     def around(f: Any) -> Any:
         def loss(scale: jax.Array, p: Any, x: jax.Array) -> jax.Array:
-            inner = lambda p: (x * scale) @ p["w"] + scale * p["b"]  # noqa: E731
+            inner = lambda p: (x * scale) @ p["w"] + scale * p["b"][None]  # noqa: E731
             return jnp.sum(jnp.tanh(f(inner)(p)))
 
         return jax.jit(jax.vmap(jax.grad(loss, argnums=(0, 1)), in_axes=(0, None, None)))

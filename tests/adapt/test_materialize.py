@@ -54,7 +54,7 @@ linear_with_own_gradient.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (
 
 
 def weight_norm(p: Any, x: jax.Array) -> jax.Array:
-    return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))
+    return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True))
 
 
 def changing_carry(p: Any, x: jax.Array) -> jax.Array:
@@ -94,7 +94,7 @@ CASES = {
     "layer with custom_vjp": Merging(lambda p, x: linear_with_own_gradient(p["w"], x), "custom_vjp_call", "no rule"),
     "elementwise": Merging(lambda p, x: x @ jnp.tanh(p["w"]), "tanh", "no rule"),
     "weight norm": Merging(weight_norm, "mul|div", "only the merged array can stand|more than a scalar"),
-    "mask": Merging(lambda p, x: x @ (p["w"] * (jnp.arange(D) > 3)), "mul", "more than a scalar"),
+    "mask": Merging(lambda p, x: x @ (p["w"] * jnp.float32(jnp.arange(D) > 3)[None]), "mul", "more than a scalar"),
     "scalar over weight": Merging(lambda p, x: x @ (1 / p["w"]), "div", "more than a scalar"),
     "sum with another": Merging(lambda p, x: x @ (p["w"] + 1.0), "add", "no rule"),
     "square": Merging(lambda p, x: x @ (p["w"] @ p["w"]), "dot_general", "both operands are adapted weights"),
@@ -108,11 +108,11 @@ CASES = {
     "one branch": Merging(changed_in_one_branch, "cond|tanh", "the body returns it|no rule"),
     "while": Merging(while_loop_over_a_changing_weight, "scan", "carries it from one iteration to the next, changed"),
     "grouped convolution": Merging(grouped_convolution, "conv_general_dilated", "a grouped convolution", KERNEL()),
-    "diagonal gather": Merging(lambda p, x: x * p["w"][jnp.arange(D), jnp.arange(D)], "gather", "no lookup of whole"),
+    "diagonal gather": Merging(lambda p, x: x * p["w"][(jnp.arange(D),) * 2][None], "gather", "no lookup of whole"),
     "scan over the in axis": Merging(
-        lambda p, x: lax.scan(lambda c, w: (c + w, None), jnp.zeros(D), p["w"])[0] * x, "scan", "no stack axis"
+        lambda p, x: lax.scan(lambda c, w: (c + w, None), jnp.zeros(D), p["w"])[0][None] * x, "scan", "no stack axis"
     ),
-    "joined axes": Merging(lambda p, x: x * p["w"].reshape(-1)[:D], "reshape", "joins axes of different roles"),
+    "joined axes": Merging(lambda p, x: x * p["w"].reshape(-1)[None, :D], "reshape", "joins axes of different roles"),
     "part of the in axes": Merging(
         lambda p, x: jnp.einsum("td,hdf->thf", x, p["w"]), "dot_general", "axes .1,. of a weight labelled 'iio' are",
         node("heads", 2, D, 3, axes="iio"),
@@ -255,6 +255,6 @@ def every_operation() -> tuple[Callable[..., Any], Any]:
         x = jax.jit(lambda w, x: jnp.tanh(x @ w.reshape(D, 2, D // 2).reshape(D, D).T))(p["w"], x)
         x = lax.scan(lambda x, w: (jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(w, x), None), x, p["layers"])[0]
         x = lax.conv_general_dilated(x, p["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
-        return x + p["table"][jnp.array([0, 1, 2, 3, 4, 5, 6, 0])]
+        return x + p["table"][jnp.array([0, 1, 2, 3, 4, 5, 6, 0])][None]
 
     return fn, params

@@ -27,12 +27,12 @@ def mesh(axis_type: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
 
 
 def model(p: Any, x: jax.Array) -> jax.Array:
-    return jnp.tanh(x @ p["up"] + p["bias"]) @ p["down"]
+    return jnp.tanh(x @ p["up"] + p["bias"][None]) @ p["down"]
 
 
 def tensor_parallel(p: Any, x: jax.Array) -> jax.Array:
     """Megatron's MLP: `up` split by its out axis, `down` by its in axis, one sum at the end."""
-    return lax.psum(jnp.tanh(x @ p["up"] + p["bias"]) @ p["down"], "d")
+    return lax.psum(jnp.tanh(x @ p["up"] + p["bias"][None]) @ p["down"], "d")
 
 
 def fully_sharded(p: Any, x: jax.Array) -> jax.Array:
@@ -40,7 +40,7 @@ def fully_sharded(p: Any, x: jax.Array) -> jax.Array:
     up = lax.all_gather(p["up"], "d", axis=1, tiled=True)
     down = lax.all_gather(p["down"], "d", axis=1, tiled=True)
     bias = lax.all_gather(p["bias"], "d", axis=0, tiled=True)
-    return jnp.tanh(x @ up + bias) @ down
+    return jnp.tanh(x @ up + bias[None]) @ down
 
 
 def scanned(p: Any, x: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ D = 8
 
 
 def model(params: Any, x: jax.Array) -> jax.Array:
-    hidden = checkpoint_name(jnp.tanh(x @ params["up"] + params["bias"]), "hidden")
+    hidden = checkpoint_name(jnp.tanh(x @ params["up"] + params["bias"][None]), "hidden")
     return hidden @ params["down"]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import lora_jax as lj
+from lora_jax import files
 from lora_jax.files import CHECKSUM, FileError, read_safetensors
 from lora_jax.interop import apply_delta, export_delta, export_peft, import_peft, read_peft_config
 from lora_jax.models.families.registry import read_model_config
@@ -28,7 +29,8 @@ from lora_jax.study.grid.candidates import read_grid
 from lora_jax.study.runs.results import ResultsFile
 from lora_jax.tools.inspect import inspect_adapter
 from lora_jax.training.baseline import Baseline
-from lora_jax.training.config import TrainConfig, read_yaml, write_yaml
+from lora_jax.training.config import TrainConfig
+from lora_jax.training.config_file import read_yaml, write_yaml
 from lora_jax.training.data import token_cache
 from lora_jax.training.data.chat import render_conversations
 from lora_jax.training.data.documents import read_documents
@@ -41,7 +43,7 @@ from lora_jax.training.run.folder import RunFolder
 from lora_jax.training.run.result import RunResult, read_result, write_result
 from lora_jax.training.run.step import TrainState
 from lora_jax.training.task import Classification
-from lora_jax.training.task_file import TaskFile, read_task, write_task
+from lora_jax.training.task_file import TASK_FILE, TaskFile, read_task, task_content
 from tests.interop import kit
 from tests.tiny_bert import WORDS, write_tiny_bert
 from tests.tiny_encoders import byte_level
@@ -234,10 +236,8 @@ def write_a_task(folder: Path, rng: Rng) -> None:
     columns = Columns(text=choice(rng, ("text", "sentence")), label=choice(rng, ("label", "class")))
     task = Classification(labels=tuple(f"label {i}" for i in range(int(rng.integers(2, 6)))))
     base = choice(rng, ("minilm", "base"))
-    write_task(
-        folder,
-        TaskFile(base=base, task=task, pooling="first", max_length=32, dtype="float32", columns=columns),
-    )
+    told = TaskFile(base=base, task=task, pooling="first", max_length=32, dtype="float32", columns=columns)
+    files.write_json(folder / TASK_FILE, files.with_checksum(task_content(told)))
 
 
 def write_run(folder: Path, rng: Rng) -> None:
@@ -341,7 +341,7 @@ def _through_the_cache(folder: Path) -> Encoded:
 def check_token_cache(folder: Path, value: Any) -> None:
     del folder
     assert isinstance(value, Encoded)
-    assert value.rows == len(TEXTS)
+    assert value.num_sequences == len(TEXTS)
 
 
 # ------------------------------------------------------------------------------------------------------ bases, settings
@@ -489,7 +489,7 @@ def check_data(folder: Path, examples: Any) -> None:
 
 def read_talks(folder: Path) -> Any:
     special = lj.models.SpecialTokens({"eos_token": "</s>"}, 2, (2,), None)
-    return read_documents(str(folder / "data.jsonl"), Columns(messages="messages"), special=special).rows
+    return read_documents(str(folder / "data.jsonl"), Columns(messages="messages"), special=special).texts
 
 
 def write_plain_text(folder: Path, rng: Rng) -> None:
@@ -498,7 +498,7 @@ def write_plain_text(folder: Path, rng: Rng) -> None:
 
 def read_plain_text(folder: Path) -> Any:
     special = lj.models.SpecialTokens({"eos_token": "</s>"}, 2, (2,), None)
-    return read_documents(str(folder / "book.txt"), Columns(), special=special).rows
+    return read_documents(str(folder / "book.txt"), Columns(), special=special).texts
 
 
 _ADAPTER = ("lora_jax_adapter.json", "adapter.safetensors")

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import ast
+import errno
+import gc
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
+import types
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import lora_jax as lj
 from lora_jax import files
 from lora_jax.cli import demo
 from lora_jax.cli.main import main, make_parser
+from lora_jax.errors import ArgumentError, ArgumentTypeError
 from lora_jax.training import load_predictor
-from lora_jax.training.config import TrainConfig, read_yaml
+from lora_jax.training.config import OPTIONS, RunConfig, resolve
+from lora_jax.training.config_file import read_yaml
+from lora_jax.training.errors import ConfigError, DataError
 
 COMMANDS = ("train", "eval", "predict", "merge", "convert", "inspect", "compare", "analyze", "demo")
 
@@ -35,6 +46,82 @@ def test_help_reads_well(command, capsys):
     assert "example" in text
     assert f"lora-jax {command}" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_the_terminal(command, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
+
+
+def test_common_flags_come_first(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "--help")
+    text = capsys.readouterr().out
+    places = [
+        text.index(f"\n  {flag}") for flag in ("--train", "--lr", "--output", "--separator", "--buckets", "--hidden")
+    ]
+    assert places == sorted(places)
+
+
+def test_every_option_of_a_run_is_a_flag():
+    flags = make_parser().parse_args(["train"]).flags
+    assert {name: flags.get(name) for name in OPTIONS} == {name: f"--{name.replace('_', '-')}" for name in OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--trian", "a.tsv"), "there is no flag --trian; the nearest is --train."),
+        (("train", "--bach-size=3"), "there is no flag --bach-size; the nearest is --batch-size."),
+        (("train", "-lr", "3"), "there is no flag -lr; the nearest is --lr."),
+        (("merge", "--adaptor", "x"), "there is no flag --adaptor; the nearest is --adapter."),
+        (("eval", "--qqqq"), "there is no flag --qqqq; `lora-jax eval --help` lists them all."),
+        (("demo", "extra"), "unexpected arguments: extra"),
+        (("trian",), "there is no command trian; the nearest is train."),
+    ],
+)
+def test_a_mistyped_flag_is_told_with_the_nearest(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    command = arguments[0] if arguments[0] in COMMANDS else ""
+    assert error.startswith(f"usage: lora-jax {command}")
+
+
+def test_the_beginning_of_a_flag_is_enough():
+    assert parsed("--train", "a", "--outp", "b", "--epoch=3", "--weight", "0.1").epochs == 3
+
+
+def test_messages_of_the_library_name_arguments():
+    """A whole command in backticks may be named; a flag of ours alone is the command line's word."""
+    root = Path(lj.__file__).parent
+    named = []
+    for file in sorted(root.rglob("*.py")):
+        if file.is_relative_to(root / "cli") or file.name == "vllm.py":  # vLLM's flags
+            continue
+        tree = ast.parse(file.read_text("utf-8"))
+        raised = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.Constant))
+        for text in raised:
+            rest = re.sub(r"`(lora-jax|pip) [^`]*`?", "", text)
+            if text[0] in "'\"f" and re.search(r"`--[a-z]|^f['\"]--\{", rest):
+                named.append(f"{file.name}: {text:.100}")
+    assert named == []
+
+
+def test_messages_become_flags_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "a.tsv").write_bytes(b"text\tlabel\ngood\n")
+    assert run("train", "--train", tmp_path / "a.tsv", "--output", tmp_path / "out") == 2
+    assert "leave it out with `--skip-bad-rows`" in capsys.readouterr().err
+    assert run("train", "--train", "a", "--output", "b", "--lora-dropout", 2) == 2
+    assert "`--method` lora: `--lora-dropout` must" in capsys.readouterr().err
+    assert run("train", "--train", "a", "--output", "b", "--dropout", 2) == 2
+    assert "`--dropout` must be a number" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands(capsys):
@@ -60,10 +147,10 @@ def test_help_imports_nothing_heavy():
     assert process.stdout.strip() == "[]", process.stderr
 
 
-def parsed(*arguments) -> TrainConfig:
+def parsed(*arguments) -> RunConfig:
     from lora_jax.cli.options import make_config
 
-    return make_config(make_parser().parse_args(["train", *arguments]))
+    return resolve(make_config(make_parser().parse_args(["train", *arguments])))
 
 
 def test_flags_become_a_config():
@@ -164,7 +251,7 @@ def test_predict_keeps_every_field_of_the_input(finished, tmp_path, capsys):
 def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, monkeypatch):
     rows = b"text\tlabel\n" + b"good\tpos\nbad\tneg\n" * 8 + b"good\n\xff\tpos\n \tneg\ngreat\tpos\n"
     (tmp_path / "a.tsv").write_bytes(rows)
-    told = "3 of 20 rows left out: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
+    told = "3 of 20 rows skipped: row 17 (line 18) has 1 fields, and the header has 2: text, label; row 18 (line 19)"
     flags = ("--base", options["base"], "--steps", 1, "--batch-size", 8, "--buckets", 1, "--train", tmp_path / "a.tsv")
     assert run("train", *flags, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
@@ -193,7 +280,19 @@ def test_bad_rows_are_left_out_on_request(options, finished, tmp_path, capsys, m
     assert run("predict", "--adapter", finished.output, "--skip-bad-rows", "--jsonl") == 0
     captured = capsys.readouterr()
     assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["good", "bad"]
-    assert "lora-jax predict: 3 of 5 rows left out: line 3: field 'text' holds 3" in captured.err
+    assert "lora-jax predict: 3 of 5 rows skipped: line 3: field 'text' must be a text, got 3" in captured.err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "-"])
+def test_predict_takes_the_line_ends_of_data_files(name, end, finished, tmp_path, monkeypatch, capsys):
+    lines = ["good", "bad"] if name == "a.txt" else ['{"text": "good"}', '{"text": "bad"}']
+    content = b"\xef\xbb\xbf" + "".join(line + end for line in lines).encode()
+    (tmp_path / "a.txt").with_name(name).write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    source = ("--jsonl", "-") if name == "-" else (tmp_path / name,)
+    assert run("predict", "--adapter", finished.output, *source) == 0
+    assert [row["text"] for row in rows_of(capsys)] == ["good", "bad"]
 
 
 def test_predict_says_what_it_cut(finished, tmp_path, capsys):
@@ -201,7 +300,7 @@ def test_predict_says_what_it_cut(finished, tmp_path, capsys):
     assert run("predict", "--adapter", finished.output, tmp_path / "a.txt") == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
-    assert "lora-jax predict: 2 texts cut at 32 tokens" in captured.err
+    assert "lora-jax predict: 2 texts truncated to 32 tokens" in captured.err
 
 
 def test_predict_reads_columns(finished, data, capsys):
@@ -213,8 +312,8 @@ def test_predict_reads_columns(finished, data, capsys):
     ("name", "content", "message"),
     [
         ("gone.txt", None, r"gone.txt doesn't exist"),
-        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8 (byte 1)"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' holds 3, and a text is expected. The fields are text"),
+        ("a.txt", b"good\n\xff\n", "a.txt, line 2 is not UTF-8: byte 1 of the line is 0xff"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' must be a text, got 3. The fields are text"),
         ("a.jsonl", b"good\n", "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a", "x": NaN}\n', "line 2 has a NaN or an infinity, which JSON lacks"),
         ("a.jsonl", b'{"text": "a", "x": [-1e999]}\n', "line 1 has a NaN or an infinity, which JSON lacks"),
@@ -226,7 +325,7 @@ def test_predict_reads_columns(finished, data, capsys):
             "line 1 has half a character (the lone",
         ),
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
-        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number of thousands of digits"),
+        ("a.jsonl", b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "line 1 has a number with thousands of digits"),
         ("a.tsv", b"sentence\ngood\n", "has no column 'text'"),
     ],
 )
@@ -279,10 +378,10 @@ def test_predict_of_pairs_needs_fields(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--prompt", "text"), "`prompt` is for causal-lm, and `task` is classification"),
-        (("--top-k", 3), "`top_k` is for adapters of a causal-lm, and this one is of a classification"),
-        (("--generate",), "`generate` is for adapters of a causal-lm"),
-        (("--limit", 3), "`limit` is for adapters of a causal-lm"),
+        (("--prompt", "text"), "`--prompt` is for causal-lm, and `task` is classification"),
+        (("--top-k", 3), "`--top-k` is for adapters of a causal-lm, and this one is of a classification"),
+        (("--generate",), "`--generate` is for adapters of a causal-lm"),
+        (("--limit", 3), "`--limit` is for adapters of a causal-lm"),
     ],
 )
 def test_an_adapter_with_labels_writes_nothing(flags, message, finished, data, capsys):
@@ -354,14 +453,14 @@ def test_inspect_an_adapter(finished, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--output", "x"), "`train` is missing"),
+        (("train", "--output", "x"), "`--train` is missing"),
         (("train", "--train", "gone.tsv", "--output", "x"), "gone.tsv doesn't exist"),
-        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`rank` must be an integer of at least 1"),
+        (("train", "--train", "a.tsv", "--output", "x", "--rank", "0"), "`--rank` must be a positive integer"),
         (("train", "--train", "a", "--output", "x", "--method", "bitfit", "--rank", "4"), "no option of bitfit"),
         (("train", "--config", "gone.yaml"), "gone.yaml doesn't exist"),
-        (("merge", "--adapter", "gone", "--output", "x"), "`adapter` gone doesn't exist"),
-        (("inspect", "--targets", "qurey"), "`targets`"),
-        (("inspect", "--rank", "5000"), "`rank` 5000 is larger than"),
+        (("merge", "--adapter", "gone", "--output", "x"), "`--adapter` gone doesn't exist"),
+        (("inspect", "--targets", "qurey"), "`--targets`"),
+        (("inspect", "--rank", "5000"), "`--rank` 5000 is larger than"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, base, tmp_path, capsys, monkeypatch):
@@ -381,15 +480,99 @@ def test_traceback_on_request(tmp_path):
         run("train", "--train", tmp_path / "gone.tsv", "--output", "x", "--traceback")
 
 
-def test_defects_are_not_hidden(monkeypatch):
+@pytest.mark.parametrize(
+    "defect",
+    [
+        lambda: int("x"),
+        lambda: list(zip([1], [], strict=True)),
+        lambda: {}["key"],
+        lambda: max(1, None),  # pyright: ignore[reportCallIssue, reportArgumentType]
+        lambda: os.close(-1),
+        lambda: (_ for _ in ()).throw(ZeroDivisionError),
+    ],
+)
+def test_a_defect_in_the_library_has_its_traceback(defect, monkeypatch):
+    """Whatever its class, and though the innermost frame is the library's."""
+    from lora_jax.tools import inspect
+
+    # As if it stood in the library's own code.
+    planted = types.FunctionType(defect.__code__, {**vars(inspect), "os": os})
+    monkeypatch.setattr(inspect, "inspect_adapter", lambda *_: planted())
+    monkeypatch.setattr("lora_jax.tools.source.folder_kind", lambda *_: "adapter")
+    with pytest.raises((ValueError, KeyError, TypeError, OSError, ZeroDivisionError)):
+        run("inspect", "--adapter", "x")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_defect_in_a_thread_is_seen(monkeypatch):
+    from lora_jax.cli import inspect
+
+    seen = []
+
+    class Left:
+        def __del__(self):
+            int("left")
+
+    def broken(args):
+        thread = threading.Thread(target=lambda: int("x"))
+        thread.start()
+        thread.join()
+        Left()
+        gc.collect()
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: seen.append(str(args.exc_value)))
+    monkeypatch.setattr(inspect, "run", broken)
+    assert run("inspect") == 0
+    assert seen == [f"invalid literal for int() with base 10: '{text}'" for text in ("x", "left")]
+
+
+def test_what_orbax_s_threads_say_of_a_failed_save_is_left_out(monkeypatch):
     from lora_jax.cli import inspect
 
     def broken(args):
-        raise ZeroDivisionError
+        theirs: dict[str, Any] = {"__name__": "orbax.checkpoint.handler"}
+        exec("def save():\n    raise OSError('disk full')", theirs)
+        thread = threading.Thread(target=theirs["save"])
+        thread.start()
+        thread.join()
 
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
     monkeypatch.setattr(inspect, "run", broken)
-    with pytest.raises(ZeroDivisionError):
-        run("inspect")
+    assert run("inspect") == 0
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        lj.LoraJaxError("a message"),
+        ArgumentError("a message"),
+        ArgumentTypeError("a message"),
+        lj.AdapterError("a message"),
+        lj.SelectionError("a message"),
+        files.FileError("a message"),
+        files.BusyError("a message"),
+        ConfigError("a message"),
+        DataError("a message"),
+        FileNotFoundError(errno.ENOENT, "a message"),
+        PermissionError(errno.EACCES, "a message"),
+        OSError(errno.ENOSPC, "a message"),
+    ],
+)
+def test_what_is_raised_on_purpose_is_one_line(error, monkeypatch, capsys):
+    from lora_jax.cli import inspect
+
+    def refuse(args):
+        raise error
+
+    monkeypatch.setattr(inspect, "run", refuse)
+    assert run("inspect") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lora-jax inspect: error: ")
+    assert "a message" in said
+    assert said.count("\n") == 1
 
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
@@ -411,7 +594,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "run", interrupted)
     assert run("train") == 130
-    assert "goes on from its last checkpoint with the same command" in capsys.readouterr().err
+    assert "Run the same command to resume" in capsys.readouterr().err
 
 
 @pytest.mark.slow

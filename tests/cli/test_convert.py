@@ -72,6 +72,14 @@ def test_there_and_back_the_factors_are_the_same_bytes(finished, as_peft, base, 
     assert first == second
 
 
+def test_labels_that_are_the_bases_are_told(as_peft, tmp_path, capsys):
+    convert("--adapter", as_peft, "--to", "lora_jax", "--labels", "neg", "pos", "--output", tmp_path / "named")
+    assert "doesn't name its labels" not in capsys.readouterr().out
+    convert("--adapter", as_peft, "--to", "lora_jax", "--output", tmp_path / "unnamed")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "The adapter doesn't name its labels. They are placeholders: 'LABEL_0', 'LABEL_1'." in told
+
+
 def test_a_table_tells_what_was_converted(finished, tmp_path, capsys):
     convert("--adapter", finished.output, "--to", "peft", "--output", tmp_path / "out")
     text = capsys.readouterr().out
@@ -112,7 +120,7 @@ def test_bitfit_becomes_a_delta_that_fits_any_head(bitfit, base, tmp_path, capsy
     # Another base is noticed still.
     other = write_tiny_bert(tmp_path / "other", seed=9, layers=1, hidden=16, heads=2, positions=32)
     model = lj.models.load(other, task="classification", num_labels=2)
-    with pytest.raises(lj.AdapterError, match="was made on another base"):
+    with pytest.raises(lj.AdapterError, match="was trained on another base"):
         lj.interop.apply_delta(tmp_path / "delta", model.params, names=model.names)
 
 
@@ -145,15 +153,15 @@ def test_a_foreign_folder_stays_as_it_is(finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--to", "peft"), "What to convert isn't said: pass either --adapter, or --base and --tuned"),
-        (("--to", "peft", "--adapter", "a", "--tuned", "b"), "What to convert isn't said"),
-        (("--to", "peft", "--tuned", "b", "--rank", "2"), "--tuned needs --base"),
+        (("--to", "peft"), "There is nothing to convert: pass either `--adapter`, or `--base` and `--tuned`"),
+        (("--to", "peft", "--adapter", "a", "--tuned", "b"), "There is nothing to convert"),
+        (("--to", "peft", "--tuned", "b", "--rank", "2"), "`--tuned` needs `--base`"),
         (("--to", "peft", "--tuned", "BASE", "--base", "BASE"), "How much to keep isn't said: pass `--rank`"),
-        (("--to", "peft", "--adapter", "a", "--rest", "drop"), "--rest go with --tuned"),
-        (("--to", "peft", "--adapter", "gone"), "`adapter` gone doesn't exist"),
+        (("--to", "peft", "--adapter", "a", "--rest", "drop"), "`--rest` can't be combined with `--adapter`"),
+        (("--to", "peft", "--adapter", "gone"), "`--adapter` gone doesn't exist"),
         (("--to", "peft", "--adapter", "."), "holds no adapter: neither a run's task.json, nor lora_jax_adapter.json"),
         (("--to", "peft", "--adapter", "BASE"), "is a whole model and no adapter. `lora-jax convert --base BASE"),
-        (("--to", "peft", "--tuned", "BASE", "--base", "BASE", "--rank", "2"), "none of the targets has changed"),
+        (("--to", "peft", "--tuned", "BASE", "--base", "BASE", "--rank", "2"), "None of the targets differs"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, base, tmp_path, capsys, monkeypatch):
@@ -231,7 +239,7 @@ def test_models_of_two_kinds_are_refused(base, tmp_path, capsys):
     assert (
         run("convert", "--base", base, "--tuned", other, "--rank", 2, "--to", "peft", "--output", tmp_path / "x") == 2
     )
-    assert "is a bert, and `tuned`" in error_of(capsys)
+    assert "is a bert, and `--tuned`" in error_of(capsys)
 
 
 # Decoders: adapters that were saved from Python, in either form of the layers.
@@ -286,7 +294,8 @@ def test_merge_takes_a_peft_folder(finished, as_peft, tmp_path):
 def test_predict_and_eval_say_how_to_convert_one(command, as_peft, data, capsys):
     test = ("--test", data["test"]) if command == "eval" else (data["test"],)
     assert run(command, "--adapter", as_peft, *test) == 2
-    assert f"it is PEFT's; make one with `lora-jax convert --adapter {as_peft} --to lora_jax" in error_of(capsys)
+    told = f"it is a PEFT adapter; convert it with `lora-jax convert --adapter {as_peft} --to lora_jax"
+    assert told in error_of(capsys)
 
 
 def test_inspect_a_peft_folder(finished, as_peft, capsys):
@@ -349,6 +358,6 @@ def test_inspect_names_a_target_that_the_base_has_not(as_peft, tmp_path, capsys)
 
 def test_inspect_asks_for_one_folder(as_peft, tmp_path, base, capsys):
     assert run("inspect", as_peft, "--adapter", as_peft) == 2
-    assert "What to inspect is said twice" in error_of(capsys)
+    assert "Two folders to inspect are given" in error_of(capsys)
     assert run("inspect", base) == 2
     assert "is a whole model and no adapter" in error_of(capsys)

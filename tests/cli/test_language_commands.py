@@ -160,15 +160,18 @@ def test_a_conversation_is_trained_on_and_answered(paths, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--label", "y"), "`label` is for classification and regression, and `task` is causal-lm"),
-        (("train", "--prompt", "question"), "`prompt` is given without `completion`"),
+        (("train", "--label", "y"), "`--label` is for classification and regression, and `--task` is causal-lm"),
+        (("train", "--prompt", "question"), "`--prompt` is given without `--completion`"),
         (("train", "--prompt", "question", "--completion", "x"), "has no column 'x'; its columns are"),
-        (("eval", "--limit", "2"), "`predictions` and `limit` are for what is written: pass `--generate` too"),
-        (("eval", "--label", "y"), "`label` is for classification and regression, and `task` is causal-lm"),
+        (
+            ("eval", "--limit", "2"),
+            "`--limit` are for generated completions: pass `--generate` too",
+        ),
+        (("eval", "--label", "y"), "`--label` is for classification and regression, and `task` is causal-lm"),
         (("eval", "--generate", "--prompt", "gone"), "has no column 'gone'"),
-        (("predict", "--all"), "`all` is for adapters with labels"),
-        (("predict", "--top-k", "3"), "`top_k` is for drawing tokens: pass a `temperature` above 0"),
-        (("predict", "--max-new-tokens", "0"), "`max_new_tokens` is 0, and a whole number of at least 1"),
+        (("predict", "--all"), "`--all` is for adapters with labels"),
+        (("predict", "--top-k", "3"), "`--top-k` is for drawing tokens: pass a `--temperature` above 0"),
+        (("predict", "--max-new-tokens", "0"), "`--max-new-tokens` must be an integer of at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: tuple[Any, ...], message, adapter, paths, tmp_path, capsys):

@@ -175,11 +175,11 @@ def test_a_layout_that_is_not_said_shows_in_a_shape_that_is_not_square(tmp_path:
 
 def test_another_base(folder: Path) -> None:
     other = kit.base(seed=1)
-    message = r"was made on another base: .*'?model.layers.0.query.bias'?` has other values.*check_base=\"warn\""
+    message = r"was trained on another base: .*'?model.layers.0.query.bias'?` has other values.*check_base=\"warn\""
     for target, names in ((other, NAMES), (kit.state_dict(other), None)):
         with pytest.raises(lj.AdapterError, match=message):
             apply_delta(folder, target, names=names)
-        with pytest.warns(UserWarning, match="was made on another base"):
+        with pytest.warns(UserWarning, match="was trained on another base"):
             apply_delta(folder, target, names=names, check_base="warn")
     after = apply_delta(folder, other, names=NAMES, check_base="ignore")
     chex.assert_trees_all_equal(after["query"]["bias"], tuned()["query"]["bias"])

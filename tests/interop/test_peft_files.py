@@ -209,6 +209,19 @@ def test_the_config_says_what_peft_reads(tmp_path: Path) -> None:
     }
 
 
+def test_state_that_the_format_has_no_place_for_is_told(tmp_path: Path) -> None:
+    method = lj.LoRA(rank=1, alpha=1, targets=("query/kernel",))
+    tree = {"params": kit.base(), "batch_stats": {"bn": {"mean": jnp.zeros(2)}}}
+    names = {f"params/{path}": name for path, name in NAMES.items()}
+    params = lj.attach(tree, method, key=jax.random.key(0))
+    with pytest.warns(UserWarning, match=r"`params` holds state, batch_stats/bn/mean, which PEFT's format"):
+        export_peft(tmp_path / "with", params, method, names=names)
+    del params["batch_stats"]
+    export_peft(tmp_path / "without", params, method, names=names)
+    one, other = (read_safetensors(tmp_path / name / kit.WEIGHTS) for name in ("with", "without"))
+    assert one.keys() == other.keys()
+
+
 def test_an_unknown_entry_is_kept_aside_with_a_warning(tmp_path: Path) -> None:
     folder = kit.write_peft(
         tmp_path / "in", use_time_machine={"year": 2031}, empty=None, peft_version="0.99", revision="x"

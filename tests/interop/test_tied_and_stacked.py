@@ -18,7 +18,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.files import read_safetensors
 from lora_jax.interop import apply_delta, export_delta, export_peft, import_peft, vllm_problems
-from lora_jax.interop.module_names import NameTable
+from lora_jax.interop.module_names import ModuleTable
 from lora_jax.interop.stacks import Stacks
 
 from . import kit
@@ -205,9 +205,9 @@ def test_names_of_tied_leaves_are_checked() -> None:
     leaves = {"words/embedding": draw(2, 2), "head/kernel": draw(2, 2)}
     for bad in ((), ("a", 3), ("a", "")):
         with pytest.raises(lj.AdapterError, match="`names` must map leaf paths to Hugging Face module names"):
-            NameTable({"words/embedding": bad}, leaves)  # pyright: ignore[reportArgumentType]
+            ModuleTable({"words/embedding": bad}, leaves)  # pyright: ignore[reportArgumentType]
     with pytest.raises(lj.AdapterError, match=r"gives head.weight to both `words/embedding` and `head/kernel`"):
-        NameTable({"words/embedding": ("words", "head"), "head/kernel": "head"}, leaves)
+        ModuleTable({"words/embedding": ("words", "head"), "head/kernel": "head"}, leaves)
 
 
 # Stacked layers.
@@ -297,7 +297,7 @@ def test_names_have_every_layer_of_a_stack() -> None:
         Stacks(names, base)
     # A layer too many is no member.
     with pytest.raises(lj.AdapterError, match=r"`names` has `layers/3/query/kernel`, and the parameters have no such"):
-        NameTable({"layers/3/query/kernel": "x"}, Stacks({"layers/3/query/kernel": "x"}, base).apart(base))
+        ModuleTable({"layers/3/query/kernel": "x"}, Stacks({"layers/3/query/kernel": "x"}, base).apart(base))
 
 
 def test_a_stack_whose_labels_do_not_say_so(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax as lj
+from lora_jax.weights import AdaptedWeight
 
 
 def tree() -> Any:
@@ -54,6 +55,12 @@ def test_a_head_of_integers() -> None:
 
 
 def test_every_method_is_known_to_adapter_files() -> None:
-    assert {"LoRA", "BitFit", "Frozen", "FullFineTune"} <= set(lj.Method.registry)
-    for method in lj.Method.registry.values():
-        assert dataclasses.is_dataclass(method)
+    """By the names that files of earlier versions have."""
+    names = "BitFit BottleneckAdapter DoRA Frozen FullFineTune IA3 LoRA NormTuning PrefixTuning RandomMask"
+    names = [*names.split(), "RandomSubspace", "TopLayers", "VeRA"]
+    for name in names:
+        assert lj.Method.registry[name] is getattr(lj, name)
+        assert dataclasses.is_dataclass(lj.Method.registry[name])
+    nodes = "LoRAWeight DoRAWeight IA3Weight VeRAWeight InsertedArray ReparametrizedPrefix MaskedEntries MaskedRows"
+    for name in [*nodes.split(), "MaskedColumns", "SubspaceWeight"]:
+        assert AdaptedWeight.registry[name].__name__ == name

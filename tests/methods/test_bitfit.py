@@ -134,7 +134,7 @@ def test_what_speaks_of_a_bias_and_is_none_is_named() -> None:
     odd = {"rel_pos_bias": (2, 7), "relative_position_bias_table": (9, 2), "bias_proj": (4, 2), "shift": (4,)}
     params = shaped({"bias": (4,), **odd, "b_proj": (4, 4), "debias": (4, 4), "unbiased": (4,), "kernel": (4, 4)})
     with pytest.warns(
-        UserWarning, match='BitFit\'s `targets="all"` leaves out layer/b_proj .*To train them name'
+        UserWarning, match='BitFit\'s `targets="all"` leaves out layer/b_proj .*To train them, name'
     ) as told:
         labels = lj.label_params(params, lj.BitFit())["layer"]
     assert [name for name, label in labels.items() if label == "bias"] == ["bias"]

@@ -110,7 +110,7 @@ def test_the_norm_is_a_constant_to_the_gradient() -> None:
     norm = jnp.linalg.norm(node.base + node.scale * node.a.T @ node.b, axis=0)
 
     def written_out(a: Any, b: Any, magnitude: Any, x: Any) -> Any:
-        return jnp.sum(ct * (magnitude / norm) * (x @ node.base + node.scale * (x @ a.T) @ b))
+        return jnp.sum(ct * (magnitude / norm)[None] * (x @ node.base + node.scale * (x @ a.T) @ b))
 
     def layer(a: Any, b: Any, magnitude: Any, x: Any) -> Any:
         changed = dataclasses.replace(node, a=a, b=b, magnitude=magnitude)
@@ -131,8 +131,8 @@ def test_the_norm_is_a_constant_to_the_gradient() -> None:
 
 def test_a_bias_is_not_scaled() -> None:
     node, x, bias = trained(dora(), 7, 5), random(9, 7), random(5)
-    found = lj.adapt(lambda p, x: x @ p["w"] + p["bias"], on_materialize="error")({"w": node, "bias": bias}, x)
-    np.testing.assert_allclose(found, x @ formula(node) + bias, rtol=1e-4, atol=1e-4)
+    found = lj.adapt(lambda p, x: x @ p["w"] + p["bias"][None], on_materialize="error")({"w": node, "bias": bias}, x)
+    np.testing.assert_allclose(found, x @ formula(node) + bias[None], rtol=1e-4, atol=1e-4)
 
 
 def test_slices_keep_the_whole_weight_s_norm() -> None:
@@ -191,5 +191,5 @@ def test_a_negative_multiple_keeps_the_magnitude_positive() -> None:
 
 def test_a_lora_is_no_dora() -> None:
     params = lj.attach({"w": random(8, 6)}, lj.LoRA(rank=2, alpha=3, targets=("w",)), key=KEY)
-    with pytest.raises(ValueError, match=r"the tree has no DoRA factors: make them with `lj.attach"):
+    with pytest.raises(ValueError, match=r"the tree has nothing that DoRA trains: make it with `lj.attach"):
         lj.label_params(params, dora())

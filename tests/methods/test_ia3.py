@@ -42,8 +42,8 @@ def test_outputs_and_inputs_are_rescaled() -> None:
     apply = lj.adapt(lambda params, x: x @ params["w"], on_materialize="error")
     outputs = {"w": lj.IA3Weight(weight, output_scale=scales["output"], axes="io")}
     inputs = {"w": lj.IA3Weight(weight, input_scale=scales["input"], axes="io")}
-    np.testing.assert_allclose(apply(outputs, x), (x @ weight) * scales["output"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(apply(inputs, x), (x * scales["input"]) @ weight, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply(outputs, x), (x @ weight) * scales["output"][None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply(inputs, x), (x * scales["input"][None]) @ weight, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(outputs["w"].merge(), weight * scales["output"])
     np.testing.assert_array_equal(inputs["w"].merge(), weight * scales["input"][:, None])
 
@@ -80,7 +80,7 @@ def test_it_comes_back_from_a_file(tmp_path: Any) -> None:
 
 def test_a_node_has_one_scale() -> None:
     node = lj.IA3Weight(random(6, 4), axes="io")
-    message = "exactly one of `output_scale` and `input_scale` belongs to it"
+    message = "it must have exactly one of `output_scale` and `input_scale`"
     assert node.misfit({}) == node.misfit({"output_scale": (4,), "input_scale": (6,)}) == message
     assert node.misfit({"output_scale": (4,)}) is None
     assert "`input_scale` has the shape (4,), expected (6,)" in str(node.misfit({"input_scale": (4,)}))
@@ -89,7 +89,7 @@ def test_a_node_has_one_scale() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"targets": ("key",)}, "`feedforward` is missing: name those of the targets whose input is rescaled"),
+        ({"targets": ("key",)}, "`feedforward` is missing: name the targets whose input is rescaled"),
         ({"feedforward": "mlp/down"}, "`feedforward` must be a sequence of names, got 'mlp/down'"),
         ({"feedforward": (1,)}, r"`feedforward` must be .* got \(1,\)"),
         ({"targets": ()}, "`targets` is empty"),

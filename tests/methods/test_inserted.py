@@ -85,7 +85,7 @@ def test_counts_of_bert_base_are_the_formulas(method: lj.Method, formula: int) -
 def test_an_adapter_computes_its_formula() -> None:
     from scipy.special import erf
 
-    from lora_jax.models.nn.insertion import Adapter
+    from lora_jax.models.nn.insertion import InsertedAdapter
 
     rng = np.random.default_rng(0)
     shapes = {"down/kernel": (4, 2), "down/bias": (2,), "up/kernel": (2, 4), "up/bias": (4,)}
@@ -94,7 +94,7 @@ def test_an_adapter_computes_its_formula() -> None:
     inner = h.astype(np.float64) @ arrays["down/kernel"] + arrays["down/bias"]
     inner = inner * (1 + erf(inner / np.sqrt(2))) / 2
     wanted = h + inner @ arrays["up/kernel"] + arrays["up/bias"]
-    found = Adapter({name: jnp.asarray(array) for name, array in arrays.items()})(jnp.asarray(h))
+    found = InsertedAdapter({name: jnp.asarray(array) for name, array in arrays.items()})(jnp.asarray(h))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
@@ -272,11 +272,11 @@ def test_a_foreign_tree_is_refused(method: lj.Method) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lj.BottleneckAdapter(size=0), "`size` must be an integer of at least 1, got 0"),
+        (lambda: lj.BottleneckAdapter(size=0), "`size` must be a positive integer, got 0"),
         (lambda: cast("Any", lj.BottleneckAdapter)(placement="before"), "`placement` must be one of"),
-        (lambda: cast("Any", lj.BottleneckAdapter)(train_norms="yes"), "`train_norms` must be true, false or None"),
-        (lambda: lj.PrefixTuning(length=True), "`length` must be an integer of at least 1"),
-        (lambda: lj.PrefixTuning(hidden=0), "`hidden` must be an integer of at least 1"),
+        (lambda: cast("Any", lj.BottleneckAdapter)(train_norms="yes"), "`train_norms` must be True, False or None"),
+        (lambda: lj.PrefixTuning(length=True), "`length` must be a positive integer"),
+        (lambda: lj.PrefixTuning(hidden=0), "`hidden` must be a positive integer"),
     ],
 )
 def test_wrong_options_are_refused(make: Any, message: str) -> None:
@@ -287,10 +287,10 @@ def test_wrong_options_are_refused(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda adapter: adapter.pop("up"), r"has a part of .*mlp/adapter and lacks up/kernel, up/bias"),
+        (lambda adapter: adapter.pop("up"), r"has an incomplete .*mlp/adapter: it lacks up/kernel, up/bias"),
         (
             lambda adapter: adapter["down"].update(kernel=jnp.ones((5, 3))),
-            r"mlp/adapter/down/kernel of shape \(5, 3\), and \(\d+, 3\) fits",
+            r"mlp/adapter/down/kernel must have shape \(\d+, 3\), got \(5, 3\)",
         ),
     ],
 )
@@ -316,7 +316,7 @@ def test_folders_for_others_are_refused(method: lj.Method, folder: Any, tmp_path
     tree = trained(model.params, method)
     with pytest.raises(lj.AdapterError, match=r"keep the folder that `lj.save_adapter` writes"):
         lj.interop.export_peft(tmp_path / "peft", tree, method, names=model.names)
-    with pytest.raises(ValueError, match="which the base hasn't and transformers doesn't know"):
+    with pytest.raises(ValueError, match="which neither the base nor transformers has"):
         lj.models.save_pretrained(tmp_path / "whole", model, lj.merge_params(tree), source=folder / "bert")
 
 

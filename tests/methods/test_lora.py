@@ -30,9 +30,9 @@ def node(method: lj.LoRA, shape: tuple[int, ...] = (300, 200), axes: str = "io",
 
 @pytest.mark.parametrize("rank", [0, -1, True, 2.0, "2", None])
 def test_rank_is_a_positive_integer(rank: Any) -> None:
-    with pytest.raises(ValueError, match=f"`rank` must be an integer of at least 1, got {rank!r}"):
+    with pytest.raises(ValueError, match=f"`rank` must be a positive integer, got {rank!r}"):
         lora(rank=rank)
-    with pytest.raises(ValueError, match=f"`rank` must be an integer of at least 1, got {rank!r} for w"):
+    with pytest.raises(ValueError, match=f"`rank` must be a positive integer, got {rank!r} for w"):
         lora(rank_overrides={"w": rank})
 
 

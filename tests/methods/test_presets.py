@@ -48,7 +48,7 @@ def vit() -> Any:
 
 def vit_apply(params: Any, x: jax.Array) -> jax.Array:
     def linear(x: jax.Array, p: Any) -> jax.Array:
-        return x @ p["kernel"] + p["bias"]
+        return x @ p["kernel"] + p["bias"][(None,) * (x.ndim - 1)]
 
     x = linear(x, params["embeddings"]["patch_embeddings"]["projection"]) + params["embeddings"]["position_embeddings"]
     for layer in params["encoder"]["layer"].values():
@@ -210,7 +210,7 @@ def test_nothing_that_can_be_adapted_is_refused_with_the_reasons() -> None:
 
 
 def test_nothing_linear_is_refused() -> None:
-    uses = lj.trace_weights(lambda p, x: x * p["gain"], {"gain": jnp.ones(D)}, jnp.ones((2, D)))
+    uses = lj.trace_weights(lambda p, x: x * p["gain"][None], {"gain": jnp.ones(D)}, jnp.ones((2, D)))
     with pytest.raises(
         lj.SelectionError, match="found no weight of a matmul or convolution in `uses`: name the modules"
     ):
@@ -258,8 +258,8 @@ def test_a_preset_caps_the_rank_and_says_so(method: Any) -> None:
     chosen = method(rank=6, alpha=12, targets="all-linear")
     with pytest.warns(
         UserWarning,
-        match=r"`rank` 6 is larger than some weights allow that `targets='all-linear'` has found, so there it is less: "
-        r"out/kernel 3, router/kernel 3. Say it in `rank_overrides`",
+        match=r"`rank` 6 is more than some weights of `targets='all-linear'` allow, so they get less: "
+        r"out/kernel 3, router/kernel 3. Set their ranks in `rank_overrides`",
     ) as told:
         tree = lj.attach(ROUTER, chosen, key=KEY, uses=uses)
     assert told[0].filename == __file__
@@ -275,7 +275,7 @@ def test_a_preset_caps_the_rank_and_says_so(method: Any) -> None:
 
 def test_a_capped_adapter_is_saved_and_loaded(tmp_path: Any) -> None:
     method = lj.LoRA(rank=6, alpha=12, targets="all-linear")
-    with pytest.warns(UserWarning, match="so there it is less"):
+    with pytest.warns(UserWarning, match="so they get less"):
         tree = lj.attach(ROUTER, method, key=KEY, uses=lj.trace_weights(router, ROUTER, jnp.ones((2, 9))))
     loaded = lj.load_adapter(lj.save_adapter(tmp_path, tree, method), ROUTER).params
     assert (loaded["router"]["kernel"].rank, loaded["w"]["kernel"].rank) == (3, 6)
@@ -290,7 +290,7 @@ def test_a_convolution_of_few_channels_is_capped_too() -> None:
         return x @ params["w"]["kernel"] @ params["v"]["kernel"]
 
     uses = lj.trace_weights(apply, params, jnp.ones((1, 5, 1)))
-    with pytest.warns(UserWarning, match=r"it is less: conv/kernel 2, w/kernel 2\. Say"):
+    with pytest.warns(UserWarning, match=r"they get less: conv/kernel 2, w/kernel 2\. Set"):
         tree = attach(params, uses=uses, rank=4, alpha=4)
     assert (tree["conv"]["kernel"].rank, tree["v"]["kernel"].rank) == (2, 4)
     with pytest.raises(ValueError, match=r"`rank` 10 is larger than `conv/kernel` allows"):  # and than all others
@@ -312,7 +312,7 @@ def test_names_given_by_hand_stay_strict() -> None:
         lj.attach(ROUTER, lj.LoRA(rank=6, alpha=6, targets=("router", "w")), key=KEY)
     uses = lj.trace_weights(router, ROUTER, jnp.ones((2, 9)))
     with (
-        pytest.warns(UserWarning, match="it is less: out/kernel 3"),
+        pytest.warns(UserWarning, match="they get less: out/kernel 3"),
         pytest.raises(ValueError, match="`rank` 5 is larger"),
     ):
         attach(ROUTER, uses=uses, rank=6, alpha=6, rank_overrides={"router": 5})

@@ -203,12 +203,12 @@ def test_nothing_of_the_projection_s_size_is_in_the_program_or_kept() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dimension": 0}, "`dimension` must be an integer of at least 1, got 0"),
-        ({"dimension": 2.0}, "`dimension` must be an integer of at least 1, got 2.0"),
-        ({"dimension": 45}, "`dimension` 45 must be less than the targets' 45 numbers"),
+        ({"dimension": 0}, "`dimension` must be a positive integer, got 0"),
+        ({"dimension": 2.0}, "`dimension` must be a positive integer, got 2.0"),
+        ({"dimension": 45}, "`dimension` must be less than 45, the targets' number of parameters, got 45"),
         (
             {"dimension": 4, "structure_aware": True},
-            "`dimension` 4 leaves no numbers beside a gain for each of 4 leaves",
+            "`dimension` 4 leaves no parameter beside a gain for each of 4 leaves",
         ),
         ({"dimension": 4, "also_train": ("a", "b", "head")}, '`targets="all"` found no leaf of a floating type beside'),
     ],

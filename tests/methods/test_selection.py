@@ -89,7 +89,7 @@ def test_what_is_not_of_the_kind(method: lj.Method, message: str) -> None:
 
 def test_a_tree_without_norms_lists_its_vectors() -> None:
     with pytest.raises(
-        lj.SelectionError, match=r"found no module named as norms are, .*axis: shift; name those that are"
+        lj.SelectionError, match=r"found no module named like a norm, .*axis: shift; name those that are"
     ):
         lj.label_params({"w": jnp.ones((2, 2)), "shift": jnp.ones(2)}, lj.NormTuning())
 
@@ -128,11 +128,11 @@ def test_of_several_stacks_one_is_named() -> None:
     ("params", "settings", "message"),
     [
         ({"layers": layers(2)}, {"count": 3}, r"`count` is 3, and `layers` has 2 layers"),
-        ({"layers": {"kernel": jnp.ones((3, 2, 2))}}, {"count": 1}, r"no layers that numbers tell .*unstack_layers"),
+        ({"layers": {"kernel": jnp.ones((3, 2, 2))}}, {"count": 1}, r"no numbered layers.*unstack_layers"),
         (
             {"a": layers(2), "b": layers(3)},
             {"count": 1},
-            r"several stacks of layers, a \(2 layers\), b \(3 layers\): say",
+            r"several stacks of layers, a \(2 layers\), b \(3 layers\): name",
         ),
         (
             {"a": layers(2)},
@@ -144,8 +144,8 @@ def test_of_several_stacks_one_is_named() -> None:
             {"count": 1, "within": "a"},
             r"matches more than one stack of l",
         ),
-        ({}, {"count": 0}, r"`count` must be an integer of at least 1, got 0"),
-        ({}, {"count": True}, r"`count` must be an integer of at least 1, got True"),
+        ({}, {"count": 0}, r"`count` must be a positive integer, got 0"),
+        ({}, {"count": True}, r"`count` must be a positive integer, got True"),
     ],
 )
 def test_layers_that_are_not_there(params: Any, settings: dict[str, Any], message: str) -> None:

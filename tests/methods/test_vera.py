@@ -140,13 +140,13 @@ def test_dropout_acts_on_the_path_alone() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "`rank` must be an integer of 1 to 16384, got 0"),
-        ({"rank": 2.0}, "`rank` must be an integer of 1 to 16384, got 2.0"),
-        ({"rank": 10**6}, "`rank` must be an integer of 1 to 16384, got 1000000"),
+        ({"rank": 0}, "`rank` must be an integer from 1 to 16384, got 0"),
+        ({"rank": 2.0}, "`rank` must be an integer from 1 to 16384, got 2.0"),
+        ({"rank": 10**6}, "`rank` must be an integer from 1 to 16384, got 1000000"),
         ({"dropout": 1.0}, r"`dropout` must be in \[0, 1\), got 1.0"),
         ({"d_initial": 0}, "`d_initial` must be a number other than 0, got 0"),
-        ({"projection_seed": -1}, r"`projection_seed` must be a whole number in \[0, 2³²\), got -1"),
-        ({"projection_seed": True}, r"`projection_seed` must be a whole number in \[0, 2³²\), got True"),
+        ({"projection_seed": -1}, r"`projection_seed` must be an integer from 0 to 2³² - 1, got -1"),
+        ({"projection_seed": True}, r"`projection_seed` must be an integer from 0 to 2³² - 1, got True"),
     ],
 )
 def test_settings(settings: Any, message: str) -> None:

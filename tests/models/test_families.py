@@ -142,9 +142,9 @@ def test_a_head_of_the_checkpoint_is_used(family: str, num_labels: int | None, w
 @every_family
 def test_a_head_of_another_size_is_refused(family: str, write: Callable[..., Path]):
     folder = write(family, head=3)
-    with pytest.raises(FileError, match=r"has a head of 3 outputs, and 4 are asked for: leave `num_labels` out"):
+    with pytest.raises(FileError, match=r"has a head with 3 outputs, not 4: omit `num_labels`"):
         models.load(folder, task="classification", num_labels=4)
-    with pytest.raises(FileError, match=r"has a head of 3 outputs, and 1 are asked for"):
+    with pytest.raises(FileError, match=r"has a head with 3 outputs, not 1"):
         models.load(folder, task="regression")
 
 
@@ -160,7 +160,7 @@ def test_half_a_head_is_refused(family: str, layer: int, write: Callable[..., Pa
 
 
 def test_a_new_head_needs_a_number_of_labels(write: Callable[..., Path]):
-    with pytest.raises(ValueError, match=r"`num_labels` is needed: .* has no head of its own"):
+    with pytest.raises(ValueError, match=r"`num_labels` is required: .* has no head"):
         models.load(write("distilbert"), task="classification")
 
 
@@ -175,15 +175,15 @@ def test_a_new_head_needs_a_number_of_labels(write: Callable[..., Path]):
         (lambda query, tensors: tensors.update({"adapter.down": np.ones(2)}), r"unexpected adapter.down\."),
         (
             lambda query, tensors: tensors.update({query: np.ones((16, 15), np.float32)}),
-            r"'{query}' has shape \(16, 15\), and \(16, 16\) is expected",
+            r"'{query}' must have shape \(16, 16\), got \(16, 15\)",
         ),
         (
             lambda query, tensors: tensors.update({query: np.ones((16, 16), np.int32)}),
-            r"'{query}' has dtype int32, and a float is expected",
+            r"'{query}' must have a float dtype, got int32",
         ),
         (
             lambda query, tensors: tensors.update({query.replace(".1.", ".2."): tensors[query]}),
-            r"config.json says `{layers}` 2, and the checkpoint has 3 layers",
+            r"config.json has `{layers}` 2, but the checkpoint has 3 layers",
         ),
         (
             lambda query, tensors: tensors.update({"cls.predictions.bias": np.ones(2)}),
@@ -210,17 +210,17 @@ def test_distilbert_has_no_token_types(write: Callable[..., Path]):
 @pytest.mark.parametrize(
     ("family", "entries", "message"),
     [
-        ("roberta", {"vocab_size": 2 * 10**9}, r"says `vocab_size` 2,000,000,000 and `hidden_size` 16"),
-        ("roberta", {"type_vocab_size": 10**9}, r"says `type_vocab_size` 1,000,000,000"),
+        ("roberta", {"vocab_size": 2 * 10**9}, r"has `vocab_size` 2,000,000,000 and `hidden_size` 16"),
+        ("roberta", {"type_vocab_size": 10**9}, r"has `type_vocab_size` 1,000,000,000"),
         ("roberta", {"pad_token_id": 10**9}, r"config.json: `pad_token_id` must be a token"),
-        ("roberta", {"num_hidden_layers": 10**9}, r"says `num_hidden_layers` 1,000,000,000, and the checkpoint has 2"),
-        ("xlm-roberta", {"max_position_embeddings": 10**9}, r"says `max_position_embeddings` 1,000,000,000"),
-        ("distilbert", {"vocab_size": 2 * 10**9}, r"says `vocab_size` 2,000,000,000 and `dim` 16"),
-        ("distilbert", {"max_position_embeddings": 10**9}, r"says `max_position_embeddings` 1,000,000,000 and `dim`"),
-        ("distilbert", {"hidden_dim": 2**31 - 1}, r"says `hidden_dim` 2,147,483,647 and `dim` 16, .*ffn.lin1"),
-        ("distilbert", {"n_layers": 10**9}, r"says `n_layers` 1,000,000,000, and the checkpoint has 2"),
+        ("roberta", {"num_hidden_layers": 10**9}, r"has `num_hidden_layers` 1,000,000,000, but the checkpoint has 2"),
+        ("xlm-roberta", {"max_position_embeddings": 10**9}, r"has `max_position_embeddings` 1,000,000,000"),
+        ("distilbert", {"vocab_size": 2 * 10**9}, r"has `vocab_size` 2,000,000,000 and `dim` 16"),
+        ("distilbert", {"max_position_embeddings": 10**9}, r"has `max_position_embeddings` 1,000,000,000 and `dim`"),
+        ("distilbert", {"hidden_dim": 2**31 - 1}, r"has `hidden_dim` 2,147,483,647 and `dim` 16, .*ffn.lin1"),
+        ("distilbert", {"n_layers": 10**9}, r"has `n_layers` 1,000,000,000, but the checkpoint has 2"),
         ("distilbert", {"n_heads": 5}, r"config.json: `dim` \(16\) must be a multiple of `n_heads` \(5\)"),
-        ("distilbert", {"model_type": "albert"}, r"config.json: `model_type` is 'albert', and only 'bert', 'roberta'"),
+        ("distilbert", {"model_type": "albert"}, r"config.json: `model_type` must be one of 'bert', 'roberta'"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_before_memory_is_taken(
@@ -240,7 +240,7 @@ def test_a_config_that_does_not_fit_is_refused_before_memory_is_taken(
 def test_a_folder_of_one_kind_that_says_another_is_refused(write: Callable[..., Path]):
     folder = write("roberta")
     edit_config(folder, model_type="distilbert", dim=16, n_layers=2, n_heads=2, hidden_dim=32)
-    with pytest.raises(FileError, match=r"says `n_layers` 2, and the checkpoint has 0 layers"):
+    with pytest.raises(FileError, match=r"has `n_layers` 2, but the checkpoint has 0 layers"):
         models.load(folder)
 
 
@@ -307,7 +307,7 @@ def test_the_class_without_a_head_keeps_its_pooler(
 
 def test_a_base_of_another_kind_is_refused(write: Callable[..., Path], tmp_path: Path):
     model = models.load(write("roberta"))
-    with pytest.raises(ValueError, match=r"`source` .* is a 'xlm-roberta', and the model a 'roberta': pass the base"):
+    with pytest.raises(ValueError, match=r"`source` must be a 'roberta', .* a 'xlm-roberta': pass the base"):
         models.save_pretrained(tmp_path / "out", model, model.params, source=write("xlm-roberta", "other"))
     assert not (tmp_path / "out").exists()
 

@@ -268,22 +268,28 @@ def test_beams_of_padded_rows_are_those_of_the_rows_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, r"`max_new_tokens` must be an integer of at least 1, not 0"),
-        ({"num_beams": 1.5}, r"`num_beams` must be an integer of at least 1, not 1.5"),
-        ({"temperature": -1.0}, r"`temperature` must be 0 \(the most probable token\) or more, not -1.0"),
-        ({"temperature": float("nan")}, r"`temperature` must be a number, not nan"),
-        ({"temperature": 1.0}, r"`key` is needed to draw tokens: pass `jax.random.key\(seed\)`"),
-        ({"top_k": 3}, r"`top_k` is for drawing tokens: pass a `temperature` above 0"),
-        ({"top_p": 0.5}, r"`top_p` is for drawing tokens"),
-        ({"top_k": 0, "temperature": 1.0}, r"`top_k` must be an integer of at least 1, not 0"),
-        ({"top_p": 1.5, "temperature": 1.0}, r"`top_p` must be above 0 and at most 1, not 1.5"),
-        ({"num_beams": 2, "temperature": 1.0}, r"`num_beams` searches and `temperature` draws"),
-        ({"length_penalty": 2.0}, r"`length_penalty` is for beam search: pass `num_beams` above 1"),
-        ({"eos_token_id": -1}, r"`eos_token_id` and `pad_token_id` must be tokens, 0 or more, not -1"),
+        ({"max_new_tokens": 0}, r"`max_new_tokens` must be an integer of at least 1, got 0"),
+        ({"num_beams": 1.5}, r"`num_beams` must be an integer of at least 1, got 1.5"),
+        ({"temperature": -1.0}, r"`temperature` must be 0 or more, got -1.0"),
+        ({"temperature": float("nan")}, r"`temperature` must be a number, got nan"),
+        ({"temperature": 1.0}, r"`key` is required for sampling: pass `jax.random.key\(seed\)`"),
+        ({"top_k": 3}, r"`top_k` applies to sampling: pass a `temperature` above 0"),
+        ({"top_p": 0.5}, r"`top_p` applies to sampling"),
+        ({"top_k": 0, "temperature": 1.0}, r"`top_k` must be an integer of at least 1, got 0"),
+        ({"top_p": 1.5, "temperature": 1.0}, r"`top_p` must be above 0 and at most 1, got 1.5"),
+        ({"num_beams": 2, "temperature": 1.0}, r"`num_beams` .* and `temperature` .* can't be combined"),
+        ({"length_penalty": 2.0}, r"`length_penalty` applies to beam search: pass `num_beams` above 1"),
+        ({"eos_token_id": -1}, r"`eos_token_id` and `pad_token_id` must be tokens, 0 or more, got -1"),
         ({"eos_token_id": [1, None]}, r"`eos_token_id` and `pad_token_id` must be tokens"),
-        ({"attention_mask": np.ones((3, 5))}, r"`attention_mask` has shape \(3, 5\), and `input_ids` has \(3, 6\)"),
-        ({"attention_mask": np.array([[1] * 6, [0] * 6, [1] * 6])}, r"`attention_mask` leaves no token in row 1"),
-        ({"max_new_tokens": 44}, r"`cache` of 49 slots, for the prompt and what is to come, .* model's 48 positions"),
+        (
+            {"attention_mask": np.ones((3, 5))},
+            r"`attention_mask` must have the shape of `input_ids`, \(3, 6\), got \(3, 5\)",
+        ),
+        (
+            {"attention_mask": np.array([[1] * 6, [0] * 6, [1] * 6])},
+            r"`attention_mask` must leave a token in every row, got none in row 1",
+        ),
+        ({"max_new_tokens": 44}, r"`cache` must have at most 48 slots, the model's positions, .*got 49"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str):
@@ -303,5 +309,5 @@ def test_a_seed_is_no_key():
 @pytest.mark.parametrize("ids", [np.ones(3, int), np.ones((2, 3)), np.ones((2, 0), int)])
 def test_bad_prompts_are_refused(ids: np.ndarray):
     apply, params = apply_of("gpt2")
-    with pytest.raises(ValueError, match=r"`input_ids` must be \(batch, time\) integers, not"):
+    with pytest.raises(ValueError, match=r"`input_ids` must be \(batch, time\) integers, got"):
         models.generate(apply, params, ids, max_new_tokens=2)

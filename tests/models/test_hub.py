@@ -18,7 +18,7 @@ from lora_jax.models.checkpoint import hub
 from lora_jax.models.checkpoint.hub import DEFAULT_BASE, KNOWN, KnownBase, find_base
 from tests.tiny_bert import write_tiny_bert
 
-OFFLINE = "switched off by HF_HUB_OFFLINE"
+OFFLINE = "disabled by HF_HUB_OFFLINE"
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, base: Path) -> dict[
 def test_a_folder_is_taken_as_it_is(base: Path, tmp_path: Path):
     assert find_base(base) == find_base(str(base)) == base
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileError, match=r"empty is no Hugging Face model folder: it has no `config.json`"):
+    with pytest.raises(FileError, match=r"empty isn't a Hugging Face model folder: it has no `config.json`"):
         find_base(tmp_path / "empty")
 
 
@@ -166,7 +166,9 @@ def test_any_other_name_is_looked_for_at_its_revision(base: Path, places: dict[s
     places["cache"]["owner/other", "v1.0"] = base.parent / "base"
     places["hub"] = None
     assert find_base("owner/other@v1.0") == base
-    with pytest.raises(FileError, match=r"Tried a folder owner/other: it doesn't exist; .*Fetch it where there is a"):
+    with pytest.raises(
+        FileError, match=r"Tried a folder owner/other: it doesn't exist; .*Download it with `hf download`"
+    ):
         find_base("owner/other")
 
 

@@ -49,5 +49,5 @@ def test_generated_rows_have_no_run_twice(beams: int):
         assert len(set(pairs)) == len(pairs)
         assert not before & set(pairs)
     assert (plain != found).any()
-    with pytest.raises(ValueError, match=r"`no_repeat_ngram_size` must be an integer of at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"`no_repeat_ngram_size` must be an integer of at least 1, got 0"):
         models.generate(apply, params, IDS, max_new_tokens=2, no_repeat_ngram_size=0)

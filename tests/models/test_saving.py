@@ -94,14 +94,14 @@ def test_the_sources_own_labels_are_kept(base: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "labels", "message"),
     [
-        ({}, ["a"], r"`labels` has 1 names, and the model has 2 outputs"),
-        ({}, ["a", "a"], r"`labels` has a name twice: a, a"),
+        ({}, ["a"], r"`labels` must have 2 names, one for each output, got 1"),
+        ({}, ["a", "a"], r"`labels` must have no duplicates, got a, a"),
         ({"extra": {"kernel": np.ones(2)}}, None, r"isn't this model's tree: unexpected extra/kernel"),
         ({"classifier": {"kernel": np.ones((32, 2))}}, None, r"isn't this model's tree: missing classifier/bias"),
         (
             {"classifier": {"kernel": np.ones((32, 3)), "bias": np.ones(2)}},
             None,
-            r"`params` at classifier/kernel has shape \(32, 3\), not \(32, 2\)",
+            r"`params` at classifier/kernel must have shape \(32, 2\), got \(32, 3\)",
         ),
     ],
 )
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(base: Path, tmp_path: Path, change: Any, l
 
 def test_the_base_is_not_overwritten(base: Path):
     model = models.load(base)
-    with pytest.raises(ValueError, match=r"`folder` is the base's own.*save to another"):
+    with pytest.raises(ValueError, match=r"`folder` must not be the base's own.*choose another"):
         models.save_pretrained(base, model, model.params, source=base)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.models.nn.causal import runs
 from tests.models.test_decoders import IDS, tiny
 
 # Longer than the windows of Mistral (5) and Qwen2 (4); no token occurs in two of the texts. The last two numbers are
@@ -95,9 +94,9 @@ def test_adapted_weights_stay_factored(family: str):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"segments": SEGMENTS[:, :4]}, r"`segments` has shape \(1, 4\), and `input_ids` has \(2, 9\)"),
-        ({"segments": np.ones(IDS.shape)}, r"`segments` must be integers, not float"),
-        ({"segments": np.ones(IDS.shape, int), "cache": 12}, r"`segments` are for rows that are run at once"),
+        ({"segments": SEGMENTS[:, :4]}, r"`segments` must have the shape of `input_ids`, \(2, 9\), got \(1, 4\)"),
+        ({"segments": np.ones(IDS.shape)}, r"`segments` must be integers, got float"),
+        ({"segments": np.ones(IDS.shape, int), "cache": 12}, r"`segments` and `cache` can't be combined"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str):

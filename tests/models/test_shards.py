@@ -68,7 +68,9 @@ def test_sizes():
         *(7, 7, 7, 7_000, 7_000, 7_000_000, 500_000_000, 10**12)
     ]
     for size in (0, -1, True, 1.5, "", "GB", "5 gigs", "-1GB", "0GB", "5GiB", None, "9" * 400):
-        with pytest.raises(ValueError, match=r'`max_shard_size` must be a number of bytes, or such as "5GB"'):
+        with pytest.raises(
+            ValueError, match=r'`max_shard_size` must be a positive number of bytes, or text such as "5GB"'
+        ):
             size_in_bytes(size)  # pyright: ignore[reportArgumentType]
 
 

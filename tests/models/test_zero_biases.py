@@ -108,10 +108,18 @@ def test_a_folder_has_those_that_transformers_knows(
         (
             "mistral",
             "mlp/up",
-            r"trained biases where transformers' mistral has none: layers/0/mlp/up/bias, .*no oth",
+            r"trained biases that a mistral doesn't have .*: layers/0/mlp/up/bias, .*only the biases of the base",
         ),
-        ("qwen2", "attention/output", r"qwen2 has none: layers/0/attention/output/bias, .*no others than the base has"),
-        ("qwen3", "mlp/gate", r"qwen3 has none: layers/0/mlp/gate/bias, .* those of attention/query, attention/key, "),
+        (
+            "qwen2",
+            "attention/output",
+            r"qwen2 doesn't have in transformers: layers/0/attention/output/bias, .*only the biases of the base",
+        ),
+        (
+            "qwen3",
+            "mlp/gate",
+            r"qwen3 doesn't have in transformers: layers/0/mlp/gate/bias, .*biases of attention/query, attention/key, ",
+        ),
     ],
 )
 def test_those_that_transformers_has_no_place_for_are_refused(
@@ -127,7 +135,7 @@ def test_those_that_transformers_has_no_place_for_are_refused(
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_models_that_have_them_all_refuse_the_option(family: str, tmp_path: Path) -> None:
     write = write_tiny if family == "bert" else write_tiny_decoder
-    with pytest.raises(ValueError, match=f"`zero_biases` is for models whose layers lack .* those of a {family} have"):
+    with pytest.raises(ValueError, match=f"`zero_biases` applies to models .* every layer of a {family} has one"):
         models.load(write(tmp_path, family), zero_biases=True)
 
 

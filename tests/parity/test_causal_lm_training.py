@@ -11,8 +11,8 @@ import pytest
 import lora_jax as lj
 from lora_jax.paths import leaves_by_path
 from lora_jax.training import TrainConfig
-from lora_jax.training.data.token_rows import TokenBatch
-from lora_jax.training.run.setup import Run, prepare
+from lora_jax.training.data.token_sequences import TokenBatch
+from lora_jax.training.run.setup import Run, prepare_run
 from lora_jax.training.run.step import make_step
 from tests.tiny_language import write_language_base, write_pairs
 
@@ -96,7 +96,7 @@ def test_ten_steps_follow_transformers(tmp_path):
         dropout=0.0,
         output=str(tmp_path / "out"),
     )
-    run = prepare(config, lambda event: None)
+    run = prepare_run(config, lambda event: None)
     batches = [cast(TokenBatch, run.batches.batch(step)) for step in range(STEPS)]
     assert any(batch.segments.max() > 1 for batch in batches), "the rows are packed"
     theirs = peft_losses(base, run, batches)

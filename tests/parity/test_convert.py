@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax.cli.main import main
 from lora_jax.training.examples import Columns
 from lora_jax.training.task import Classification
-from lora_jax.training.task_file import TaskFile, write_task
+from lora_jax.training.task_file import TaskFile, save_task_adapter
 from tests.tiny_bert import write_tiny_bert
 from tests.tiny_decoders import FAMILIES as DECODERS
 from tests.tiny_decoders import write_tiny_decoder
@@ -72,13 +72,13 @@ def write_adapter(folder: Path, base: Path, family: str, **settings: Any) -> tup
     head = ("mlp/norm",) if family in DECODERS else ("classifier",)
     method = lj.LoRA(**{"rank": 4, "alpha": 6, "targets": "all-linear", "also_train": head, **settings})
     params = moved(lj.attach(model.params, method, key=jax.random.key(0)), method)
-    lj.save_adapter(folder, params, method)
     flags = ["--adapter", folder]
     if family in ENCODERS:
         task = Classification(labels=tuple("abc"))
         told = TaskFile(base=str(base), task=task, pooling="first", max_length=32, dtype="float32", columns=Columns())
-        write_task(folder, told)
+        save_task_adapter(folder, params, method, told)
     else:
+        lj.save_adapter(folder, params, method)
         flags += ["--base", base]
     logits = np.asarray(lj.adapt(model.apply)(params, IDS))
     assert np.abs(logits - np.asarray(model.apply(model.params, IDS))).max() > 100 * TOLERANCE

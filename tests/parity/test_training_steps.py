@@ -14,7 +14,7 @@ from lora_jax.data import path as data_path
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.data.batching import plan_epoch
 from lora_jax.training.run.loop import step_of
-from lora_jax.training.run.setup import prepare
+from lora_jax.training.run.setup import prepare_run
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: `scripts/test --all` installs it")
 peft = pytest.importorskip("peft", reason="needs PEFT: `scripts/test --all` installs it")
@@ -78,11 +78,11 @@ def test_steps_on_pairs_follow_pefts(tmp_path: Path):
         dropout=0.0,
         output=str(tmp_path / "run"),
     )
-    run = prepare(config, lambda event: None)
-    rows, step, state = run.splits["train"], step_of(run, config), run.state
+    run = prepare_run(config, lambda event: None)
+    rows, step, state = run.splits["train"], step_of(run), run.state
     model = their_model(state.trainable)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=run.config.weight_decay)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, round(WARMUP * STEPS), STEPS)
 
     ours, theirs = [], []

@@ -57,13 +57,13 @@ def test_the_svd_of_a_change_comes_from_the_factors(shape: tuple[int, ...], axes
     np.testing.assert_allclose(np.einsum("mik,mij->mkj", left, left), np.tile(np.eye(2), (members, 1, 1)), atol=1e-9)
 
 
-def test_the_svd_of_another_method_s_change_is_that_of_the_difference() -> None:
+def test_the_svd_for_another_method_is_that_of_the_difference() -> None:
     base = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)
     after = base + jnp.outer(jnp.arange(6.0), jnp.ones(5))
     values = change_svd(base, after).values[0]
     np.testing.assert_allclose(values[0], math.sqrt(55 * 5), rtol=1e-5)
     np.testing.assert_allclose(values[1:], 0, atol=1e-4)
-    with pytest.raises(ValueError, match=r"shape \(2, 2, 2\) labelled 'io' is no matrix with in and out axes"):
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 2\) labelled 'io' is not a matrix with in and out axes"):
         change_svd(jnp.ones((2, 2, 2)), jnp.ones((2, 2, 2)))
 
 
@@ -81,7 +81,7 @@ def test_one_subspace_is_similar_to_itself_and_not_to_an_orthogonal_one() -> Non
     np.testing.assert_allclose(grid[:, 3], 1)
 
 
-def test_similarity_is_the_paper_s_formula() -> None:
+def test_similarity_follows_the_formula_of_the_paper() -> None:
     """Equation 4, term by term, for ranks 3 and 5."""
     first, second = RNG.normal(size=(3, 20)), RNG.normal(size=(5, 20))
     u, v = (np.linalg.svd(matrix)[2] for matrix in (first, second))
@@ -90,7 +90,7 @@ def test_similarity_is_the_paper_s_formula() -> None:
         for j in range(1, 6):
             wanted = np.linalg.norm(u[:i] @ v[:j].T) ** 2 / min(i, j)
             assert grid[i - 1, j - 1] == pytest.approx(wanted, rel=1e-4)
-    with pytest.raises(ValueError, match=r"\(3, 20\) and \(3, 4\) have no rows of one length"):
+    with pytest.raises(ValueError, match=r"\(3, 20\) and \(3, 4\) must be matrices with rows of equal length"):
         subspace_similarity(first, np.ones((3, 4)))
 
 
@@ -217,7 +217,7 @@ def test_a_leaf_that_was_zero_has_moved_without_bounds() -> None:
 
 
 def test_trees_of_two_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="no trees of one model; they differ at v, w"):
+    with pytest.raises(ValueError, match="must be trees of one model, but they differ at v, w"):
         leaf_changes({"w": jnp.ones(2)}, {"v": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"a leaf has the shape \(3,\), and the base's \(2,\)"):
+    with pytest.raises(ValueError, match=r"a leaf has the shape \(3,\), but its base has \(2,\)"):
         leaf_changes({"w": jnp.ones(2)}, {"w": jnp.ones(3)})

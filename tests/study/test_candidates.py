@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lora_jax.methods import Method
 from lora_jax.study.grid.candidates import GRID, default_candidates, describe, make_candidate, read_grid
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.method_options import METHODS
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_an_id_is_of_the_method_not_of_the_label():
 
 
 def test_every_method_has_its_place_in_the_default_grid():
-    assert {options["name"] for options in GRID} <= set(METHODS)
+    assert {options["name"] for options in GRID} <= set(Method.by_name)
     labels = [candidate.label for candidate in default_candidates()]
     assert len(set(labels)) == len(labels) == len(GRID)
 
@@ -47,7 +47,9 @@ def test_methods_and_ranks_are_chosen():
     assert {c.method["name"] for c in default_candidates(["bitfit", "full"])} == {"bitfit", "full"}
     chosen = [(c.method["rank"], c.method["targets"]) for c in default_candidates(["lora"], ranks=[1, 64])]
     assert chosen == [(r, t) for t in (["query", "value"], "all-linear") for r in (1, 64)]
-    with pytest.raises(ConfigError, match="`methods` has 'lorra', and frozen, bitfit"):
+    with pytest.raises(
+        ConfigError, match=r"`method` must be one of adapter, bitfit, .*, got 'lorra'; the nearest is `lora`"
+    ):
         default_candidates(["lorra"])
 
 
@@ -81,15 +83,15 @@ def test_entries_of_a_grid_file_have_places_on_an_axis(tmp_path):
         ("- {name: lora, lr: !!float x}", "`x` is no float"),
         ("- &a {name: lora, targets: [*a]}", "an alias that contains itself"),
         ("- {name: bitfit}\n- {name: lora, rnak: 3}", "entry 2: `rnak` is no option of lora; the nearest is `rank`"),
-        ("- {name: lorra}", "entry 1: `method` is 'lorra'"),
-        ("- {name: bitfit, lr: high}", "entry 1: `lr` is 'high', and a number is expected"),
-        ("- {name: bitfit, lr: -1.0}", "entry 1: `lr` of 'BitFit' has -1.0, and a number above 0"),
-        ("- {name: bitfit, lr: []}", "entry 1: `lr` of 'BitFit' is empty"),
-        ("- {name: bitfit, x: few}", "entry 1: `x` is 'few', and a number is expected"),
-        ("- {name: bitfit, x: 0}", "entry 1: `x` is 0, and a number above 0 is expected"),
-        ("- {name: bitfit, train_rows: 2.5}", "entry 1: `train_rows` is 2.5, and a whole number"),
-        ("- {name: bitfit, label: 3}", "entry 1: `label` is 3, and a text is expected"),
-        ("- {name: bitfit, series: [a]}", r"entry 1: `series` is \['a'\], and a text is expected"),
+        ("- {name: lorra}", "entry 1: `method` must be one of .*, got 'lorra'"),
+        ("- {name: bitfit, lr: high}", "entry 1: `lr` must be a number, got 'high'"),
+        ("- {name: bitfit, lr: -1.0}", "entry 1: `lr` of 'BitFit' must be above 0, got -1.0"),
+        ("- {name: bitfit, lr: []}", "entry 1: `lr` of 'BitFit' must have at least one"),
+        ("- {name: bitfit, x: few}", "entry 1: `x` must be a number, got 'few'"),
+        ("- {name: bitfit, x: 0}", "entry 1: `x` must be a number above 0"),
+        ("- {name: bitfit, train_rows: 2.5}", "entry 1: `train_rows` must be a positive integer, got 2.5"),
+        ("- {name: bitfit, label: 3}", "entry 1: `label` must be a text, got 3"),
+        ("- {name: bitfit, series: [a]}", r"entry 1: `series` must be a text, got \['a'\]"),
     ],
 )
 def test_a_wrong_grid_file_is_refused(tmp_path, text, message):

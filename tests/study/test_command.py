@@ -9,7 +9,7 @@ import pytest
 
 from lora_jax.cli.main import main
 from lora_jax.study import Comparison
-from lora_jax.study.grid.settings import prepare
+from lora_jax.study.grid.settings import prepare_comparison
 
 
 def run(*arguments) -> int:
@@ -35,7 +35,7 @@ def test_from_flags_to_a_report(flags, tmp_path, capsys):
     assert "recommended" in output
     assert "report.html" in output
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "dev is 25% of the training rows, held out with seed 0; training rows drawn with seed 0" in page
+    assert "dev is 25% of the training examples, held out with seed 0; training examples drawn with seed 0" in page
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [len(Path(rows[0]["config"][split]).read_text().splitlines()) for split in ("train", "dev")] == [40, 15]
     # Again: nothing is run, and the report is written anew.
@@ -56,13 +56,13 @@ def test_the_plan_runs_nothing(flags, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--methods", "lorra"], "`methods` has 'lorra'"),
-        (["--grid", "none.yaml"], "`grid` none.yaml doesn't exist"),
-        (["--grid", "g.yaml", "--methods", "lora"], "`grid` and `methods` each say what is compared"),
-        (["--preset", "low-data", "--ranks", "2"], "`preset` and `ranks` each say what is compared"),
-        (["--grid", "g.yaml", "--rate-factors", "1"], "`grid` and `rate_factors` each say which rates are tried"),
-        (["--minutes", "-1"], "`minutes` is -1.0"),
-        (["--seeds", "0", "0"], "each is expected once"),
+        (["--methods", "lorra"], "got 'lorra'; the nearest is `lora`"),
+        (["--grid", "none.yaml"], "`--grid` none.yaml doesn't exist"),
+        (["--grid", "g.yaml", "--methods", "lora"], "`--grid` and `--methods` each say what is compared"),
+        (["--preset", "low-data", "--ranks", "2"], "`--preset` and `--ranks` each say what is compared"),
+        (["--grid", "g.yaml", "--rate-factors", "1"], "`--grid` and `--rate-factors` each say which rates are tried"),
+        (["--minutes", "-1"], "`--minutes` must be a positive number, got -1.0"),
+        (["--seeds", "0", "0"], "`--seeds` must differ"),
     ],
 )
 def test_mistakes_are_one_line(flags, more, message, capsys, tmp_path):
@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(flags, more, message, capsys, tmp_path):
 
 
 def test_without_data_the_shipped_messages(base, tmp_path):
-    prepared = prepare(Comparison(output=str(tmp_path / "out"), options={"base": base}))
+    prepared = prepare_comparison(Comparison(output=str(tmp_path / "out"), options={"base": base}))
     assert {split: len(rows) for split, rows in prepared.splits.examples.items()} == {
         "train": 384,
         "dev": 96,

@@ -99,7 +99,7 @@ def test_a_run_is_started_only_if_it_fits(small, fake, minutes, runs):
     outcome = compare(small, on_progress=told.append, clock=fake.clock)
     assert len(fake.ran) == runs
     assert outcome.left + runs >= len(EVERYTHING)
-    assert any("runs are left" in getattr(event, "message", "") for event in told) == bool(outcome.left)
+    assert any("runs remain" in getattr(event, "message", "") for event in told) == bool(outcome.left)
     compare(dataclasses.replace(small, minutes=None))
     assert sorted(set(fake.ran)) == sorted(fake.ran)
     assert set(EVERYTHING) == set(fake.ran)
@@ -141,9 +141,9 @@ def test_candidates_and_seeds_may_be_added_later(small, fake):
         (
             {"candidates": (make_candidate("full", label="a"), make_candidate("full", label="b"))},
             ConfigError,
-            "'b' is 'a' again",
+            "'b' is the same as 'a'",
         ),
-        ({"train_rows": 61}, ConfigError, "`train_rows` is 61"),
+        ({"train_rows": 61}, ConfigError, "`train_rows` must be .*, got 61"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_run(small, fake, change, error, message):
@@ -174,7 +174,9 @@ def test_wrong_options_are_refused_before_anything_is_run(small, fake, options, 
 def test_a_metric_that_is_undefined_compares_nothing(split, small, fake, tmp_path):
     (tmp_path / "one.tsv").write_text("text\tlabel\ngood\tpos\ngreat\tpos\n")
     options = {**small.options, split: str(tmp_path / "one.tsv"), "metric": "matthews"}
-    with pytest.raises(ConfigError, match=rf"`{split}`: matthews is undefined, as all rows have one target"):
+    with pytest.raises(
+        ConfigError, match=rf"`{split}`: matthews is undefined because all examples have the same target"
+    ):
         compare(dataclasses.replace(small, options=options))
     assert not fake.ran
 
@@ -190,31 +192,33 @@ def test_rows_that_are_left_out_are_no_part_of_it(small, fake, tmp_path):
         dataclasses.replace(mine, options={**mine.options, "skip_bad_rows": True}), on_progress=told.append
     )
     assert len(outcome.prepared.splits.examples["train"]) == 60
-    assert "train: 2 of 62 rows left out" in getattr(told[0], "message", "")
-    assert any("rain: 2 of 62 rows left out" in remark for remark in remarks(outcome))
+    assert "train: 2 of 62 rows skipped" in getattr(told[0], "message", "")
+    assert any("rain: 2 of 62 rows skipped" in remark for remark in remarks(outcome))
 
 
-def test_a_comparison_from_before_an_option_was_there_goes_on(small, fake):
+@pytest.mark.parametrize("option", ["skip_bad_rows", "escape_special_tokens"])
+def test_a_comparison_from_before_an_option_existed_is_resumed(option, small, fake):
+    """The option counts as its default."""
     compare(small)
     path = Path(small.output) / "comparison.json"
     description = json.loads(path.read_text())
-    del description["options"]["skip_bad_rows"], description["checksum"]
+    del description["options"][option], description["checksum"]
     path.write_text(json.dumps(description))
-    compare(small)
+    assert compare(small).left == 0
     assert fake.ran == EVERYTHING
-    with pytest.raises(RunFolderError, match=r"`options.skip_bad_rows` is False there and True here"):
-        compare(dataclasses.replace(small, options={**small.options, "skip_bad_rows": True}))
+    with pytest.raises(RunFolderError, match=rf"`options.{option}` is False there and True here"):
+        compare(dataclasses.replace(small, options={**small.options, option: True}))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"options": {"method": "lora"}}, "`method` can't be given to a comparison"),
-        ({"seeds": ()}, r"`seeds` are \(\)"),
-        ({"seeds": (1, 1)}, "each is expected once"),
-        ({"minutes": 0.0}, "`minutes` is 0.0"),
-        ({"preset": "paper"}, "`preset` is 'paper', and one of paper-lora-targets"),
-        ({"candidates": ()}, "`candidates` is empty"),
+        ({"options": {"method": "lora"}}, "`method` can't be set for a comparison"),
+        ({"seeds": ()}, r"`seeds` must be .*, got \(\)"),
+        ({"seeds": (1, 1)}, "`seeds` must differ"),
+        ({"minutes": 0.0}, "`minutes` must be a positive number, got 0.0"),
+        ({"preset": "paper"}, "`preset` must be one of paper-lora-targets, .*, got 'paper'"),
+        ({"candidates": ()}, "`candidates` must not be empty"),
     ],
 )
 def test_settings_are_checked_when_they_are_made(change, message):
@@ -333,19 +337,6 @@ def test_what_looks_wrong_in_the_labels_is_told_at_once_and_in_the_report(small,
     assert any("'Pos' and 'pos'" in remark for remark in remarks(outcome))
 
 
-def test_a_comparison_goes_on_that_was_begun_before_an_option_was_there(small, fake):
-    compare(small)
-    path = Path(small.output) / "comparison.json"
-    content = json.loads(path.read_text())
-    del content["options"]["escape_special_tokens"], content["checksum"]
-    path.write_text(json.dumps(content))
-    assert compare(small).left == 0
-    content["options"]["escape_special_tokens"] = True
-    path.write_text(json.dumps(content))
-    with pytest.raises(RunFolderError, match=r"`options.escape_special_tokens` is True there and False here"):
-        compare(small)
-
-
 def test_rows_of_before_have_no_baseline(small, fake):
     compare(small)
     path = Path(small.output) / "results.jsonl"
@@ -374,7 +365,7 @@ def test_another_base_in_its_folder_is_another_comparison(file, small, fake, tmp
     description = json.loads((Path(mine.output) / "comparison.json").read_text())
     del description["base"], description["checksum"]
     (Path(mine.output) / "comparison.json").write_text(json.dumps(description))
-    with pytest.raises(RunFolderError, match=r"the row bitfit\S* is of another comparison: its `base` differs"):
+    with pytest.raises(RunFolderError, match=r"the row bitfit\S* belongs to another comparison: its `base` differs"):
         compare(mine)
 
 
@@ -384,7 +375,7 @@ def test_rows_of_other_data_are_refused(small, fake):
     first, *others = (json.loads(line) for line in path.read_text().splitlines())
     first["content"]["dev"] = "0"
     path.write_text("".join(json.dumps(files.with_checksum(row)) + "\n" for row in (first, *others)))
-    with pytest.raises(RunFolderError, match=r"is of another comparison: its `content` differs"):
+    with pytest.raises(RunFolderError, match=r"belongs to another comparison: its `content` differs"):
         compare(small)
 
 

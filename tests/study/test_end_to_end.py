@@ -107,7 +107,7 @@ def test_the_page_says_what_happened(page, outcome):
     assert outcome.recommendation is not None
     assert f"Recommended: {outcome.recommendation.summary.candidate.label}." in text
     assert "NotFiniteError" in text
-    assert "train 60 rows, dev 16 rows, test 12 rows" in text
+    assert "train 60 examples, dev 16 examples, test 12 examples" in text
     assert "lora-jax compare --output 'a & b'" in text
     assert "demonstration" not in text
 

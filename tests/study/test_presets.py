@@ -9,7 +9,7 @@ import pytest
 from lora_jax.cli.compare import PRESETS as OFFERED
 from lora_jax.study import Comparison
 from lora_jax.study.grid.paper_presets import PRESETS
-from lora_jax.study.grid.settings import prepare
+from lora_jax.study.grid.settings import prepare_comparison
 from tests.tiny_bert import write_tiny_bert
 
 
@@ -22,7 +22,7 @@ def wide(shared, tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_candidate_finds_its_leaves(name, wide, tmp_path):
     settings = Comparison(output=str(tmp_path / "study"), options=wide, preset=name)
-    prepared = prepare(settings)
+    prepared = prepare_comparison(settings)
     preset, labels = PRESETS[name], {candidate.label for candidate in prepared.candidates}
     assert len(labels) == len(prepared.candidates) >= 4
     if preset.published is not None:
@@ -37,8 +37,8 @@ def test_the_commands_offer_them_all():
 
 
 def test_a_preset_at_its_default_rates_alone(shared, tmp_path):
-    own = prepare(Comparison(output=str(tmp_path / "out"), options=shared, preset="paper-lora-targets"))
-    once = prepare(
+    own = prepare_comparison(Comparison(output=str(tmp_path / "out"), options=shared, preset="paper-lora-targets"))
+    once = prepare_comparison(
         Comparison(output=str(tmp_path / "out"), options=shared, preset="paper-lora-targets", rate_factors=(1.0,))
     )
     assert [c.rates for c in once.candidates] == [c.rates[:1] for c in own.candidates]
@@ -46,13 +46,13 @@ def test_a_preset_at_its_default_rates_alone(shared, tmp_path):
 
 def test_targets_are_compared_at_one_budget(shared, tmp_path):
     settings = Comparison(output=str(tmp_path / "study"), options=shared, preset="paper-lora-targets")
-    prepared = prepare(settings)
+    prepared = prepare_comparison(settings)
     assert len({report.trainable for report in prepared.reports.values()}) == 1
 
 
 def test_low_data_has_slices_below_the_whole(shared, tmp_path):
-    prepared = prepare(Comparison(output=str(tmp_path / "study"), options=shared, preset="low-data"))
+    prepared = prepare_comparison(Comparison(output=str(tmp_path / "study"), options=shared, preset="low-data"))
     assert {candidate.train_rows for candidate in prepared.candidates} == {32, None}
     assert {rows: len(examples) for rows, examples in prepared.slices.items()} == {32: 32}
     fewer = dataclasses.replace(prepared.settings, train_rows=30)
-    assert {candidate.train_rows for candidate in prepare(fewer).candidates} == {None}
+    assert {candidate.train_rows for candidate in prepare_comparison(fewer).candidates} == {None}

@@ -52,17 +52,17 @@ def test_failures_are_forgotten_on_request(tmp_path):
 
 
 def test_what_cannot_be_written_is_told(tmp_path):
-    with pytest.raises(RunFolderError, match=r"can't be written: .*The rows before are whole"):
+    with pytest.raises(RunFolderError, match=r"can't be written: .*The earlier rows are intact"):
         ResultsFile(tmp_path / "missing" / "results.jsonl").append(row("a"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id": 3}, "its `id` can't be"),
-        ({"error": 0}, "its `error` can't be"),
-        ({"rate": "1"}, "its `rate` can't be"),
-        ({"seconds": float("nan")}, "its `seconds` can't be"),
+        ({"id": 3}, "its `id` is invalid"),
+        ({"error": 0}, "its `error` is invalid"),
+        ({"rate": "1"}, "its `rate` is invalid"),
+        ({"seconds": float("nan")}, "its `seconds` is invalid"),
         ({"metric": ["a"], "metrics": {"dev": {"a": 1}}}, "its `metrics` lack its `metric`"),
         ({"metric": "a", "metrics": {"dev": {"b": 1}}}, "its `metrics` lack its `metric`"),
         ({"metric": "a", "metrics": []}, "its `metrics` lack its `metric`"),

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from lora_jax.study.grid.splits import read_splits, take_rows, write_rows
+from lora_jax.study.grid.splits import comparison_splits, take_rows, write_rows
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import ConfigError
@@ -24,7 +24,7 @@ def config(tmp_path) -> TrainConfig:
 
 
 def test_dev_is_held_out_in_proportion(config):
-    splits = read_splits(config, dev_share=0.2, seed=0)
+    splits = comparison_splits(config, dev_share=0.2, seed=0)
     train, dev = splits.examples["train"], splits.examples["dev"]
     assert sorted(train.texts + dev.texts) == sorted(f"text {i}" for i in range(len(LABELS)))
     # 16.8 rows of 84; the only row of a label stays where it can be learnt from.
@@ -34,13 +34,13 @@ def test_dev_is_held_out_in_proportion(config):
 
 
 def test_draws_follow_their_seed(config):
-    one, again, other = (read_splits(config, dev_share=0.2, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (comparison_splits(config, dev_share=0.2, seed=seed) for seed in (0, 0, 1))
     assert one == again
     assert one.fingerprints != other.fingerprints
 
 
 def test_a_dev_split_that_is_given_is_taken(config):
-    splits = read_splits(TrainConfig(train=config.train, dev=config.train, output="none"), dev_share=0.2, seed=0)
+    splits = comparison_splits(TrainConfig(train=config.train, dev=config.train, output="none"), dev_share=0.2, seed=0)
     assert splits.held_out is None
     assert splits.sources == {"train": config.train, "dev": config.train}
     assert len(splits.examples["train"]) == len(LABELS)
@@ -67,21 +67,21 @@ def test_a_slice_of_numbers_is_plain():
 @pytest.mark.parametrize("count", [3, 85])
 def test_a_slice_that_cannot_be_is_refused(count):
     examples = Examples("rows.tsv", ["text"] * 84, None, list(LABELS))
-    with pytest.raises(ConfigError, match=f"`train_rows` is {count}, and rows.tsv has 84 rows to train on of 4 labels"):
+    with pytest.raises(ConfigError, match=f"`train_rows` must be between 4 .*, got {count}"):
         take_rows(examples, make_task("classification", examples), count, seed=0)
 
 
 def test_too_few_rows_to_hold_any_out(tmp_path):
     path = tmp_path / "two.tsv"
     path.write_text("text\tlabel\nx\ta\ny\tb\n")
-    with pytest.raises(ConfigError, match=r"`dev` is missing, and .*two.tsv has too few rows \(2\)"):
-        read_splits(TrainConfig(train=str(path), output="none"), dev_share=0.2, seed=0)
+    with pytest.raises(ConfigError, match=r"`dev` is missing, and .*two.tsv has too few examples \(2\)"):
+        comparison_splits(TrainConfig(train=str(path), output="none"), dev_share=0.2, seed=0)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_is_between_none_and_all(config, share):
     with pytest.raises(ConfigError, match="`dev_share`"):
-        read_splits(config, dev_share=share, seed=0)
+        comparison_splits(config, dev_share=share, seed=0)
 
 
 def test_drawn_rows_are_read_as_they_were(tmp_path):

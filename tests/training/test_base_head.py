@@ -1,4 +1,4 @@
-"""A base that brings a trained head: its labels keep their outputs, or the head is left aside and that is said."""
+"""A base that brings a trained head: its labels keep their outputs, or the head is replaced, and a note says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from lora_jax import models
 from lora_jax.files import read_safetensors, write_safetensors
-from lora_jax.inference.classify import load_adapter
+from lora_jax.inference.classify import load_run_adapter
 from lora_jax.models import CheckpointHead
 from lora_jax.tools.convert import convert_adapter
 from lora_jax.tools.merge import merge_adapter
@@ -51,9 +51,9 @@ def run(config: TrainConfig):
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        ({"0": "pos", "1": "neg"}, "kept, with the labels in its order: 'pos', 'neg'"),
-        ({"1": "neg", "0": "pos"}, "in its order: 'pos', 'neg'"),
-        ({"0": "POS", "1": " Neg"}, "in its order: 'pos', 'neg' (which the base calls 'POS', ' Neg')"),
+        ({"0": "pos", "1": "neg"}, "kept, with its order of the labels: 'pos', 'neg'"),
+        ({"1": "neg", "0": "pos"}, "its order of the labels: 'pos', 'neg'"),
+        ({"0": "POS", "1": " Neg"}, "its order of the labels: 'pos', 'neg' (which the base calls 'POS', ' Neg')"),
     ],
     ids=["the same", "written in another order", "spelled in another way"],
 )
@@ -79,22 +79,22 @@ def test_a_head_of_the_same_labels_goes_on(names, told, base, short, tmp_path):
         (
             (5.0, -5.0),
             {"id2label": {"0": "yes", "1": "no"}},
-            "it has the labels 'yes', 'no', and the training rows have",
+            "it has the labels 'yes', 'no', and the training data has",
         ),
-        ((5.0, 0.0, -5.0), {}, "it has 3 outputs without names, and the training rows have the labels 'neg', 'pos'"),
-        ((5.0,), {"id2label": {"0": "score"}}, "it has one output, and the training rows have the labels"),
+        ((5.0, 0.0, -5.0), {}, "it has 3 outputs without names, and the training data has the labels 'neg', 'pos'"),
+        ((5.0,), {"id2label": {"0": "score"}}, "it has one output, and the training data has the labels"),
     ],
     ids=["other names", "another number", "a regression's"],
 )
-def test_a_head_of_other_labels_is_left_aside(bias, config, told, base, options, tmp_path):
+def test_a_head_of_other_labels_is_replaced(bias, config, told, base, options, tmp_path):
     source = with_head(base, tmp_path / "base", bias, **config)
     chosen = {**options, "base": source}
     result, notes = run(TrainConfig(**chosen, output=str(tmp_path / "run")))
-    assert f"the base's trained head is left aside, and a new one is drawn: {told}" in notes
+    assert f"the base's trained head is replaced by a new one: {told}" in notes
     assert result.labels == ("neg", "pos")
     assert (result.metrics["test"]["accuracy"] or 0) > 0.9
-    # The adapter finds it left aside, too, and so does whoever takes the adapter elsewhere.
-    found = load_adapter(result.output)
+    # Loading, merging and converting the adapter give it a new head, too.
+    found = load_run_adapter(result.output)
     assert found.task_file.new_head
     assert models.absent_leaves(found.model, source) == ["classifier/bias", "classifier/kernel"]
     texts = ["good great", "bad poor hate"]
@@ -113,11 +113,11 @@ def test_a_regression_keeps_one_output_and_leaves_three(base, short, tmp_path):
     chosen = {**short, "task": "regression", "label": "score"}
     one = with_head(base, tmp_path / "one", (1.5,))
     result, notes = run(TrainConfig(**{**chosen, "base": one}, output=str(tmp_path / "run")))
-    assert "the base's trained head is kept: it gives one number, too" in notes
+    assert "the base's trained head is kept: it also predicts one number" in notes
     assert load_predictor(result.output).predict(["good"])[0].label == pytest.approx(1.5, abs=1e-4)
     three = with_head(base, tmp_path / "three", (1.0, 2.0, 3.0), id2label={"0": "a", "1": "b", "2": "c"})
     result, notes = run(TrainConfig(**{**chosen, "base": three}, output=str(tmp_path / "other")))
-    assert "left aside, and a new one is drawn: it has the labels 'a', 'b', 'c', and a number is learnt" in notes
+    assert "replaced by a new one: it has the labels 'a', 'b', 'c', and the task is to predict a number" in notes
     assert load_predictor(result.output).predict(["good"])[0].label == pytest.approx(0.0, abs=0.5)
 
 

@@ -12,7 +12,7 @@ import pytest
 from lora_jax.cli.main import main
 from lora_jax.training import TrainConfig, train
 from lora_jax.training.baseline import Baseline, baseline_of
-from lora_jax.training.config import read_yaml
+from lora_jax.training.config_file import read_yaml
 from lora_jax.training.run.events import Evaluated
 from lora_jax.training.run.progress import verdict
 from lora_jax.training.task import Classification, Regression
@@ -103,9 +103,9 @@ def test_the_commands_print_it(base, data, tmp_path, capsys):
     text = capsys.readouterr()
     assert "labels: 'neg' 30, 'pos' 30" in text.err
     assert "(always 'neg': accuracy 50.0 %)" in text.err
-    assert "dev baseline  accuracy 50.0 %" in text.out
+    assert "dev baseline    accuracy 50.0 %" in text.out
     score = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["dev"]["accuracy"]
-    assert ("dev warning   no better than always answering 'neg'" in text.out) == (score <= 0.5)
+    assert ("dev warning     no better than always answering 'neg'" in text.out) == (score <= 0.5)
 
     # What is answered is the majority of the training rows, though here all are of the other label.
     (tmp_path / "pos.tsv").write_text("text\tlabel\n" + "good film\tpos\n" * 4)

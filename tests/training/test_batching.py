@@ -11,7 +11,7 @@ import pytest
 from lora_jax.training.data.batching import TrainingBatches, collate, plan_epoch, plan_in_order
 from lora_jax.training.data.buckets import bucket_of, choose_buckets, cover
 from lora_jax.training.data.encoding import Encoded
-from lora_jax.training.data.labelled import LabelledRows
+from lora_jax.training.data.labelled import LabelledSequences
 from lora_jax.training.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ def test_as_many_buckets_as_pay(steps, most):
 def test_buckets_of_few_lengths():
     assert choose_buckets(np.array([7, 8]), count=4, max_length=64) == (8,)
     assert choose_buckets(np.array([9, 10, 30]), count=4, max_length=30)[-1] == 30  # never above the model's positions
-    with pytest.raises(ConfigError, match=r"`buckets` is 0"):
+    with pytest.raises(ConfigError, match=r"`buckets` must be at least 1, got 0"):
         choose_buckets(LENGTHS, count=0, max_length=64)
 
 
@@ -73,16 +73,16 @@ BUCKETS = choose_buckets(LENGTHS, count=4, max_length=64)
 def test_every_row_once_an_epoch_in_as_few_batches_as_can_be():
     plans = plan_epoch(LENGTHS, BUCKETS, batch_size=8, seed=3, epoch=0)
     assert len(plans) == -(-len(LENGTHS) // 8)
-    assert sorted(np.concatenate([plan.rows for plan in plans])) == list(range(len(LENGTHS)))
+    assert sorted(np.concatenate([plan.indices for plan in plans])) == list(range(len(LENGTHS)))
     assert {plan.length for plan in plans} <= set(BUCKETS)
-    assert all(plan.length >= LENGTHS[plan.rows].max() for plan in plans)
-    assert sum(len(plan.rows) < 8 for plan in plans) == 1
+    assert all(plan.length >= LENGTHS[plan.indices].max() for plan in plans)
+    assert sum(len(plan.indices) < 8 for plan in plans) == 1
 
 
 def test_order_depends_on_seed_and_epoch_alone():
     def rows(seed, epoch):
         plans = plan_epoch(LENGTHS, BUCKETS, batch_size=8, seed=seed, epoch=epoch)
-        return np.concatenate([plan.rows for plan in plans]).tolist()
+        return np.concatenate([plan.indices for plan in plans]).tolist()
 
     assert rows(0, 0) == rows(0, 0)
     assert len({tuple(rows(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
@@ -112,7 +112,7 @@ def test_collate_pads_rows_and_fills_the_batch():
 
 def test_evaluation_is_sorted_and_complete():
     plans = plan_in_order(LENGTHS, BUCKETS, batch_size=16)
-    assert sorted(np.concatenate([plan.rows for plan in plans])) == list(range(len(LENGTHS)))
+    assert sorted(np.concatenate([plan.indices for plan in plans])) == list(range(len(LENGTHS)))
     assert [plan.length for plan in plans] == sorted(plan.length for plan in plans)
 
 
@@ -120,7 +120,7 @@ def test_iteration_goes_on_from_any_step():
     encoded, targets = rows_of(LENGTHS), np.arange(len(LENGTHS), dtype=np.int32)
 
     def batches():
-        return TrainingBatches(LabelledRows(encoded, targets, 0), buckets=BUCKETS, batch_size=8, seed=5, steps=30)
+        return TrainingBatches(LabelledSequences(encoded, targets, 0), buckets=BUCKETS, batch_size=8, seed=5, steps=30)
 
     whole = list(batches().iterator())
     assert len(whole) == 30

@@ -22,7 +22,7 @@ from lora_jax.training import ConfigError, RunFolderError, TrainConfig, Training
 from lora_jax.training.data.batching import AnyBatch, plan_in_order
 from lora_jax.training.data.documents import read_documents
 from lora_jax.training.run.evaluate import make_forward, predict_outputs
-from lora_jax.training.run.setup import prepare
+from lora_jax.training.run.setup import prepare_run
 from lora_jax.training.run.step import make_step
 from lora_jax.training.task import CausalLM
 from tests.tiny_language import write_language_base, write_pairs
@@ -55,7 +55,7 @@ def finished(options, tmp_path_factory):
 
 
 def prepared(options, **changed):
-    return prepare(TrainConfig(**{**options, **changed}, output="out"), lambda event: None)
+    return prepare_run(TrainConfig(**{**options, **changed}, output="out"), lambda event: None)
 
 
 def test_it_learns_and_the_best_is_the_lowest_perplexity(finished):
@@ -76,7 +76,7 @@ def test_the_saved_adapter_scores_the_same(finished, options):
     rows, metrics = completer.evaluate(read_documents(options["dev"], columns, special=completer.special))
     assert metrics == pytest.approx(finished.metrics["dev"], rel=1e-5)
     assert rows.texts == 12
-    with pytest.raises(TrainingError, match=r"is of a causal-lm, which has no labels: `load_completer` is for it"):
+    with pytest.raises(TrainingError, match=r"was trained for causal-lm, which has no labels: use `load_completer`"):
         load_predictor(finished.output)
 
 
@@ -131,7 +131,7 @@ def all_rows(run: Any, size: int) -> AnyBatch:
 def test_neither_packing_nor_accumulating_changes_loss_and_gradient(options, tmp_path):
     few = write_pairs(tmp_path / "few.jsonl", 8)
     packed, apart = (prepared(options, train=few, packing=packing) for packing in (True, False))
-    assert packed.splits["train"].rows < apart.splits["train"].rows == 8
+    assert packed.splits["train"].num_sequences < apart.splits["train"].num_sequences == 8
     output, grads = gradient(packed, all_rows(packed, 4))
     # As many rows as divide evenly, whose targets don't.
     for other, settings in ((all_rows(apart, 8), {}), (all_rows(apart, 8), {"accumulate": 4})):
@@ -159,6 +159,7 @@ def test_label_smoothing_is_pytorchs():
     assert smooth.measure(sums, targets)["loss"] == pytest.approx((nll * weights).sum() / 3, rel=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(options, tmp_path):
     options = {**options, "epochs": 3, "method": {"name": "lora", "dropout": 0.1}, "dropout": 0.1, "accumulate": 2}
@@ -189,8 +190,8 @@ def test_other_data_is_no_going_on(finished, options):
         ({"completion": None}, r"`prompt` is given without `completion`: name the columns of both"),
         ({"prompt": None}, r"`completion` is given without `prompt`"),
         ({"messages": "m"}, r"`messages` are whole conversations: leave out `prompt` and `completion`"),
-        ({"base": "minilm"}, r"`base` .* is a bert, an encoder: causal-lm needs a decoder \(GPT-2"),
-        ({"method": "frozen"}, r"`method` frozen trains the head alone, and a causal-lm adds none"),
+        ({"base": "minilm"}, r"`base` must be a decoder \(GPT-2, .*, got the bert encoder"),
+        ({"method": "frozen"}, r"`method` frozen: it trains the head alone, and a causal-lm adds none"),
         ({"metric": "accuracy"}, r"`metric` is 'accuracy', and a causal-lm has perplexity, token_accuracy, loss"),
         ({"task": "classification"}, r"`prompt` is for causal-lm, and `task` is classification: leave it out"),
         ({"label_smoothing": 1.0}, r"`label_smoothing` is 1.0, and a number of at least 0 and below 1"),
@@ -247,15 +248,15 @@ def test_special_tokens_come_from_the_folder(tmp_path):
 def test_an_end_beyond_the_embeddings_is_refused(tmp_path):
     folder = Path(write_language_base(tmp_path / "base", eos_token_id=50256))
     write_json(folder / "tokenizer_config.json", {})
-    with pytest.raises(files.FileError, match=r"`eos_token_id` is 50,256, and the embeddings have \d+ rows"):
+    with pytest.raises(files.FileError, match=r"must be less than `vocab_size` in config.json, \d+, got 50,256"):
         lj.models.read_special_tokens(folder)
 
 
 def test_a_base_without_an_end_is_refused(tmp_path):
     folder = Path(write_language_base(tmp_path / "base", eos_token_id=None))
     write_json(folder / "tokenizer_config.json", {})
-    with pytest.raises(files.FileError, match=r"names no end-of-text: neither `eos_token` in tokenizer_config.json"):
+    with pytest.raises(files.FileError, match=r"has no end-of-text token: add `eos_token` to tokenizer_config.json"):
         lj.models.read_special_tokens(folder)
     write_json(folder / "tokenizer_config.json", [])
-    with pytest.raises(files.FileError, match=r"must be a JSON object, and is a list"):
+    with pytest.raises(files.FileError, match=r"must be a JSON object, got list"):
         lj.models.read_special_tokens(folder)

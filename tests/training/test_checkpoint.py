@@ -83,7 +83,7 @@ def test_the_base_is_not_in_it(tmp_path):
 def test_nothing_of_a_state_that_is_not_finite(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         save(checkpoints, 1)
-        with pytest.raises(NotFiniteError, match=r"isn't finite at step 2: no checkpoint of it is kept") as caught:
+        with pytest.raises(NotFiniteError, match=r"isn't finite at step 2: no checkpoint is written") as caught:
             save(checkpoints, 2, value=jnp.nan)
         assert caught.value.step == 2
     assert steps(tmp_path) == [1]
@@ -116,7 +116,7 @@ def threads_left_to_end():
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     with Checkpoints(tmp_path / "a") as checkpoints:
         save(checkpoints, 1)
-        with pytest.raises(CheckpointError, match=r"The checkpoint of step 1 .* is of another model or method"):
+        with pytest.raises(CheckpointError, match=r"The checkpoint of step 1 .* belongs to another model or method"):
             checkpoints.restore(1, state(0, width=5))
     for path in (tmp_path / "a" / "step_1" / "arrays").glob("**/d/*"):
         path.write_bytes(b"")

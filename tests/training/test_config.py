@@ -9,12 +9,18 @@ import pytest
 import lora_jax as lj
 from lora_jax.inference.complete import GenerationOptions
 from lora_jax.study import Comparison
-from lora_jax.training.config import TrainConfig, read_yaml, write_yaml
+from lora_jax.training.config import OPTIONS, RunConfig, TrainConfig, resolve
+from lora_jax.training.config_file import read_yaml, write_yaml
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.method_options import make_method, method_options
 
 
-def config(**options):
+def config(**options) -> RunConfig:
+    """The settled config."""
+    return resolve(asked(**options))
+
+
+def asked(**options) -> TrainConfig:
     return TrainConfig.from_dict({"train": "a.tsv", "output": "out", **options})
 
 
@@ -40,14 +46,14 @@ def config(**options):
 def test_yaml_gives_the_config_back(options, tmp_path):
     before = config(**options)
     write_yaml(tmp_path / "config.yaml", before)
-    after = TrainConfig.from_dict(read_yaml(tmp_path / "config.yaml"))
+    after = resolve(TrainConfig.from_dict(read_yaml(tmp_path / "config.yaml")))
     assert after == before
     assert before.differences(after) == {}
 
 
 def test_yaml_numbers_without_a_point(tmp_path):
     (tmp_path / "c.yaml").write_text("train: a.tsv\noutput: out\nlr: 1e-3\nwarmup: 0\n")
-    assert TrainConfig.from_dict(read_yaml(tmp_path / "c.yaml")).lr == 1e-3
+    assert resolve(TrainConfig.from_dict(read_yaml(tmp_path / "c.yaml"))).lr == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -92,50 +98,53 @@ def test_default_method():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epoch": 3}, r"`epoch` is no option of a training run; the nearest is `epochs`"),
-        ({"qqq": 3}, r"`qqq` is no option of a training run\. Known are train, output"),
+        ({"epoch": 3}, r"'epoch' is no option of a training run; the nearest is 'epochs'"),
+        ({"qqq": 3}, r"'qqq' is no option of a training run\. Known are train, dev"),
         ({"train": None}, r"`train` is missing"),
-        ({"text": ""}, r"`text` is '', and a non-empty text is expected"),
-        ({"dev": 3}, r"`dev` is 3, and a non-empty text"),
-        ({"task": "ranking"}, r"`task` is 'ranking', and one of classification, regression"),
-        ({"pooling": "last"}, r"`pooling` is 'last', and one of first, mean"),
-        ({"schedule": "step"}, r"`schedule` is 'step', and one of linear, cosine, constant"),
-        ({"dtype": "int8"}, r"`dtype` is 'int8', and one of float32, bfloat16"),
-        ({"tensorboard": 1}, r"`tensorboard` is 1, and one of True, False"),
-        ({"epochs": 0}, r"`epochs` is 0, and a whole number of at least 1"),
-        ({"epochs": 1.5}, r"`epochs` is 1\.5, and a whole number"),
-        ({"batch_size": True}, r"`batch_size` is True, and a whole number"),
-        ({"steps": 0}, r"`steps` is 0, and a whole number of at least 1"),
-        ({"max_length": 2}, r"`max_length` is 2, and a whole number of at least 4"),
-        ({"seed": -1}, r"`seed` is -1, and a whole number of at least 0"),
-        ({"seed": 2**63}, r"`seed` is 9223372036854775808, and a whole number below 2\*\*63"),
-        ({"seed": 10**30}, r"`seed` is 1000000000000000000000000000000, and a whole number below"),
-        ({"skip_bad_rows": "yes"}, r"`skip_bad_rows` is 'yes', and one of True, False"),
-        ({"accumulate": 3}, r"`accumulate` is 3, which doesn't divide `batch_size` 32"),
-        ({"remat": "some"}, r"`remat` is 'some', and one of nothing_saveable, dots_saveable, dots_with"),
-        ({"lr": "fast"}, r"`lr` is 'fast', and a number of at least 0"),
-        ({"lr": float("nan")}, r"`lr` is nan, and a number"),
-        ({"lr": {"head": -1}}, r"`lr\.head` is -1, and a number of at least 0"),
-        ({"lora_plus_ratio": -1}, r"`lora_plus_ratio` is -1, and a number of at least 0"),
-        ({"lora_plus_ratio": 0}, r"`lora_plus_ratio` is 0, and `b` starts at zero"),
-        ({"lora_plus_ratio": 4, "method": "bitfit"}, r"`lora_plus_ratio` .*, and bitfit doesn't train them"),
+        ({"text": ""}, r"`text` must be a non-empty string, got ''"),
+        ({"dev": 3}, r"`dev` must be a non-empty string, got 3"),
+        ({"task": "ranking"}, r"`task` must be one of classification, regression, causal-lm, got 'ranking'"),
+        ({"pooling": "last"}, r"`pooling` must be one of first, mean, got 'last'"),
+        ({"schedule": "step"}, r"`schedule` must be one of linear, cosine, constant, got 'step'"),
+        ({"dtype": "int8"}, r"`dtype` must be one of float32, bfloat16, got 'int8'"),
+        ({"tensorboard": 1}, r"`tensorboard` must be one of True, False, got 1"),
+        ({"epochs": 0}, r"`epochs` must be an integer of at least 1, got 0"),
+        ({"epochs": 1.5}, r"`epochs` must be an integer of at least 1, got 1\.5"),
+        ({"batch_size": True}, r"`batch_size` must be an integer of at least 1, got True"),
+        ({"steps": 0}, r"`steps` must be an integer of at least 1, got 0"),
+        ({"max_length": 2}, r"`max_length` must be an integer of at least 4, got 2"),
+        ({"seed": -1}, r"`seed` must be an integer of at least 0, got -1"),
+        ({"seed": 2**63}, r"`seed` must be an integer below 2\*\*63, got 9223372036854775808"),
+        ({"seed": 10**30}, r"`seed` must be an integer below 2\*\*63, got 1000000000000000000000000000000"),
+        ({"skip_bad_rows": "yes"}, r"`skip_bad_rows` must be one of True, False, got 'yes'"),
+        ({"accumulate": 3}, r"`accumulate` must divide `batch_size` 32, got 3"),
+        (
+            {"remat": "some"},
+            r"`remat` must be one of nothing_saveable, dots_saveable, dots_with_no_batch_dims_saveable, got 'some'",
+        ),
+        ({"lr": "fast"}, r"`lr` must be a number of at least 0, got 'fast'"),
+        ({"lr": float("nan")}, r"`lr` must be a number of at least 0, got nan"),
+        ({"lr": {"head": -1}}, r"`lr` must be a number of at least 0, got -1 for 'head'"),
+        ({"lora_plus_ratio": -1}, r"`lora_plus_ratio` must be a number of at least 0, got -1"),
+        ({"lora_plus_ratio": 0}, r"`lora_plus_ratio` must be above 0, got 0: B starts at zero"),
+        ({"lora_plus_ratio": 4, "method": "bitfit"}, r"`lora_plus_ratio` .*, and bitfit doesn't train both"),
         (
             {"lora_plus_ratio": 4, "method": {"name": "lora", "freeze_a": True}},
-            r"`lora_plus_ratio` .*, and lora with `freeze_a` doesn't train them",
+            r"`lora_plus_ratio` .*, and lora with `freeze_a` doesn't train both",
         ),
         (
             {"lora_plus_ratio": 4, "lr": {"lora_a": 1e-3, "lora_b": 1e-3, "head": 1e-3}},
-            r"`lora_plus_ratio` multiplies one `lr`, and there is one for each label",
+            r"`lora_plus_ratio` multiplies a single `lr`, and there is one per label",
         ),
-        ({"dropout": 1.0}, r"`dropout` is 1\.0, and a number of at least 0 and below 1"),
-        ({"warmup": 2}, r"`warmup` is 2, and a number of at least 0 and below 1"),
-        ({"clip_norm": 0}, r"`clip_norm` is 0, which would stop all learning"),
-        ({"method": "lroa"}, r"`method` is 'lroa', and one of frozen, bitfit, lora, dora, ia3, vera, adapter"),
-        ({"method": 3}, r"`method` is a int, and one of frozen"),
+        ({"dropout": 1.0}, r"`dropout` must be a number of at least 0 and below 1, got 1\.0"),
+        ({"warmup": 2}, r"`warmup` must be a number of at least 0 and below 1, got 2"),
+        ({"clip_norm": 0}, r"`clip_norm` must be above 0, got 0"),
+        ({"method": "lroa"}, r"`method` must be one of adapter, bitfit, .*, got 'lroa'; the nearest is `lora`"),
+        ({"method": 3}, r"`method` must be a method with a name, one of adapter, .*, got a int"),
         ({"method": {"name": "bitfit", "rank": 4}}, r"`rank` is no option of bitfit.*also_train, targets"),
         ({"method": {"name": "lora", "ranks": 4}}, r"`ranks` is no option of lora; the nearest is `rank`"),
-        ({"method": {"name": "lora", "rank": 0}}, r"`rank` must be an integer of at least 1, got 0"),
-        ({"method": {"name": "lora", "rank": -2}}, r"`rank` must be an integer of at least 1, got -2"),
+        ({"method": {"name": "lora", "rank": 0}}, r"`rank` must be a positive integer, got 0"),
+        ({"method": {"name": "lora", "rank": -2}}, r"`rank` must be a positive integer, got -2"),
     ],
 )
 def test_impossible_options_are_named(options, message):
@@ -145,9 +154,9 @@ def test_impossible_options_are_named(options, message):
 
 def test_seeds_that_jax_takes():
     assert config(seed=2**63 - 1).seed == 2**63 - 1
-    with pytest.raises(ConfigError, match=r"`seeds` is 9223372036854775808, and a whole number below"):
+    with pytest.raises(ConfigError, match=r"`seeds` must be an integer below 2\*\*63, got 9223372036854775808"):
         Comparison(output="out", seeds=(0, 2**63))
-    with pytest.raises(ConfigError, match=r"`seed` is 9223372036854775808, and a whole number below"):
+    with pytest.raises(ConfigError, match=r"`seed` must be an integer below 2\*\*63, got 9223372036854775808"):
         GenerationOptions(seed=2**63)
 
 
@@ -219,15 +228,37 @@ def test_aliases_and_merged_mappings_are_read_as_they_are_meant(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"x" * 100_000: 1}, r"`x+ … x+` is no option of a training run"),
+        ({"x" * 100_000: 1}, r"'x+ … x+' is no option of a training run"),
         ({"method": ["lora"]}, r"`method` is a list|`method` can't|`method`"),
-        ({"method": {"name": ["lora"]}}, r"`method` is \['lora'\], and one of"),
+        ({"method": {"name": ["lora"]}}, r"`method` must be one of adapter, .*, got \['lora'\]"),
         ({"method": {"name": "lora", "rank": 0}}, r"`method` lora: `rank` must be"),
         ({"method": {"name": "lora", "alpha": float("nan")}}, r"`method` lora: `alpha` must be a positive number"),
-        ({"task": "x" * 100_000}, r"`task` is 'x+, and one of"),
+        ({"task": "x" * 100_000}, r"`task` must be one of .*, got 'x+"),
     ],
 )
 def test_options_from_a_file_are_refused_in_a_line(options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         TrainConfig.from_dict({"train": "a.tsv", "output": "out", **options})
     assert len(str(caught.value)) < 1_500
+
+
+def test_what_was_asked_stays_as_it_was_given():
+    given = {"train": "a", "output": "b", "method": "bitfit", "warmup": 0, "lr": {"bias": 1, "head": 2}}
+    before = TrainConfig(**given)
+    settled = resolve(before)
+    assert {name: getattr(before, name) for name in given} == given
+    assert (before.max_length, settled.max_length) == (None, 128)
+    assert settled.method == lj.BitFit(targets="all", also_train=("classifier",))
+    assert settled.lr == {"bias": 1.0, "head": 2.0}
+    assert resolve(settled) is settled
+    assert resolve(TrainConfig.from_dict(settled.to_dict())) == settled
+
+
+def test_every_option_is_described_at_its_field():
+    for option in OPTIONS.values():
+        text = option.describe()
+        assert text[0].isupper()
+        assert text.endswith(".")
+        assert f"{option.name}: {text}" in (TrainConfig.__doc__ or "")
+    assert OPTIONS["lr"].about.shown == "the method's, 5e-4 for lora and 1e-4 for full"
+    assert (config().lr, config(method="full").lr) == (5e-4, 1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import resource
@@ -14,7 +15,9 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from lora_jax.training.data import formats as data_files
+from lora_jax.training.config import TrainConfig
+from lora_jax.training.data import file_formats as data_files
+from lora_jax.training.data.labelled import read_splits
 from lora_jax.training.data.sources import read_examples
 from lora_jax.training.errors import DataError
 
@@ -123,7 +126,7 @@ def test_hidden_test_labels(monkeypatch):
 
 
 BAD_FILES = {
-    "empty": ("a.tsv", b"", r"a\.tsv is empty: a file with at least one row"),
+    "empty": ("a.tsv", b"", r"a\.tsv is empty\."),
     "only blank lines": ("a.csv", b"\n\n", r"a\.csv is empty"),
     "only a header": ("a.tsv", b"text\tlabel\n", r"a\.tsv has a header and no rows"),
     "no such column": ("a.tsv", b"sentence\tlabel\na\tx\n", r"has no column 'text'; its columns are sentence, label"),
@@ -140,19 +143,23 @@ BAD_FILES = {
     "too many fields": ("a.csv", b"text,label\na,x\nb,y,z\n", r"row 2 \(line 3\) has 3 fields, and the header has 2"),
     "open quote": ("a.csv", b'text,label\n"a"b,x\n', r"line 2: this is not CSV"),
     "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": \n', r"row 2 \(line 2\) is not JSON"),
-    "no object": ("a.jsonl", b"[1, 2]\n", r"row 1 \(line 1\) is a JSON list, and an object is expected"),
+    "no object": ("a.jsonl", b"[1, 2]\n", r"row 1 \(line 1\) must be a JSON object .*, got a list"),
     "not Parquet": ("a.parquet", b"text,label\n", r"a\.parquet can't be read as \.parquet"),
     "empty text": ("a.tsv", b"text\tlabel\na\tx\n \ty\n", r"row 2: column 'text' is empty"),
-    "no text": ("a.jsonl", b'{"text": "a", "label": 1}\n{"label": 1}\n', r"row 2: column 'text' holds None"),
-    "text is a number": ("a.jsonl", b'{"text": 3, "label": 1}\n', r"row 1: column 'text' holds 3, and a text"),
+    "no text": (
+        "a.jsonl",
+        b'{"text": "a", "label": 1}\n{"label": 1}\n',
+        r"row 2: column 'text' must be .*, got None",
+    ),
+    "text is a number": ("a.jsonl", b'{"text": 3, "label": 1}\n', r"row 1: column 'text' must be a text, got 3"),
     "no label": ("a.tsv", b"text\tlabel\na\tx\nb\t\n", r"row 2 has no label in column 'label'"),
-    "label is a list": ("a.jsonl", b'{"text": "a", "label": [1]}\n', r"row 1: column 'label' holds \[1\]"),
+    "label is a list": ("a.jsonl", b'{"text": "a", "label": [1]}\n', r"row 1: column 'label' must be .*, got \[1\]"),
     "label is a NaN": (
         "a.jsonl",
         b'{"text": "a", "label": NaN}',
-        r"row 1: column 'label' holds nan, and a name or a num",
+        r"row 1: column 'label' must be a name or a number, got nan",
     ),
-    "label is an infinity": ("a.jsonl", b'{"text": "a", "label": 1e999}', r"row 1: column 'label' holds inf"),
+    "label is an infinity": ("a.jsonl", b'{"text": "a", "label": 1e999}', r"row 1: column 'label' must be .*, got inf"),
     "name twice": (
         "a.jsonl",
         b'{"text": "a", "label": 1, "label": 2}',
@@ -166,7 +173,7 @@ BAD_FILES = {
     "half a character": (
         "a.jsonl",
         b'{"text": "a", "label": 1}\n\n{"text": "b\\ud83d", "label": 1}\n',
-        r"row 2: column 'text' has half a character \(the lone surrogate \\ud83d\) at place 2 \(line 3\)",
+        r"row 2: column 'text' has half a character \(the lone surrogate \\ud83d\) at position 2 \(line 3\)",
     ),
     "half a character in a label": (
         "a.jsonl",
@@ -176,20 +183,24 @@ BAD_FILES = {
     "digits": (
         "a.jsonl",
         b'{"text": "a", "label": ' + b"1" * 5000 + b"}",
-        r"row 1 \(line 1\) has a number of thousands",
+        r"row 1 \(line 1\) has a number with thousands",
     ),
     "nesting": ("a.jsonl", b'{"text": "a", "label": ' + b"[" * 100_000, r"row 1 \(line 1\) is nested too deeply"),
     "nesting of objects": ("a.jsonl", b'{"text": ' * 100_000, r"row 1 \(line 1\) is nested too deeply"),
-    "deep label": ("a.jsonl", b'{"text": "a", "label": ' + b"[" * 800 + b"]" * 800 + b"}", r"row 1: .* holds \[\[\[\["),
+    "deep label": ("a.jsonl", b'{"text": "a", "label": ' + b"[" * 800 + b"]" * 800 + b"}", r"row 1: .* got \[\[\[\["),
     "UTF-16": ("a.csv", "text,label\na,x\n".encode("utf-16"), r"a\.csv is UTF-16: save it as UTF-8"),
     "a spreadsheet named CSV": ("a.csv", b"PK\x03\x04...", r"a\.csv is a spreadsheet or an archive: open it and save"),
     "Parquet named JSONL": ("a.jsonl", b"PAR1...", r"a\.jsonl is Parquet: give it the ending \.parquet"),
     "commas in a TSV": (
         "a.tsv",
         b"text,label\na,x\n",
-        r"columns are text,label\. It is separated by commas: give it the",
+        r"columns are text,label\. Its columns are separated by commas: give",
     ),
-    "semicolons in a TSV": ("a.tsv", b"label;text\nx;a\n", r"It is separated by semicolons: give it the ending \.csv"),
+    "semicolons in a TSV": (
+        "a.tsv",
+        b"label;text\nx;a\n",
+        r"separated by semicolons: give it the ending \.csv",
+    ),
     "quote left open": ("a.csv", b'text,label\na,x\n"b,x\nc,y\n', r"row 2, line 4: this is not CSV"),
     "label column twice": ("a.csv", b"text,label,label\na,x,y\n", r"has the column 'label' more than once"),
 }
@@ -211,7 +222,7 @@ def test_missing_file_names_those_beside_it(tmp_path):
 
 def test_other_kinds_of_files_are_refused(tmp_path):
     source = write(tmp_path / "data.pkl", b"\x80\x04")
-    with pytest.raises(DataError, match=r"data\.pkl is no data file: one that ends in \.tsv, \.csv"):
+    with pytest.raises(DataError, match=r"data\.pkl is not a data file: its name must end in \.tsv, \.csv"):
         read_examples(source, text="text", label="label")
 
 
@@ -239,7 +250,7 @@ def test_office_files_are_refused_at_once(name, message, exists, tmp_path, monke
 @pytest.mark.parametrize("source", ["./train", "../train", "-x", "a" * 5000])
 def test_what_is_no_name_on_the_hub_is_not_asked_for(source, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the hub"))
-    with pytest.raises(DataError, match=r"is neither a file nor|is no name of a file"):
+    with pytest.raises(DataError, match=r"is neither a file nor|is not a file name"):
         read_examples(source, text="text")
 
 
@@ -247,7 +258,7 @@ def test_what_is_no_name_on_the_hub_is_not_asked_for(source, monkeypatch):
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
 def test_what_has_no_end_is_not_read(make, suffix, tmp_path):
     make(tmp_path / f"a{suffix}")
-    with pytest.raises(DataError, match=r"is not a regular file: save the rows to one first"):
+    with pytest.raises(DataError, match=r"is a (pipe|device), and a regular file is expected here"):
         read_examples(str(tmp_path / f"a{suffix}"), text="text")
 
 
@@ -308,6 +319,25 @@ MESSY = {
 }
 
 
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_labels_that_the_task_cannot_use_are_bad_rows(kind, tmp_path):
+    """In training rows and in those that a task is given for; told of with other bad rows, or skipped and counted."""
+    bad = "many" if kind == "regression" else 0.5
+    lines = [{"text": "a", "label": label} for label in ("0", bad, "1", "0")] + [{"text": " ", "label": "0"}]
+    source = write(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    config = TrainConfig(train=source, task=kind, output=str(tmp_path / "run"))
+    with pytest.raises(
+        DataError, match=r"2 bad rows: row 2 has the label .* \(line 2\); row 5: column 'text' is empty"
+    ):
+        read_splits(config, {"train": source})
+    skipping = dataclasses.replace(config, skip_bad_rows=True)
+    other = write(tmp_path / "dev.jsonl", "".join(json.dumps({"text": "b", "label": x}) + "\n" for x in ("1", "2x")))
+    task, splits = read_splits(skipping, {"train": source, "dev": other})
+    assert (splits["train"].labels, splits["train"].skipped) == (["0", "1", "0"], 2)
+    assert (splits["dev"].labels, splits["dev"].skipped) == (["1"], 1)
+    assert task.encode(splits["dev"]).tolist() == [1]
+
+
 @pytest.mark.parametrize("name", MESSY)
 def test_all_bad_rows_are_told_of_at_once(name, tmp_path):
     # Lines count from the first of the file: a header is one.
@@ -315,7 +345,7 @@ def test_all_bad_rows_are_told_of_at_once(name, tmp_path):
     told = (
         rf"{name} has 4 bad rows: row 2 \(line {first + 1}\) .*; "
         rf"row 4: column 'text' is empty \(line {first + 4}\); row 5 \(line {first + 5}\) is not UTF-8: .*; "
-        rf"row 6 has no label in column 'label' \(line {first + 6}\)\. Fix or remove them, .*`--skip-bad-rows`"
+        rf"row 6 has no label in column 'label' \(line {first + 6}\)\. Fix or remove them, .*`skip_bad_rows=True`"
     )
     with pytest.raises(DataError, match=told):
         read_examples(write(tmp_path / name, MESSY[name]), text="text", label="label")
@@ -329,7 +359,7 @@ def test_bad_rows_are_left_out_on_request(name, tmp_path):
     assert list(examples.numbers) == [1, 3, 7]
     assert examples.skipped == 4
     assert examples.left_out is not None
-    assert examples.left_out.startswith("4 of 7 rows left out: row 2 (line ")
+    assert examples.left_out.startswith("4 of 7 rows skipped: row 2 (line ")
 
 
 def test_rows_keep_their_numbers_when_others_are_left_out(tmp_path):
@@ -343,7 +373,7 @@ def test_rows_keep_their_numbers_when_others_are_left_out(tmp_path):
 
 def test_nothing_is_left_of_bad_rows(tmp_path):
     source = write(tmp_path / "a.jsonl", b"[]\n3\n")
-    with pytest.raises(DataError, match=r"has no row that can be used: row 1 \(line 1\) is a JSON list.*; row 2"):
+    with pytest.raises(DataError, match=r"has no usable row: row 1 \(line 1\) must be a JSON object .*; row 2"):
         read_examples(source, text="text", skip_bad_rows=True)
 
 
@@ -361,7 +391,7 @@ def test_wrong_quotes_do_not_make_rows(content, texts, tmp_path):
 
 def test_a_row_without_an_end_is_not_left_out(tmp_path):
     source = write(tmp_path / "a.csv", b'text,label\na,x\n"b,x\nc,y\n')
-    with pytest.raises(DataError, match=r"row 2, line 4: .* can't be left out, as it can't be told where it ends"):
+    with pytest.raises(DataError, match=r"row 2, line 4: .* can't be skipped, as its end can't be found"):
         read_examples(source, text="text", label="label", skip_bad_rows=True)
 
 

@@ -129,5 +129,5 @@ def test_a_tokenizer_that_breaks_off_is_refused(how, tmp_path):
     made = lj.models.load_tokenizer(
         test_tokenizer.write(tmp_path, {**test_tokenizer.WORD_PIECE, "post_processor": nobody})
     )
-    with pytest.raises(FileError, match=r"the base has a tokenizer that breaks off"):
+    with pytest.raises(FileError, match=r"the base has a tokenizer that fails"):
         how(Examples("x", ["good film"]), made)

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax.cli.main import main
-from lora_jax.inference.classify import Predictor, load_adapter
+from lora_jax.inference.classify import Predictor, load_run_adapter
 from lora_jax.training import load_predictor
 from tests.tiny_encoders import write_tiny
 
@@ -54,7 +54,7 @@ def test_train_predict_merge_inspect(family, pooling, bases, data, tmp_path, cap
         # No class of transformers gives its head the mean: it would load a merged folder, and take the first token.
         assert run("merge", "--adapter", output, "--output", tmp_path / "merged") == 2
         assert "its head sees the mean over the tokens, and no class of transformers does" in capsys.readouterr().err
-        found = load_adapter(output)
+        found = load_run_adapter(output)
         lj.models.save_pretrained(tmp_path / "merged", found.model, lj.merge_params(found.params), source=base)
     else:
         assert run("merge", "--adapter", output, "--output", tmp_path / "merged") == 0

@@ -11,14 +11,14 @@ import pytest
 from lora_jax import files
 from lora_jax.training import RunFolderError, TrainConfig
 from lora_jax.training.run.inputs import base_parts, read_inputs, source_sums
-from lora_jax.training.run.setup import prepare
+from lora_jax.training.run.setup import prepare_run
 from tests.tiny_language import write_language_base
 
 PARTS = {"train", "dev", "test", "labels", "base configuration", "base weights", "tokenizer"}
 
 
 def inputs_of(options, **changes):
-    return prepare(TrainConfig(**{**options, "output": "out", **changes}), lambda event: None).inputs
+    return prepare_run(TrainConfig(**{**options, "output": "out", **changes}), lambda event: None).inputs
 
 
 def test_equal_content_elsewhere_is_the_same(options, tmp_path):
@@ -98,9 +98,9 @@ def test_sources_are_told_by_their_bytes(options, tmp_path):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        ({"format": 2}, RunFolderError, "isn't of a run, or of another version's"),
-        ([], RunFolderError, "isn't of a run"),
-        ({"format": 1}, RunFolderError, "lacks parts of what a run is kept by"),
+        ({"format": 2}, RunFolderError, "isn't that of a run, or is of another version"),
+        ([], RunFolderError, "isn't that of a run"),
+        ({"format": 1}, RunFolderError, "is incomplete"),
         ({"format": 1, "checksum": "x"}, files.FileError, "isn't what its `checksum` was written for"),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_column_of_tag_lists_is_forty_labels_and_one_warning():
 def test_rare_and_absent_labels_are_told():
     found = notes({"a": 9, "b": 4, "c": 1}, dev=[3, 0, 1], test=[1, 1, 0])
     assert found[1:] == [
-        "warning: 2 of 3 labels have fewer than 5 training rows: 'b' 4, 'c' 1",
-        "warning: dev has no row of 1 of 3 labels: 'b'. Its scores say nothing of them.",
-        "warning: test has no row of 1 of 3 labels: 'c'. Its scores say nothing of them.",
+        "warning: 2 of 3 labels have fewer than 5 training examples: 'b' 4, 'c' 1",
+        "warning: dev has no examples of 1 of 3 labels: 'b'. Its scores say nothing about them.",
+        "warning: test has no examples of 1 of 3 labels: 'c'. Its scores say nothing about them.",
     ]

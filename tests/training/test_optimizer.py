@@ -13,9 +13,9 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.training.config import TrainConfig
+from lora_jax.training.config import TrainConfig, resolve
 from lora_jax.training.errors import ConfigError
-from lora_jax.training.run.schedule import make_optimizer, make_schedule
+from lora_jax.training.run.schedule import adamw_by_label, make_schedule
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -45,7 +45,7 @@ def adapted():
 def update(**options) -> Any:
     params, method = adapted()
     config = TrainConfig(train="a", output="b", method=method, warmup=0.0, schedule="constant", **options)
-    tx = make_optimizer(config, lj.label_params(params, method), steps=10)
+    tx = adamw_by_label(resolve(config), lj.label_params(params, method), steps=10)
     trainable, _ = lj.partition(params, lj.trainable_mask(params, method))
     grads = jax.tree.map(jnp.ones_like, trainable)
     return tx.update(grads, tx.init(trainable), trainable)[0]
@@ -83,8 +83,11 @@ def test_decay_by_label():
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"lora_a": 1e-3, "lora_b": 1e-3}, r"`lr` .*this method trains head, lora_a, lora_b: 'head' is missing"),
-        ({"lora_a": 1, "lora_b": 1, "head": 1, "bias": 1}, r"'bias' is not among them"),
+        (
+            {"lora_a": 1e-3, "lora_b": 1e-3},
+            r"`lr` must have the labels .*, head, lora_a, lora_b, got lora_a, lora_b: 'head' is missing",
+        ),
+        ({"lora_a": 1, "lora_b": 1, "head": 1, "bias": 1}, r"'bias' is not trained"),
     ],
 )
 def test_labels_must_be_those_trained(rates, message):

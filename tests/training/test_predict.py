@@ -12,7 +12,7 @@ import lora_jax as lj
 from lora_jax import files
 from lora_jax.cli.main import main
 from lora_jax.files import FileError
-from lora_jax.inference.classify import Predictor, load_adapter
+from lora_jax.inference.classify import Predictor, load_run_adapter
 from lora_jax.models import load_tokenizer
 from lora_jax.tools.merge import merge_adapter
 from lora_jax.training import TrainConfig, TrainingError, load_predictor, train
@@ -63,7 +63,7 @@ def test_a_folder_without_an_adapter(tmp_path, finished):
     with pytest.raises(TrainingError, match=r"holds no adapter of a run \(task\.json is missing\)"):
         load_predictor(tmp_path)
     shutil.copy(finished.output / "config.yaml", tmp_path)
-    with pytest.raises(TrainingError, match=r"its run isn't complete; start the same command again"):
+    with pytest.raises(TrainingError, match=r"its run isn't complete; run the same command to resume it"):
         load_predictor(tmp_path)
 
 
@@ -72,7 +72,7 @@ def test_another_base_is_refused(finished, tmp_path):
 
     other = write_tiny_bert(tmp_path / "other", seed=9, layers=1, hidden=16, heads=2, positions=32)
     with pytest.raises(ValueError, match=r"was trained on another base"):
-        load_adapter(finished.output, base=str(other))
+        load_run_adapter(finished.output, base=str(other))
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_a_task_file_is_checked(change, message, finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_length": 512}, r"`max_length` is 512, and the base .* has 32 positions. The adapter belongs to another"),
+        ({"max_length": 512}, r"`max_length` is 512, but the base .* has 32 positions. The adapter belongs to another"),
         ({"labels": ["a", "b", "c"], "prior": []}, r"classifier"),
     ],
 )
-def test_a_task_file_that_doesn_t_fit_its_adapter_and_base(change, message, finished, tmp_path):
+def test_a_task_file_for_another_adapter_or_base(change, message, finished, tmp_path):
     shutil.copytree(finished.adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "task.json"
     content = json.loads(path.read_text()) | change

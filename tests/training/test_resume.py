@@ -16,15 +16,15 @@ import pytest
 
 from lora_jax import files
 from lora_jax.training import TrainConfig, train
-from lora_jax.training.config import write_yaml
+from lora_jax.training.config_file import write_yaml
 
 # argv: config.yaml, what to die in ("step", "save" or "nothing"), at which step or save.
 RUN = """
 import os, signal, sys, threading
 from lora_jax.training import TrainConfig, train
-from lora_jax.training.checkpoint import Checkpoints
-from lora_jax.training.config import read_yaml
-from lora_jax.training.events import StepDone
+from lora_jax.training.run.checkpoint import Checkpoints
+from lora_jax.training.config_file import read_yaml
+from lora_jax.training.run.events import StepDone
 
 path, where, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -49,8 +49,8 @@ train(TrainConfig.from_dict(read_yaml(path)), on_progress=listen)
 FULL_DISK = """
 import resource, sys
 from lora_jax.cli.main import main
-from lora_jax.training.events import StepDone
-from lora_jax.training.progress import LiveProgress
+from lora_jax.training.run.events import StepDone
+from lora_jax.training.run.progress import LiveProgress
 
 show = LiveProgress.__call__
 
@@ -86,14 +86,15 @@ def assert_same_adapter(ours: Path, theirs: Path, note: str = "") -> None:
         np.testing.assert_array_equal(value, other[name], err_msg=f"{name}, {note}")
 
 
+@pytest.mark.full
 @pytest.mark.slow
-def test_sigkill_at_random_steps(options, tmp_path):
+def test_sigkill_at_steps_and_in_a_save(options, tmp_path):
     options = {**options, "epochs": 4, "method": {"name": "lora", "dropout": 0.1}, "accumulate": 2}
     whole = TrainConfig(**options, output=str(tmp_path / "whole"))
     assert run(whole, tmp_path) == 0
 
     broken = TrainConfig(**options, output=str(tmp_path / "broken"))
-    first, second = sorted(random.SystemRandom().sample(range(1, 33), 2))
+    first, second = sorted(random.Random(0).sample(range(1, 33), 2))
     for where, number in (("step", first), ("save", 16), ("step", second)):
         if number < (last_checkpoint(tmp_path / "broken") or 0):
             continue  # that step is behind it
@@ -110,6 +111,7 @@ def last_checkpoint(folder: Path) -> int | None:
     return max(steps, default=None)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_full_disk(finished, options, tmp_path):
     config = TrainConfig(**options, output=str(tmp_path / "run"))
@@ -117,7 +119,7 @@ def test_full_disk(finished, options, tmp_path):
     assert process.returncode == 2
     message = process.stderr.splitlines()[-1]
     assert message.startswith("lora-jax train: error: The checkpoint of step 16 can't be written to")
-    assert "Of the checkpoints, the one of step 8 is whole; free some space and start the same command" in message
+    assert "That of step 8 is intact; free some space and start the run again" in message
     assert "Traceback" not in process.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_8"]
 

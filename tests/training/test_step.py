@@ -21,10 +21,11 @@ METHOD = lj.LoRA(rank=2, alpha=4, targets=("dense",), also_train=("classifier",)
 
 def model(params, input_ids, attention_mask: Any = None, token_type_ids=None, *, dropout_key=None):
     x, mask = params["table"][input_ids], attention_mask
+    mask = mask.astype(x.dtype)
     x = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-    x = jnp.tanh(x @ params["dense"]["kernel"] + params["dense"]["bias"])
+    x = jnp.tanh(x @ params["dense"]["kernel"] + params["dense"]["bias"][None])
     if dropout_key is not None:
-        x = x * jax.random.bernoulli(dropout_key, 0.5, x.shape) * 2
+        x = x * jax.random.bernoulli(dropout_key, 0.5, x.shape).astype(x.dtype) * 2
     return x @ params["classifier"]["kernel"]
 
 
@@ -122,7 +123,7 @@ def test_gradients_of_narrow_leaves_are_added_up_in_float32(dtype):
     gradients = jnp.concatenate([jnp.ones((1, 1)), jnp.full((32, 1), small), jnp.zeros((31, 1))])
 
     def linear(params, input_ids, attention_mask=None, token_type_ids=None, *, dropout_key=None):
-        return (gradients[input_ids[:, 0]] * params["w"].astype(jnp.float32)).sum(1)
+        return (gradients[input_ids[:, 0]] * params["w"].astype(jnp.float32)[None]).sum(1)
 
     class Sum(Classification):
         def losses(self, outputs, targets):

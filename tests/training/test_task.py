@@ -39,9 +39,19 @@ def test_vocabulary_is_sorted(labels, expected):
 def test_unknown_label_names_the_row_and_the_nearest():
     task = make_task("classification", examples("question", "praise"))
     with pytest.raises(
-        DataError, match=r"dev\.tsv, row 2 has the label 'questoin' \(nearest: 'question'\), .*: 'praise', 'question'\."
+        DataError,
+        match=r"dev\.tsv, row 2 has the label 'questoin', which the training data lacks \(nearest: 'question'\)",
     ):
         task.encode(examples("praise", "questoin"))
+
+
+def test_all_bad_labels_are_reported_at_once():
+    task = make_task("classification", examples("question", "praise"))
+    told = r"dev\.tsv has 2 bad rows: row 1 .* 'x', .* \(it has 'praise', 'question'\); row 3 .* 'praize'"
+    with pytest.raises(DataError, match=told):
+        task.encode(examples("x", "praise", "praize"))
+    with pytest.raises(DataError, match=r"has 2 bad rows: row 1 has the label 0\.5, .*; row 3 has the label 1\.5"):
+        make_task("classification", examples(0.5, 1.0, 1.5))
 
 
 def test_one_label_is_not_enough():
@@ -50,7 +60,7 @@ def test_one_label_is_not_enough():
 
 
 def test_fractions_are_no_classes():
-    with pytest.raises(DataError, match=r"row 2 has the label 0\.5, .*--task regression"):
+    with pytest.raises(DataError, match=r"row 2 has the label 0\.5, .*task='regression'"):
         make_task("classification", examples(1.0, 0.5))
 
 
@@ -61,7 +71,9 @@ def test_regression_targets():
     limit = float(np.finfo(np.float32).max)
     assert np.isfinite(task.encode(examples(limit, -limit))).all()
     for bad in ("high", "nan", "inf", 1e39, "-1e39", 10**400, "1e400", float("nan")):
-        with pytest.raises(DataError, match=r"row 2 has the label .*, and a finite number is expected .* 3.4e\+38"):
+        with pytest.raises(
+            DataError, match=r"row 2 has the label .*, but a regression needs a finite number, .* 3.4e\+38"
+        ):
             task.encode(examples("1", bad))
 
 

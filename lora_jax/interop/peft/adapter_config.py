@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_jax.adapters import AdapterError
 from lora_jax.files import read_json, settle, within_folder
@@ -18,39 +18,47 @@ _LARGEST_CONFIG = 4 * 2**20
 _MOST_PATTERNS = 10_000
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value < 2**31
+# An `adapter_config.json`: entries that are known have been checked, the others are kept as they are.
+PeftConfig = Mapping[str, Any]
 
 
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e30
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
-def _is_text_or_none(value: Any) -> bool:
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and 0 < value < 1e30
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_text_or_none(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _is_list_of_names(value: Any) -> bool:
+def _is_list_of_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
-def _is_flag(value: Any) -> bool:
+def _is_flag(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
-def _is_table(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def fits(value: Any) -> bool:
+def _is_table(of: Callable[[object], bool]) -> Callable[[object], bool]:
+    def fits(value: object) -> bool:
         return isinstance(value, dict) and len(value) <= _MOST_PATTERNS and all(of(item) for item in value.values())
 
     return lambda value: value is None or fits(value)
 
 
 # What is read: the check, and how to say what is expected.
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "peft_type": (lambda value: isinstance(value, str), "a string"),
     "r": (_is_count, "a whole number of at least 1"),
     "lora_alpha": (_is_positive, "a positive number"),
-    "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     "use_rslora": (_is_flag, "true or false"),
     "use_dora": (_is_flag, "true or false"),
@@ -104,14 +112,14 @@ def read_peft_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Pass it to `export_peft` as `config` to keep the entries that lora_jax has no place for.
 
     Args:
-        folder: holds `adapter_config.json`.
+        folder: Folder with an `adapter_config.json`.
 
     Returns:
         A dict of the file's entries, unknown ones included.
 
     Raises:
-        FileError: the file is missing, a link that leads out of the folder, no JSON, or has an entry twice.
-        AdapterError: it is no LoRA's, or an entry has a wrong type.
+        FileError: The file is missing, a link that leads out of the folder, no JSON, or has an entry twice.
+        AdapterError: It is no LoRA's, or an entry has a wrong type.
 
     Example:
         >>> import lora_jax as lj, pathlib, tempfile
@@ -140,7 +148,7 @@ def read_peft_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     """Whether no number in a JSON value is NaN or infinite: Python reads such, and no other reader has to."""
     if isinstance(value, dict | list):
         return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
@@ -160,7 +168,7 @@ def weights_file(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def variants(config: Mapping[str, Any]) -> list[str]:
+def variants(config: PeftConfig) -> list[str]:
     """What makes an adapter something else than LoRA or DoRA, each as `entry: what it is`."""
     found = [f"`{name}`: {what}" for name, what in _VARIANTS.items() if config.get(name)]
     start = config.get("init_lora_weights")
@@ -169,7 +177,7 @@ def variants(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def require_representable(config: Mapping[str, Any], folder: Path) -> None:
+def require_representable(config: PeftConfig, folder: Path) -> None:
     """Refuses every variant by name."""
     found = variants(config)
     if found:
@@ -179,7 +187,7 @@ def require_representable(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def unknown_entries(config: Mapping[str, Any]) -> list[str]:
+def unknown_entries(config: PeftConfig) -> list[str]:
     """Names of the entries that this lora_jax knows nothing of, those that are set to nothing aside."""
     return [name for name, value in config.items() if name not in _KNOWN and value not in (None, False, [], {})]
 
@@ -190,8 +198,8 @@ def is_saved(entries: Collection[str], module: str) -> bool:
     PEFT doesn't look for a dot there: `classifier` covers `pre_classifier` as well.
 
     Args:
-        entries: the names, best a set.
-        module: a module's name.
+        entries: The names, best a set.
+        module: A module's name.
 
     Example:
         >>> is_saved({"classifier"}, "classifier.dense"), is_saved({"classifier"}, "pre_classifier")
@@ -203,7 +211,7 @@ def is_saved(entries: Collection[str], module: str) -> bool:
     return any(module[start:end] in entries for end in ends for start in range(end))
 
 
-def listed_targets(config: Mapping[str, Any], modules: list[str]) -> list[str] | None:
+def listed_targets(config: PeftConfig, modules: list[str]) -> list[str] | None:
     """The modules that `target_modules` means, `None` where an expression or layer numbers choose: none is run."""
     entries = config.get("target_modules")
     if not isinstance(entries, list) or any(config.get(name) for name in SELECTION[1:]):

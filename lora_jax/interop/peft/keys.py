@@ -47,11 +47,11 @@ def parse_key(name: str, where: str) -> FactorKey | LeafKey:
     """Takes the name of a tensor apart.
 
     Args:
-        name: such as `base_model.model.bert.pooler.dense.lora_A.weight`.
-        where: the file, for messages.
+        name: Name of a tensor, such as `base_model.model.bert.pooler.dense.lora_A.weight`.
+        where: File, for error messages.
 
     Raises:
-        AdapterError: no name that PEFT gives to a part of a LoRA.
+        AdapterError: No name that PEFT gives to a part of a LoRA.
 
     Example:
         >>> parse_key("base_model.model.layer.0.query.lora_A.weight", "")

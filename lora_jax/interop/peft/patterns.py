@@ -48,7 +48,7 @@ class Patterns:
         """The key that decides for a module, `None` if no key means it.
 
         Raises:
-            PatternError: a key that is more than a name comes before any that matches, so it might be the one.
+            PatternError: A key that is more than a name comes before any that matches, so it might be the one.
         """
         return next((key for key, name in self._keys if _means(key, name, module)), None)
 

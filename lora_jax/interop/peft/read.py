@@ -7,11 +7,12 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from lora_jax.adapters import Adapter, AdapterError
 from lora_jax.files import read_safetensors, read_safetensors_header, read_together
@@ -19,38 +20,40 @@ from lora_jax.masks import label_params
 from lora_jax.methods import DoRA, DoRAWeight, LoRA, LoRAWeight
 from lora_jax.methods.base import rooted
 from lora_jax.paths import flatten_with_paths, leaves_by_path
+from lora_jax.types import Leaf, Params, Uses
 from lora_jax.weights import OUT, is_adapted, placement
 
 from ..layout import restore_factors
-from ..module_names import Names, NameTable
+from ..module_names import ModuleTable, Names
 from ..stacks import Stacks, stack_weights
 from .adapter_config import (
     CONFIG,
     WEIGHTS,
+    PeftConfig,
     read_peft_config,
     require_representable,
     scale_of,
     unknown_entries,
     weights_file,
 )
-from .read_plan import Plan, Planner, Target
+from .read_plan import FactorTarget, Plan, Planner
 
 
 class _Planned(NamedTuple):
     """A folder held against a base, by its config and its header."""
 
-    config: dict[str, Any]
+    config: PeftConfig
     stacks: Stacks
-    parts: dict[str, Any]
+    parts: dict[str, Leaf]
     plan: Plan
 
 
 def import_peft(
     folder: str | os.PathLike[str],
-    base_params: Any,
+    base_params: Params,
     *,
     names: Names,
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
     base_name: str | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
 ) -> Adapter:
@@ -65,28 +68,28 @@ def import_peft(
     memory stays within what the base's own shapes allow, and an error leaves nothing half done.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
-        base_params: the base's parameters; frozen leaves of the result are the same objects.
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        base_params: Base parameters; frozen leaves of the result are the same objects.
         names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own. Leaves that the
             adapter doesn't touch may be missing. An embedding that is the output as well has both modules, in a
             tuple. Of layers that are stacked for a scan, `names` has the single ones, `layers/0/…`: their factors are
             stacked too.
-        uses: from `trace_weights`, for weights of more than two axes, or stored `(out, in)`.
-        base_name: the name of your base; if given, a folder that names another is refused. Only what follows the last
+        uses: Result of `trace_weights`, needed for weights of more than two axes, or stored `(out, in)`.
+        base_name: Name of your base; if given, a folder that names another is refused. Only what follows the last
             `/` is compared, since PEFT writes the path that the base was loaded from.
-        fan_in_fan_out: see `export_peft`. Matters for weights that are in the file in full, `modules_to_save`, alone.
+        fan_in_fan_out: See `export_peft`. Matters for weights that are in the file in full, `modules_to_save`, alone.
 
     Returns:
         `Adapter(params, method)`: the adapted tree, and the `LoRA` or `DoRA` that labels it. What is trained is
         float32.
 
     Raises:
-        AdapterError: the folder describes what can't be represented here (QALoRA, single trained tokens, …), or doesn't
+        AdapterError: The folder describes what can't be represented here (QALoRA, single trained tokens, …), or doesn't
             fit the base; or a tensor is missing, unknown, misshapen, of another dtype or not finite. Each is named.
-        FileError: a file is missing, truncated, corrupt, or leads out of the folder.
+        FileError: A file is missing, truncated, corrupt, or leads out of the folder.
 
     Warns:
-        UserWarning: entries of `adapter_config.json` that this lora_jax doesn't know. They are kept by
+        UserWarning: Entries of `adapter_config.json` that this lora_jax doesn't know. They are kept by
             `export_peft(..., config=read_peft_config(folder))`.
 
     Example:
@@ -105,7 +108,9 @@ def import_peft(
     """
     folder = Path(folder)
     adapter, config = read_together(
-        folder, (WEIGHTS, CONFIG), lambda: _import(folder, base_params, names, uses, base_name, fan_in_fan_out)
+        folder,
+        (WEIGHTS, CONFIG),
+        lambda: _import(folder, base_params, _planned(folder, base_params, names, uses, base_name, fan_in_fan_out)),
     )
     if unknown := unknown_entries(config):
         warnings.warn(
@@ -116,15 +121,8 @@ def import_peft(
     return adapter
 
 
-def _import(
-    folder: Path,
-    base_params: Any,
-    names: Names,
-    uses: Mapping[str, Any] | None,
-    base_name: str | None,
-    fan_in_fan_out: Sequence[str] | None,
-) -> tuple[Adapter, dict[str, Any]]:
-    config, stacks, parts, plan = _planned(folder, base_params, names, uses, base_name, fan_in_fan_out)
+def _import(folder: Path, base_params: Params, planned: _Planned) -> tuple[Adapter, PeftConfig]:
+    config, stacks, parts, plan = planned
     leaves, file = leaves_by_path(base_params), weights_file(folder)
 
     tensors = read_safetensors(file, _file_names(plan))
@@ -144,24 +142,24 @@ def _import(
 
 def check_peft(
     folder: str | os.PathLike[str],
-    base_params: Any,
+    base_params: Params,
     *,
     names: Names,
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
     base_name: str | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
 ) -> list[str]:
-    """Raises what `import_peft` would by config, names, dtypes and shapes; reads no tensor.
+    """Raises what `import_peft` would raise because of the config, names, dtypes or shapes; reads no tensor.
 
     Args:
-        base_params: the base's parameters; shapes and dtypes (`jax.ShapeDtypeStruct`) will do.
-        folder, names, uses, base_name, fan_in_fan_out: as for `import_peft`.
+        base_params: Base parameters; shapes and dtypes (`jax.ShapeDtypeStruct`) will do.
+        folder, names, uses, base_name, fan_in_fan_out: Same as for `import_peft`.
 
     Returns:
         The leaves that would get factors or other values.
 
     Raises:
-        AdapterError, FileError: see `import_peft`.
+        AdapterError, FileError: See `import_peft`.
 
     Example:
         >>> import lora_jax as lj, tempfile
@@ -178,9 +176,9 @@ def check_peft(
 
 def _planned(
     folder: Path,
-    base_params: Any,
+    base_params: Params,
     names: Names,
-    uses: Mapping[str, Any] | None,
+    uses: Uses | None,
     base_name: str | None,
     fan_in_fan_out: Sequence[str] | None,
 ) -> _Planned:
@@ -195,7 +193,7 @@ def _planned(
         )
     stacks = Stacks(names, leaves)
     parts = stacks.apart(leaves)
-    table, file = NameTable(names, parts, fan_in_fan_out), weights_file(folder)
+    table, file = ModuleTable(names, parts, fan_in_fan_out), weights_file(folder)
     header = read_safetensors_header(file)
     plan = Planner(file, header, config, table, parts, stacks.uses(uses)).plan()
     try:
@@ -206,7 +204,7 @@ def _planned(
     return _Planned(config, stacks, parts, plan)
 
 
-def _require_alike(path: str, targets: Sequence[Target]) -> None:
+def _require_alike(path: str, targets: Sequence[FactorTarget]) -> None:
     """What a stack has once has to be that of every layer."""
     found = dict.fromkeys(f"rank {target.rank} and alpha {target.alpha}" for target in targets)
     if len(found) > 1:
@@ -216,7 +214,7 @@ def _require_alike(path: str, targets: Sequence[Target]) -> None:
         )
 
 
-def _require_base(config: Mapping[str, Any], base_name: str | None, folder: Path) -> None:
+def _require_base(config: PeftConfig, base_name: str | None, folder: Path) -> None:
     named = config.get("base_model_name_or_path")
     if base_name is None or not named:
         return
@@ -240,7 +238,7 @@ def _require_finite(tensors: Mapping[str, np.ndarray], file: Path) -> None:
         raise AdapterError(f"{file} is not usable: NaN or infinity in {', '.join(broken[:5])}")
 
 
-def _require_equal(tensors: Mapping[str, np.ndarray], plan: Plan, leaves: Mapping[str, Any], file: Path) -> None:
+def _require_equal(tensors: Mapping[str, np.ndarray], plan: Plan, leaves: Mapping[str, Leaf], file: Path) -> None:
     for name, other in plan.twins.items():
         if tensors[name].shape != tensors[other].shape or not np.array_equal(tensors[name], tensors[other]):
             raise AdapterError(f"{file}: '{name}' and '{other}' are one parameter, and have two values")
@@ -259,11 +257,11 @@ def _require_equal(tensors: Mapping[str, np.ndarray], plan: Plan, leaves: Mappin
 
 
 def _node(
-    base: Any, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], target: Target
+    base: Leaf, tensors: Mapping[str, np.ndarray], config: PeftConfig, target: FactorTarget
 ) -> LoRAWeight | DoRAWeight:
     kind = DoRAWeight if target.magnitude else LoRAWeight
     scale = scale_of(target.alpha, target.rank, rank_stabilized=bool(config.get("use_rslora")))
-    node = kind(base, None, None, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))
+    node = kind.bare(base, scale=scale, axes=target.axes, dropout=float(config["lora_dropout"]))
     places = node.placements()
     a, b = restore_factors(tensors[target.a], tensors[target.b], tuple(base.shape), target.axes)
     arrays = {"a": a, "b": b}
@@ -272,13 +270,13 @@ def _node(
     return dataclasses.replace(node, **{name: _placed(array, places.get(name)) for name, array in arrays.items()})
 
 
-def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
+def _placed(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
     # A copy: a JAX array on the CPU may otherwise be a view of NumPy's memory, which can't be donated.
     placed = jnp.array(array, jnp.float32, copy=True)
     return placed if sharding is None else jax.device_put(placed, sharding)
 
 
-def _method(config: Mapping[str, Any], plan: Plan, stacks: Stacks) -> LoRA:
+def _method(config: PeftConfig, plan: Plan, stacks: Stacks) -> LoRA:
     r, alpha = config["r"], config["lora_alpha"]
     targets = {stacks.whole(path): target for path, target in plan.targets.items()}
     kind = DoRA if config.get("use_dora") else LoRA

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_jax.adapters import AdapterError
 from lora_jax.files import TensorInfo
 from lora_jax.methods.base import is_trainable
 from lora_jax.paths import shape_text
+from lora_jax.types import Leaf, Uses
 from lora_jax.weights import IN, OUT
 
-from ..layout import Layout, axis_labels, factor_sizes, is_embedding, leaf_layout
-from ..module_names import BIAS, WEIGHT, NameTable, kind
-from .adapter_config import CONFIG, is_saved, listed_targets
+from ..layout import Layout, factor_sizes, is_embedding, leaf_layout, weight_axes
+from ..module_names import BIAS, WEIGHT, ModuleTable, kind
+from .adapter_config import CONFIG, PeftConfig, is_saved, listed_targets
 from .keys import FactorKey, LeafKey, factor_key, leaf_key, parse_key
 from .patterns import PatternError, Patterns
 
@@ -22,7 +23,7 @@ _FLOATS = ("float32", "float16", "bfloat16")
 _UNTIE = "Give each a leaf of its own: `lj.models.load(..., tie_word_embeddings=False)`"
 
 
-class Target(NamedTuple):
+class FactorTarget(NamedTuple):
     """A weight that gets factors: where they are in the file, and what they become."""
 
     a: str
@@ -36,7 +37,7 @@ class Target(NamedTuple):
 class Plan(NamedTuple):
     """What each tensor of a file is for, settled before the first one is read."""
 
-    targets: dict[str, Target]
+    targets: dict[str, FactorTarget]
     # Leaves that are replaced and trained: the tensor, and how it lies there.
     saved: dict[str, tuple[str, Layout]]
     # Tensors that must equal a leaf that stays as it is; pairs that must equal each other, or each other's transpose.
@@ -52,10 +53,10 @@ class Planner:
         self,
         file: Path,
         header: Mapping[str, TensorInfo],
-        config: Mapping[str, Any],
-        table: NameTable,
-        leaves: Mapping[str, Any],
-        uses: Mapping[str, Any] | None,
+        config: PeftConfig,
+        table: ModuleTable,
+        leaves: Mapping[str, Leaf],
+        uses: Uses | None,
     ) -> None:
         self.file, self.header, self.config, self.table = file, header, config, table
         self.leaves, self.uses = leaves, uses
@@ -145,7 +146,7 @@ class Planner:
             )
         return modules
 
-    def target(self, module: str) -> tuple[str, Target]:
+    def target(self, module: str) -> tuple[str, FactorTarget]:
         pair = self.factors[module]
         embedding = any(key.embedding for key in pair.values())
         a, b, magnitude = (factor_key(module, role, embedding=embedding) for role in ("a", "b", "magnitude"))
@@ -170,7 +171,7 @@ class Planner:
                 raise self.error(
                     f"'{magnitude}' has the shape {shape}, expected {(fan_out,)} beside `{path}` {self.shape(path)}"
                 )
-        return path, Target(a, b, magnitude if dora else None, labels, rank, self.alpha(module))
+        return path, FactorTarget(a, b, magnitude if dora else None, labels, rank, self.alpha(module))
 
     def labels(self, path: str, module: str, *, embedding: bool) -> str:
         leaf = self.leaves[path]
@@ -182,7 +183,7 @@ class Planner:
             return IN + OUT
         if is_embedding(path, self.uses):
             raise self.error(f"{module} has a linear layer's factors, and `{path}` is an embedding")
-        return axis_labels(path, leaf, self.uses)
+        return weight_axes(path, leaf, self.uses)
 
     def rank(self, path: str, module: str, a: str, b: str, labels: str) -> int:
         fan_in, fan_out = factor_sizes(tuple(self.leaves[path].shape), labels)

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +18,28 @@ from lora_jax.files import replacing, write_json, write_safetensors
 from lora_jax.masks import label_params
 from lora_jax.methods import DoRA, DoRAWeight, LoRA, LoRAWeight, Method
 from lora_jax.methods.base import FROZEN
+from lora_jax.methods.inserting_method import InsertingMethod
 from lora_jax.methods.lora.starts import FROM_WEIGHT
 from lora_jax.paths import leaves_by_path
+from lora_jax.state import lasting_state
+from lora_jax.text import listed
+from lora_jax.types import DTypeLike, Leaf, Params, Uses
 from lora_jax.weights import AdaptedWeight, is_adapted, is_traced
 
-from ..layout import axis_labels, export_factors, is_embedding, leaf_layout, require_no_stack
-from ..module_names import BIAS, Names, NameTable, kind
+from ..layout import export_factors, is_embedding, leaf_layout, require_no_stack, weight_axes
+from ..module_names import BIAS, ModuleTable, Names, kind
 from ..stacks import Stacks
-from .adapter_config import CONFIG, SELECTION, WEIGHTS, alpha_of, is_saved, listed_targets, scale_of, variants
+from .adapter_config import (
+    CONFIG,
+    SELECTION,
+    WEIGHTS,
+    PeftConfig,
+    alpha_of,
+    is_saved,
+    listed_targets,
+    scale_of,
+    variants,
+)
 from .keys import factor_key, leaf_key
 from .patterns import PatternError, Patterns, literal
 
@@ -59,16 +73,16 @@ class _Whole(NamedTuple):
 
 def export_peft(
     folder: str | os.PathLike[str],
-    params: Any,
+    params: Params,
     method: Method,
     *,
     names: Names,
     base_name: str | None = None,
     task_type: str | None = None,
-    uses: Mapping[str, Any] | None = None,
+    uses: Uses | None = None,
     fan_in_fan_out: Sequence[str] | None = None,
-    dtype: Any = None,
-    config: Mapping[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
+    config: PeftConfig | None = None,
 ) -> Path:
     """Writes an adapter that `peft`, `transformers` and vLLM load.
 
@@ -79,22 +93,22 @@ def export_peft(
     `ensure_weight_tying`, by which PEFT changes both uses as one.
 
     Args:
-        folder: made if it doesn't exist.
-        params: the tree from `attach`, trained.
-        method: the `LoRA` or `DoRA` that it was trained with.
+        folder: Folder to write to; made if it doesn't exist.
+        params: Trained tree from `attach`.
+        method: `LoRA` or `DoRA` that it was trained with.
         names: `{leaf path: Hugging Face module}`, a bundled model's `names` or a table of your own, see
             `import_peft`; what is trained must be in it.
-        base_name: what PEFT calls the base (`base_model_name_or_path`): a hub name or a folder.
+        base_name: PEFT's name of the base (`base_model_name_or_path`): a hub name or a folder.
         task_type: `"SEQ_CLS"`, `"CAUSAL_LM"`, …: with it PEFT knows the model's class, and with `"SEQ_CLS"` it expects
             the head in the file, so the head is written, trained or not.
-        uses: from `trace_weights`; needed where a leaf that is written in full has more than two axes, or a weight is
-            stored `(out, in)`, as Equinox does.
-        fan_in_fan_out: modules (their names, or what follows a dot in them) that store a weight as `(in, out)` there,
+        uses: Result of `trace_weights`; needed where a leaf that is written in full has more than two axes, or a
+            weight is stored `(out, in)`, as Equinox does.
+        fan_in_fan_out: Modules (their names, or what follows a dot in them) that store a weight as `(in, out)` there,
             GPT-2's `Conv1D`: `("c_attn", "c_proj", "c_fc")`. A bundled model's `names` say it already; for a table of
             your own it is asked for where a square weight is written in full, `()` if there are none.
-        dtype: of the tensors; those of the tree if `None`.
-        config: entries of another `adapter_config.json` to keep where the tree doesn't decide them, from
-            `read_peft_config`: what was imported goes out as it came in.
+        dtype: Dtype of the tensors; each leaf's own if `None`.
+        config: Entries of another `adapter_config.json` to keep where the tree doesn't decide them, from
+            `read_peft_config`: What was imported goes out as it came in.
 
     Returns:
         The folder.
@@ -103,11 +117,12 @@ def export_peft(
         AdapterError: PEFT has no place for what is trained: another method, a stack of layers, a convolution; or a
             trained leaf has no name, values that are not finite, or a layout there that isn't told (see
             `fan_in_fan_out`).
-        FileError: the files cannot be written.
+        FileError: The files cannot be written.
 
     Warns:
         UserWarning: PEFT saves and trains modules as a whole; where that takes frozen leaves along, they are named.
-            Their values are written as they are, so what is computed is the same.
+            Their values are written as they are, so what is computed is the same. Or `params` holds state, such as
+            batch statistics, which isn't written.
 
     Example:
         >>> import lora_jax as lj, tempfile
@@ -119,7 +134,7 @@ def export_peft(
         >>> sorted(path.name for path in folder.iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    if method.inserts:
+    if isinstance(method, InsertingMethod):
         raise AdapterError(
             f"{type(method).__name__} puts arrays into the layers that PEFT's adapters of weights have no place for: "
             "keep the folder that `lj.save_adapter` writes"
@@ -143,9 +158,15 @@ def export_peft(
         raise AdapterError(
             f"`params` lacks base weights or factors, at {', '.join(partial[:5])}: pass `lj.combine(trainable, frozen)`"
         )
+    if state := lasting_state(params):
+        warnings.warn(
+            f"`params` holds state, {listed(state, 4)}, which PEFT's format has no place for: it isn't written, and "
+            "the exported adapter runs with the base's. `lj.save_adapter` saves state with the adapter.",
+            stacklevel=2,
+        )
     stacks = Stacks(names, leaves)
     leaves, uses = stacks.apart(leaves), stacks.uses(uses)
-    table = NameTable(names, leaves, fan_in_fan_out)
+    table = ModuleTable(names, leaves, fan_in_fan_out)
     factored = {path: _factored(path, leaf, table, uses, method) for path, leaf in leaves.items() if is_adapted(leaf)}
     if not factored:
         raise AdapterError("`params` has no factors: pass the tree from `lj.attach`, not a merged one")
@@ -206,7 +227,7 @@ def export_peft(
     return folder
 
 
-def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | None, method: LoRA) -> _Factored:
+def _factored(path: str, node: Leaf, table: ModuleTable, uses: Uses | None, method: LoRA) -> _Factored:
     if not isinstance(node, LoRAWeight | DoRAWeight):
         raise AdapterError(
             f"`{path}` is a {type(node).__name__}, and PEFT's format has a place for LoRA's factors only"
@@ -221,7 +242,7 @@ def _factored(path: str, node: Any, table: NameTable, uses: Mapping[str, Any] | 
         )
     require_no_stack(path, node.axes)
     if node.ndim == 2 or path in (uses or {}):
-        labels = axis_labels(path, node, uses)
+        labels = weight_axes(path, node, uses)
         if labels != node.axes:
             raise AdapterError(
                 f"the factors of `{path}` are labelled {node.axes!r}, and `uses` says {labels!r}: attach them with "
@@ -241,7 +262,7 @@ def _lacks_arrays(node: AdaptedWeight) -> bool:
 
 
 def _whole(
-    trained: Sequence[str], factored: Mapping[str, _Factored], table: NameTable, task_type: str | None
+    trained: Sequence[str], factored: Mapping[str, _Factored], table: ModuleTable, task_type: str | None
 ) -> _Whole:
     """Which modules PEFT must save in full, and which biases beside them, so that every trained leaf is written."""
     targets = {target.module for target in factored.values()}
@@ -290,7 +311,7 @@ def _entry(module: str) -> str:
     return head if head in ("classifier", "score") else module
 
 
-def _patterns(factored: Mapping[str, _Factored], method: LoRA) -> dict[str, Any]:
+def _patterns(factored: Mapping[str, _Factored], method: LoRA) -> dict[str, object]:
     """`r`, `lora_alpha` and the exceptions from them."""
     targets = list(factored.values())
     rank, alpha = int(method.rank), _plain(method.alpha)
@@ -314,7 +335,7 @@ def _plain(number: float) -> float:
     return int(number) if float(number).is_integer() else float(number)
 
 
-def _keys(values: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
+def _keys(values: Mapping[str, object], modules: Collection[str]) -> dict[str, object]:
     """A pattern of PEFT's with these values; as names, or anchored where a name would mean another module as well."""
     try:
         patterns = Patterns(values)
@@ -324,7 +345,7 @@ def _keys(values: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]
     return dict(values) if plain else {literal(module): value for module, value in values.items()}
 
 
-def _selection(kept: Mapping[str, Any], targets: Collection[str], table: NameTable, whole: _Whole) -> dict[str, Any]:
+def _selection(kept: PeftConfig, targets: Collection[str], table: ModuleTable, whole: _Whole) -> dict[str, object]:
     """`target_modules` and what else chooses targets: those of `kept` if they mean the same, else full names."""
     chosen = {**kept, "modules_to_save": whole.entries}
     if set(listed_targets(chosen, table.modules) or ()) == set(targets):
@@ -336,7 +357,7 @@ def _selection(kept: Mapping[str, Any], targets: Collection[str], table: NameTab
     return listed
 
 
-def _listed(targets: list[str] | str) -> dict[str, Any]:
+def _listed(targets: list[str] | str) -> dict[str, object]:
     """Targets, and nothing else that chooses among them."""
     return {**dict.fromkeys(SELECTION), "target_modules": targets}
 

@@ -1,1 +1,1 @@
-"""LoRA: the method, its adapted weight, and the starts of its factors."""
+"""LoRA: the method (`method.py`), its adapted weight (`weight.py`) and the initial factors (`starts.py`)."""

@@ -1,31 +1,31 @@
-"""How low-rank factors start."""
+"""Initial values of low-rank factors."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Sharding
+from jaxtyping import Array, Float
 
 from lora_jax.weights import IN, OUT, STACK
 
-from ..targets import Target
+from ..weight_method import TargetWeight
 
 STARTS = ("gaussian", "kaiming", "pissa", "orthogonal")
-# Those whose product isn't zero: the node keeps them beside the factors and takes their product off again.
+# Starts whose product isn't zero: the node keeps them beside the factors and subtracts their product.
 FROM_WEIGHT = ("pissa", "orthogonal")
 
-# Of the subspace iteration: its error falls with the ratio of the singular values on the two sides of the cut, to the
-# power 2 · steps + 1; vectors beyond the rank make that ratio smaller.
+# Settings of the subspace iteration. Its error falls with the ratio of the singular values on the two sides of the cut,
+# to the power 2 · steps + 1; vectors beyond the rank make that ratio smaller.
 _STEPS, _OVERSAMPLING = 16, 8
 
 
-def start(init: str, key: jax.Array, target: Target, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+def start(init: str, key: jax.Array, target: TargetWeight, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
     """`a (stack…, r, in…)` and `b (stack…, r, out…)` of a weight's low-rank path, float32."""
     stack, inner, outer = (target.sizes(label) for label in (STACK, IN, OUT))
     shapes = (*stack, rank, *inner), (*stack, rank, *outer)
@@ -36,47 +36,51 @@ def start(init: str, key: jax.Array, target: Target, rank: int, scale: float) ->
         a, b = pissa(matrix, rank, scale, key) if init == "pissa" else orthogonal(matrix, rank)
         return a.reshape(shapes[0]), b.reshape(shapes[1])
     if init == "gaussian":
-        a = jax.random.normal(key, shapes[0], jnp.float32) / rank
+        a = jax.random.normal(key, shapes[0], jnp.float32) / float(rank)
     else:
         a = jax.random.uniform(key, shapes[0], jnp.float32, -1.0, 1.0) / math.sqrt(target.size(IN))
     return a, jnp.zeros(shapes[1], jnp.float32)
 
 
 def placed_start(
-    init: str, key: jax.Array, target: Target, rank: int, scale: float, places: tuple[Sharding, Sharding]
+    init: str, key: jax.Array, target: TargetWeight, rank: int, scale: float, shardings: tuple[Sharding, Sharding]
 ) -> tuple[jax.Array, jax.Array]:
-    """As `start`, each factor in its place."""
-    weight, scale = (target.base, scale) if init in FROM_WEIGHT else (None, 1.0)  # what isn't used must not tell apart
+    """As `start`, with a sharding for each factor."""
+    weight, scale = (
+        (target.base, scale) if init in FROM_WEIGHT else (None, 1.0)
+    )  # values that aren't used must not cause another compilation
     shape = tuple(target.base.shape)
-    return _compiled_start(places)(key, weight, init=init, shape=shape, axes=target.axes, rank=rank, scale=scale)
+    return _compiled_start(shardings)(key, weight, init=init, shape=shape, axes=target.axes, rank=rank, scale=scale)
 
 
 @functools.lru_cache
-def _compiled_start(places: tuple[Sharding, Sharding]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """One function a placement: targets of equal shapes share what is compiled for it."""
+def _compiled_start(shardings: tuple[Sharding, Sharding]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """One function per pair of shardings: targets of equal shapes share its compiled program."""
 
-    @functools.partial(jax.jit, static_argnames=("init", "shape", "axes", "rank", "scale"), out_shardings=places)
+    @functools.partial(jax.jit, static_argnames=("init", "shape", "axes", "rank", "scale"), out_shardings=shardings)
     def draw(
         key: jax.Array, weight: jax.Array | None, init: str, shape: tuple[int, ...], axes: str, rank: int, scale: float
     ) -> tuple[jax.Array, jax.Array]:
-        base = jax.ShapeDtypeStruct(shape, jnp.float32) if weight is None else weight
-        return start(init, key, Target("", base, axes), rank, scale)
+        base = jnp.zeros(shape, jnp.float32) if weight is None else weight  # of the zeros, only the shape is used
+        return start(init, key, TargetWeight("", base, axes), rank, scale)
 
     return draw
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "scale"))
-def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+def pissa(
+    matrix: Float[Array, "*stack inner outer"], rank: int, scale: float, key: jax.Array
+) -> tuple[Float[Array, "*stack r inner"], Float[Array, "*stack r outer"]]:
     """The principal part of a weight: with `W = U S Vᵀ`, `a = √(S/scale) Uᵀ` and `b = √(S/scale) Vᵀ`, the first `r`.
 
     So `scale · aᵀ b` is the best approximation of rank `r` to `W`. The singular vectors come from a randomized subspace
-    iteration with 8 vectors to spare and 16 steps.
+    iteration of 16 steps with 8 extra vectors.
 
     Args:
         matrix: `W (…, in, out)`, float32.
         rank: `r`.
-        scale: of the low-rank path.
-        key: of the iteration's first subspace.
+        scale: Scale of the low-rank path.
+        key: Random key of the iteration's first subspace.
 
     Returns:
         `a (…, r, in)` and `b (…, r, out)`.
@@ -99,7 +103,7 @@ def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> tuple[j
     width = min(rank + _OVERSAMPLING, inner, outer)
     transposed = jnp.swapaxes(matrix, -1, -2)
 
-    def step(_: Any, right: jax.Array) -> jax.Array:
+    def step(_: int, right: jax.Array) -> jax.Array:
         return _orthonormal(_product(transposed, _orthonormal(_product(matrix, right))))
 
     right = lax.fori_loop(0, _STEPS, step, jax.random.normal(key, (*stack, outer, width), jnp.float32))
@@ -111,7 +115,9 @@ def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> tuple[j
 
 
 @functools.partial(jax.jit, static_argnames="rank")
-def orthogonal(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+def orthogonal(
+    matrix: Float[Array, "*stack inner outer"], rank: int
+) -> tuple[Float[Array, "*stack r inner"], Float[Array, "*stack r outer"]]:
     """The first `r` columns of `Q` and rows of `R` of `Wᵀ = Q R`: `b = Qᵀ` has orthonormal rows, `a = R`.
 
     Args:

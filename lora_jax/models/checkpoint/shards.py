@@ -1,15 +1,16 @@
-"""The files of a large checkpoint: which tensor goes where, and the index that says so."""
+"""Splits a large checkpoint into files, and makes their index."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lora_jax.errors import ArgumentError
 from lora_jax.files import TensorInfo
@@ -20,17 +21,26 @@ _PART = "model-{:05}-of-{:05}.safetensors"
 _UNITS = {"": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+@runtime_checkable
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+_Tensor = TypeVar("_Tensor", bound=_Sized)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class HostTensor:
-    """A leaf as a tensor of a checkpoint, brought to the host when its values are asked for.
+    """A leaf as a tensor of a checkpoint, moved to the host only when its values are read.
 
     Attributes:
-        leaf: an array.
-        layer: which part of a stacked leaf; `None` for the whole.
-        is_transposed: whether the tensor is the transpose.
+        leaf: The array.
+        layer: Index of the layer in a stacked leaf; `None` for the whole leaf.
+        is_transposed: Whether the tensor is the transpose of the leaf.
     """
 
-    leaf: Any
+    leaf: jax.Array | np.ndarray
     layer: int | None = None
     is_transposed: bool = False
 
@@ -40,27 +50,27 @@ class HostTensor:
         return shape[::-1] if self.is_transposed else shape
 
     @property
-    def dtype(self) -> Any:
-        return self.leaf.dtype
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.leaf.dtype)
 
     @property
     def nbytes(self) -> int:
-        return TensorInfo(np.dtype(self.dtype), self.shape).nbytes
+        return TensorInfo(self.dtype, self.shape).nbytes
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         del copy
         array = self.leaf if self.layer is None else self.leaf[self.layer]
         if isinstance(array, jax.Array) and any(device.platform != "cpu" for device in array.devices()):
-            array = jnp.array(array, copy=True)  # JAX keeps a host copy as long as its array: let it be this one's
+            array = jnp.array(array, copy=True)  # JAX keeps the host copy of an array alive with it: use a copy
         host = np.asarray(array, dtype=dtype)
         return host.T if self.is_transposed else host
 
 
 def size_in_bytes(size: int | str) -> int:
-    """A number of bytes, or `"5GB"`, `"200MB"`, `"8kB"`: in powers of 1,000, as transformers has it.
+    """Parses a size: a number of bytes, or text such as `"5GB"`, in powers of 1,000 as in transformers.
 
     Raises:
-        ValueError: neither, or none at all.
+        ValueError: The size is neither, or less than one byte.
 
     Example:
         >>> size_in_bytes("1.5MB"), size_in_bytes(4096)
@@ -73,17 +83,17 @@ def size_in_bytes(size: int | str) -> int:
         count = size if type(size) is int else 0
     if count < 1:
         raise ArgumentError(
-            f'`max_shard_size` must be a number of bytes, or such as "5GB" or "200MB", not {size!r:.50}.'
+            f'`max_shard_size` must be a positive number of bytes, or text such as "5GB" or "200MB", got {size!r:.50}.'
         )
     return count
 
 
-def shard(tensors: Mapping[str, Any], max_bytes: int) -> dict[str, dict[str, Any]]:
-    """`{file: {name: tensor}}`: one file, or several of `max_bytes` at most, a tensor that is larger in one of its own.
+def shard(tensors: Mapping[str, _Tensor], max_bytes: int) -> dict[str, dict[str, _Tensor]]:
+    """Splits tensors into files: `{file: {name: tensor}}`. A tensor larger than `max_bytes` gets a file of its own.
 
     Args:
-        tensors: with `nbytes`.
-        max_bytes: of the tensors of a file.
+        tensors: Tensors by name.
+        max_bytes: Maximum size of the tensors in a file, in bytes.
 
     Example:
         >>> list(shard({"a": np.zeros(2), "b": np.zeros(1)}, 20))
@@ -91,7 +101,7 @@ def shard(tensors: Mapping[str, Any], max_bytes: int) -> dict[str, dict[str, Any
         >>> list(shard({"a": np.zeros(2), "b": np.zeros(1)}, 24))
         ['model.safetensors']
     """
-    parts: list[dict[str, Any]] = [{}]
+    parts: list[dict[str, _Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if parts[-1] and size + tensor.nbytes > max_bytes:
@@ -104,15 +114,19 @@ def shard(tensors: Mapping[str, Any], max_bytes: int) -> dict[str, dict[str, Any
     return {_PART.format(number, len(parts)): part for number, part in enumerate(parts, start=1)}
 
 
-def index(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of `model.safetensors.index.json`."""
-    total = sum(tensor.nbytes for part in files.values() for tensor in part.values())
-    places = {name: file for file, part in files.items() for name in part}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+def total_size(files: Mapping[str, Mapping[str, _Sized]]) -> int:
+    """Bytes of all tensors in the files from `shard`."""
+    return sum(tensor.nbytes for part in files.values() for tensor in part.values())
+
+
+def index(files: Mapping[str, Mapping[str, _Sized]]) -> dict[str, object]:
+    """The content of `model.safetensors.index.json` for the files from `shard`."""
+    file_of = {name: file for file, part in files.items() for name in part}
+    return {"metadata": {"total_size": total_size(files)}, "weight_map": dict(sorted(file_of.items()))}
 
 
 def is_weights_file(name: str) -> bool:
-    """Whether a folder's file is one that `shard` or `index` gives, of however many parts.
+    """Whether a file has a name that `shard` or `index` gives, for any number of files.
 
     Example:
         >>> is_weights_file("model-00002-of-00003.safetensors"), is_weights_file("adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""The tokenizer of a base model, and its special tokens."""
+"""Loads the tokenizer of a base model and its special tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tokenizers
 
@@ -20,16 +20,16 @@ from lora_jax.text import clipped
 from .hub import find_base
 
 _PROGRAM = Path(__file__).with_name("tokenizer_trial.py")
-_LARGEST = 2**28  # bytes of a file; the largest vocabularies known take some 35 MB
+_LARGEST = 2**28  # bytes of a file; the largest known vocabularies take about 35 MB
 _LARGEST_TEMPLATE = 2**20
-# Of a trial: what it may take of the time and the memory, and what more for each byte of the file. The largest
-# vocabularies known, of some 35 MB, take 3 s and 0.8 GB.
+# Limits of a trial, fixed and per byte of the file. The largest known vocabularies, of about 35 MB, take 3 s and
+# 0.8 GB.
 _SECONDS, _SECONDS_PER_BYTE = 10.0, 1e-6
 _MEMORY, _MEMORY_PER_BYTE = 2**30, 40
-_LONGEST = 200  # characters of a text that is put in
+_LONGEST = 200  # characters of an inserted text
 _LONGEST_WORD = 1_000  # characters of a word that is looked up: the time grows with their square
 
-# What takes time and memory in proportion to the text, whatever the file says.
+# Parts whose time and memory are proportional to the text, whatever their settings.
 _PLAIN = frozenset(
     (
         *("BPE", "Unigram", "WordLevel", "WordPiece", "Sequence"),
@@ -39,7 +39,7 @@ _PLAIN = frozenset(
         *("BPEDecoder", "ByteFallback", "Fuse"),
     )
 )
-# How GPT-2, Llama 3 and Qwen split; each of these expressions ends where it began or goes forward.
+# The patterns by which GPT-2, Llama 3 and Qwen split; none of them backtracks.
 _EXPRESSIONS = frozenset(
     {
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -49,28 +49,27 @@ _EXPRESSIONS = frozenset(
         r"|\s+(?!\S)|\s+",
     }
 )
-_PASSED: set[str] = set()  # digests of what has passed its trial: once a process is enough
+_PASSED: set[str] = set()  # digests of files that have passed their trial in this process
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """Reads `tokenizer.json` of a base model.
+    """Reads a base model's `tokenizer.json`.
 
-    A file of plain parts, such as those of BERT, GPT-2, Llama 3 and Qwen, is loaded at once. One with a regular
-    expression of its own, a compiled table of characters or a part that isn't known here is first loaded in a process
-    with a limit of time and memory, where it has to split texts that are hard for such expressions; that takes a
-    fraction of a second, once. It is a trial and no proof: an expression may still take long for a text that it was
-    made for.
+    A file made of known parts, such as those of BERT, GPT-2, Llama 3 and Qwen, is loaded directly. A file with a
+    regular expression of its own, a compiled character table or an unknown part is first loaded in another process,
+    with limits on time and memory, which tokenizes texts that are hard for such expressions. This takes a fraction of a
+    second, once. It is a trial, not a proof: an expression may still be slow for a text made to exploit it.
 
     Args:
-        source: as for `lora_jax.models.load`.
+        source: Folder, hub name or alias, as for `lora_jax.models.load`.
 
     Returns:
-        The tokenizer, without the padding and the truncation that the file may hold: batching decides those. (The
-        default base's file pads every text to 128 tokens.)
+        The tokenizer, without the padding and truncation set in the file: batching decides those. (The default base's
+        file pads every text to 128 tokens.)
 
     Raises:
-        FileError: no such model, it has no readable `tokenizer.json`, one that doesn't pass its trial, or one whose ids
-            reach beyond the rows of the embeddings, by `vocab_size` in `config.json`.
+        FileError: There is no such model, or its `tokenizer.json` can't be read, doesn't pass its trial, or has ids
+            beyond the rows of the embeddings, by `vocab_size` in `config.json`.
     """
     folder = find_base(source)
     path = within_folder(folder, "tokenizer.json")
@@ -88,7 +87,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:
             raise FileError(
-                f"{path} is no tokenizer that `tokenizers` {tokenizers.__version__} can read: {clipped(error)}"
+                f"{path} can't be read by `tokenizers` {tokenizers.__version__}: {clipped(error)}"
             ) from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -97,7 +96,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 
 
 def _check_ids(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
-    """A token without a row in the embeddings would be looked up all the same, and make NaN of a whole text."""
+    """Checks that each token has a row in the embeddings; a lookup outside them would turn the whole text to NaN."""
     rows = _vocabulary_size(folder)
     ids = tokenizer.get_vocab(with_added_tokens=True)
     if rows is None or max(ids.values(), default=0) < rows:
@@ -105,9 +104,9 @@ def _check_ids(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
     some = ", ".join(f"{token!r:.40} {number:,}" for number, token in beyond[:3])
     raise FileError(
-        f"{folder}: the ids of tokenizer.json reach {beyond[-1][0]:,}, and the embeddings have {rows:,} rows "
+        f"{folder}: tokenizer.json has ids up to {beyond[-1][0]:,}, but the embeddings have {rows:,} rows "
         f"(`vocab_size` in config.json): no row for {len(beyond):,} tokens ({some}{', …' if len(beyond) > 3 else ''}). "
-        "Take the tokenizer that belongs to the model; for tokens that were added, save the model with its embeddings "
+        "Use the tokenizer that belongs to the model; if tokens were added, save the model with its embeddings "
         "resized (`model.resize_token_embeddings(len(tokenizer))` in transformers)."
     )
 
@@ -118,28 +117,28 @@ def _vocabulary_size(folder: Path) -> int | None:
 
 
 def special_texts(tokenizer: tokenizers.Tokenizer) -> tuple[str, ...]:
-    """How a tokenizer's special tokens are spelled: it takes these for control tokens wherever a text has them."""
+    """The spellings of a tokenizer's special tokens, which it recognizes anywhere in a text."""
     return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
 
 
 @contextlib.contextmanager
 def refused_if_it_breaks_off(what: object) -> Iterator[None]:
-    """Around calls of a tokenizer: what it breaks off with is no `Exception`, and would end a command unexplained.
+    """A context for calls of a tokenizer that turns a panic in its Rust code, which is no `Exception`, into an error.
 
     Args:
-        what: the tokenizer, for the message.
+        what: Name of the tokenizer for the message.
 
     Raises:
-        FileError: the tokenizer broke off.
+        FileError: The tokenizer panicked.
     """
     try:
         yield
     except BaseException as error:
-        # Rust's `PanicException` can't be imported; what the package raises of its own is a bare `Exception`.
+        # Rust's `PanicException` can't be imported; the package's own errors are bare `Exception`s.
         if type(error).__module__ != "pyo3_runtime" and type(error) is not Exception:
             raise
         raise FileError(
-            f"{what} has a tokenizer that breaks off ({clipped(error)}): its tables contradict each other. Fetch the "
+            f"{what} has a tokenizer that fails ({clipped(error)}): its tables contradict each other. Download the "
             "model again, or use another."
         ) from None
 
@@ -150,7 +149,7 @@ def _try(path: Path, data: bytes, unknown: list[str], expressions: list[str]) ->
         return
     settings = {"memory": _MEMORY + _MEMORY_PER_BYTE * len(data), "expressions": expressions}
     seconds = _SECONDS + _SECONDS_PER_BYTE * len(data)
-    # -P: what lies beside the program can't stand in for a library.
+    # With -P, files beside the program can't shadow a library.
     command = [sys.executable, "-P", str(_PROGRAM)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
@@ -165,14 +164,14 @@ def _try(path: Path, data: bytes, unknown: list[str], expressions: list[str]) ->
         problem = f"it didn't end within {seconds:.0f} s"
     if problem is not None:
         raise FileError(
-            f"{path} doesn't pass its trial, in which it has to split some texts within limits of time and memory: "
-            f"{clipped(problem, 400)}. It was tried because of {', '.join(unknown[:4])}. Use a model that you trust."
+            f"{path} doesn't pass its trial, which tokenizes some texts within limits on time and memory: "
+            f"{clipped(problem, 400)}. The trial was needed because of {', '.join(unknown[:4])}. Use a trusted model."
         )
     _PASSED.add(digest)
 
 
-def _unknown_parts(content: Any) -> list[str]:
-    """What of a `tokenizer.json` may take more than its share of time or memory, or break off."""
+def _unknown_parts(content: object) -> list[str]:
+    """Parts of a `tokenizer.json` that may take excessive time or memory, or panic."""
     if not isinstance(content, dict):
         return []
     unknown: dict[str, None] = {}
@@ -195,27 +194,30 @@ def _unknown_parts(content: Any) -> list[str]:
     return list(unknown)
 
 
-def _is_plain(kind: Any) -> bool:
-    return isinstance(kind, str) and kind in _PLAIN
+def _is_plain(part_type: object) -> bool:
+    return isinstance(part_type, str) and part_type in _PLAIN
 
 
-def _is_small(value: Any) -> bool:
+def _is_small(value: object) -> bool:
     return type(value) is int and 0 <= value <= _LONGEST_WORD
 
 
-def _is_whole(template: dict[str, Any]) -> bool:
-    """Whether each special token that a template puts in is one that it describes."""
+def _is_whole(template: dict[str, object]) -> bool:
+    """Whether the template describes each special token that it inserts."""
     described = template.get("special_tokens")
-    used = [part["SpecialToken"] for part in _objects(template) if isinstance(part.get("SpecialToken"), dict)]
-    return isinstance(described, dict) and all(str(token.get("id")) in described for token in used)
+    used = (part.get("SpecialToken") for part in _objects(template))
+    return isinstance(described, dict) and all(
+        str(token.get("id")) in described for token in used if isinstance(token, dict)
+    )
 
 
-def _expressions(content: Any) -> list[str]:
-    return [part["Regex"] for part in _objects(content) if isinstance(part.get("Regex"), str)]
+def _expressions(content: object) -> list[str]:
+    expressions = (part.get("Regex") for part in _objects(content))
+    return [expression for expression in expressions if isinstance(expression, str)]
 
 
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in JSON; not recursive, since what comes from elsewhere may be deep."""
+def _objects(value: object) -> Iterator[dict[str, object]]:
+    """Every object in JSON; not recursive, since untrusted JSON may be deeply nested."""
     left = [value]
     while left:
         entry = left.pop()
@@ -227,14 +229,14 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 class SpecialTokens(NamedTuple):
-    """What a base's folder says of its special tokens.
+    """The special tokens of a base.
 
     Attributes:
-        texts: `{"bos_token": "<s>", "eos_token": "</s>", …}`, as a chat template sees them.
-        end: the id of the end-of-text.
-        stops: ids that end a generated text, `end` among them.
-        chat_template: in Jinja; `None` where the base has none.
-        added: How all special tokens are spelled that the tokenizer finds in a text, named ones or not.
+        texts: Spellings by name, `{"bos_token": "<s>", "eos_token": "</s>", …}`, as a chat template receives them.
+        end: Id of the end-of-text token.
+        stops: Ids that end a generated text, including `end`.
+        chat_template: Jinja template; `None` if the base has none.
+        added: Spellings of all special tokens that the tokenizer recognizes in a text, whether they have a name or not.
     """
 
     texts: dict[str, str]
@@ -248,17 +250,17 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_
 
 
 def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
-    """Reads the special tokens of a decoder's folder, and its chat template.
+    """Reads a decoder's special tokens and chat template.
 
-    The end-of-text is `eos_token` in `tokenizer_config.json` (or `special_tokens_map.json`), else the first
-    `eos_token_id` in `generation_config.json` or `config.json`. A generated text ends with any of these. The template
-    is `chat_template.jinja`, else the (default) one in `tokenizer_config.json`.
+    The end-of-text token is `eos_token` in `tokenizer_config.json` (or `special_tokens_map.json`), otherwise the first
+    `eos_token_id` in `generation_config.json` or `config.json`. Any of these ends a generated text. The template is
+    `chat_template.jinja`, otherwise the (default) one in `tokenizer_config.json`.
 
     Args:
-        source: as for `lora_jax.models.load`.
+        source: Folder, hub name or alias, as for `lora_jax.models.load`.
 
     Raises:
-        FileError: a malformed file, or no end-of-text at all.
+        FileError: A file is malformed, or none names an end-of-text token.
     """
     folder = find_base(source)
     tokenizer = load_tokenizer(source)
@@ -274,24 +276,24 @@ def read_special_tokens(source: str | os.PathLike[str]) -> SpecialTokens:
         for number in ids if isinstance(ids, list) else [ids]:
             if type(number) is int:
                 if not 0 <= number < 2**31:
-                    raise FileError(f"{folder / file}: `eos_token_id` can't be {clipped(number, 40)}.")
+                    raise FileError(f"{folder / file}: `eos_token_id` must be a token, got {clipped(number, 40)}.")
                 stops.append(number)
     if not stops:
         raise FileError(
-            f"{folder} names no end-of-text: neither `eos_token` in tokenizer_config.json nor `eos_token_id` in "
-            "config.json. Add one."
+            f"{folder} has no end-of-text token: add `eos_token` to tokenizer_config.json or `eos_token_id` to "
+            "config.json."
         )
     if (rows := _vocabulary_size(folder)) is not None and stops[0] >= rows:
         raise FileError(
-            f"{folder}: `eos_token_id` is {stops[0]:,}, and the embeddings have {rows:,} rows (`vocab_size` in "
-            "config.json). Name the end-of-text that the tokenizer has."
+            f"{folder}: `eos_token_id` must be less than `vocab_size` in config.json, {rows:,}, got {stops[0]:,}: use "
+            "the id of the tokenizer's end-of-text token."
         )
     texts.setdefault("eos_token", tokenizer.id_to_token(stops[0]) or "")
     template = _chat_template(folder, settings)
     return SpecialTokens(texts, stops[0], tuple(dict.fromkeys(stops)), template, special_texts(tokenizer))
 
 
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+def _chat_template(folder: Path, settings: dict[str, object]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return read_text(path, max_bytes=_LARGEST_TEMPLATE)
@@ -302,16 +304,16 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     content = read_json(path)
     if not isinstance(content, dict):
-        raise FileError(f"{path} must be a JSON object, and is a {type(content).__name__}.")
+        raise FileError(f"{path} must be a JSON object, got {type(content).__name__}.")
     return content
 
 
-def _text_of(token: Any) -> str | None:
-    """A token as it stands in the files: a text, or an object that holds one."""
+def _text_of(token: object) -> str | None:
+    """The spelling of a token, which is a string in the files or an object with one."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None

@@ -1,9 +1,9 @@
-"""A program that loads a tokenizer and puts hard texts to it, run as a process of its own by `tokenizer.py`.
+"""A program that loads a tokenizer and has it tokenize hard texts; `tokenizer.py` runs it in a process of its own.
 
-A `tokenizer.json` comes with a model from anywhere. Its regular expressions may run for ever, and its tables may make
-`tokenizers` break off or ask for all memory, which no caller in the same process can stop or catch. Here it can be.
+A `tokenizer.json` may come from an untrusted model. Its regular expressions may run for ever, and its tables may make
+`tokenizers` panic or take all memory, which a caller in the same process can neither stop nor catch.
 
-Reads the settings, one line of JSON, and then the file; writes one line, `{}` or `{"error": …}`.
+Reads one line of JSON with the settings, then the file; writes one line, `{}` or `{"error": …}`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 
 import tokenizers
 
-_LENGTH = 2_000  # of what is repeated
+_LENGTH = 2_000  # characters of a repetition
 _ALPHABET = "a0 .-_\n\t'é中\u0301\U0001f600"
 _TEXTS = (
     "The film wasn't bad: 1,234.5 % of it — naïve, 日本語, العربية, हिन्दी 👩‍👩‍👧 — is there…\r\n\r\n\tcode(x) = {y};  ",
@@ -25,7 +25,7 @@ _TEXTS = (
 
 
 def limit(memory: int) -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has them
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has these limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -33,10 +33,10 @@ def limit(memory: int) -> None:
 
 
 def hard_texts(expressions: list[str]) -> list[str]:
-    """Repetitions, and pairs repeated, that end in what nothing matches: where an expression backtracks, it does here.
+    """Repeated characters and pairs with an ending that nothing matches, on which a backtracking expression is slow.
 
-    Of the characters that the expressions name, beside some of each class. They follow once more at the end, since a
-    text without what an expression ends in isn't searched.
+    They consist of the characters in the expressions and some of each class. All of these occur again at the end,
+    because a text without the character that an expression ends with isn't searched at all.
     """
     named = "".join(character for expression in expressions for character in expression if character.isalnum())
     letters = list(dict.fromkeys(named[:40] + _ALPHABET))
@@ -62,7 +62,7 @@ def main() -> None:
             tokenizer.decode(ids[:100], skip_special_tokens=True)
         tokenizer.encode(texts[0], texts[0])
         answer = {}
-    except BaseException as error:  # what Rust's own failures are raised as is no `Exception`
+    except BaseException as error:  # a panic in Rust is no `Exception`
         answer = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(answer))
 

@@ -1,10 +1,10 @@
-"""The tensors of a Hugging Face model folder: one safetensors file, or several and an index."""
+"""Finds and reads the tensors of a Hugging Face model folder: one safetensors file, or several with an index."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,30 +15,30 @@ INDEX = "model.safetensors.index.json"
 
 
 class Located(NamedTuple):
-    """Where a tensor is, and what it is."""
+    """A tensor's file, dtype and shape."""
 
     file: Path
     info: TensorInfo
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, object]:
     """The content of `config.json`.
 
     Raises:
-        FileError: it is missing, or is no JSON object.
+        FileError: The file is missing, or isn't a JSON object.
     """
     config = read_json(within_folder(folder, "config.json"))
     if not isinstance(config, dict):
-        raise FileError(f"{folder / 'config.json'} must be a JSON object, and is a {type(config).__name__}.")
+        raise FileError(f"{folder / 'config.json'} must be a JSON object, got {type(config).__name__}.")
     return config
 
 
 def locate_tensors(folder: Path) -> dict[str, Located]:
-    """Every tensor of the folder's checkpoint, from the headers of its files.
+    """Locates every tensor of the folder's checkpoint by the headers of its files.
 
     Raises:
-        FileError: no safetensors file (a pickle is refused), a malformed one, a link that leads out of the folder, or
-            an index that names files outside of it or tensors that aren't where it says.
+        FileError: There is no safetensors file (a pickle is refused) or a malformed one, a link leads out of the
+            folder, or the index names files outside it or tensors that aren't in the file it gives.
     """
     if (folder / WEIGHTS).exists():
         path = within_folder(folder, WEIGHTS)
@@ -48,8 +48,8 @@ def locate_tensors(folder: Path) -> dict[str, Located]:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         raise FileError(
-            f"{folder} has weights as a pickle only ({', '.join(pickles[:3])}), which can run code when it is read, so "
-            "it isn't. Save the model as safetensors: `AutoModel.from_pretrained(folder).save_pretrained(folder)` in "
+            f"{folder} has its weights only as a pickle ({', '.join(pickles[:3])}), which isn't read because it can "
+            "run code. Save the model as safetensors: `AutoModel.from_pretrained(folder).save_pretrained(folder)` in "
             "transformers."
         )
     raise FileError(f"{folder} has no weights: neither `{WEIGHTS}` nor `{INDEX}`.")
@@ -65,17 +65,17 @@ def _locate_in_parts(folder: Path) -> dict[str, Located]:
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(parts.values())):
         if not file.endswith(".safetensors"):
-            raise FileError(f"{index} names {file!r:.200}, which is no safetensors file, and no other is read.")
+            raise FileError(f"{index} must name safetensors files only, got {file!r:.200}.")
         files[file] = within_folder(folder, file)
-        headers[file] = read_safetensors_header(files[file])  # a missing one is told before the next is looked for
+        headers[file] = read_safetensors_header(files[file])  # raises for a missing file before the next is opened
     for name, file in parts.items():
         if name not in headers[file]:
-            raise FileError(f"{index} says that {file} holds the tensor '{name}', and it doesn't.")
+            raise FileError(f"{index} says that {file} holds the tensor '{name}', but it doesn't.")
     return {name: Located(files[file], headers[file][name]) for name, file in parts.items()}
 
 
 def read_tensors(tensors: Mapping[str, Located], names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads the tensors named, one at a time, file by file."""
+    """Reads the named tensors one at a time, file by file."""
     by_file: dict[Path, list[str]] = {}
     for name in names:
         by_file.setdefault(tensors[name].file, []).append(name)

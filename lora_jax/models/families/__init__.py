@@ -1,1 +1,1 @@
-"""One file a family of models; `registry` finds a family by its `model_type`."""
+"""The families of models, one file each; `registry` finds a family by its `model_type`."""

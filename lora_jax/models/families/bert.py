@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lora_jax.errors import ArgumentError
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, encoder_architectures
 from ..model_config import ModelConfig
 from ..nn.attention import AttentionForm
@@ -30,11 +31,11 @@ from ..nn.rematerialization import Remat
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(ModelConfig):
-    """The sizes and settings of a BERT, under their names in Hugging Face's `config.json`.
+    """Sizes and settings of a BERT, named as in Hugging Face's `config.json`.
 
     Raises:
-        ValueError: a size that is no positive integer, heads that don't divide the width, an unknown activation, a
-            dropout rate outside [0, 1).
+        ValueError: A size isn't a positive integer, the heads don't divide the width, the activation is unknown, or a
+            dropout rate is outside [0, 1).
     """
 
     model_type: ClassVar[str] = "bert"
@@ -80,29 +81,29 @@ class BertConfig(ModelConfig):
         )
 
     @classmethod
-    def _check_variant(cls, config: Mapping[str, Any]) -> None:
+    def _check_variant(cls, config: Mapping[str, object]) -> None:
         positions = config.get("position_embedding_type", "absolute")
         if positions != "absolute":
-            raise ArgumentError(f"`position_embedding_type` is {positions!r:.50}, and only 'absolute' is implemented.")
+            raise ArgumentError(f"`position_embedding_type` must be 'absolute', got {positions!r:.50}.")
         for name in ("is_decoder", "add_cross_attention"):
             if config.get(name):
-                raise ArgumentError(f"`{name}` is true, and only encoders are implemented.")
+                raise ArgumentError(f"`{name}` must be false: only encoders are implemented.")
 
 
 class Bert(nnx.Module):
-    """The encoder, and a head of `outputs` logits unless `outputs` is `None`.
+    """An encoder, with a head if `outputs` is given.
 
     Args:
-        config: sizes and settings.
-        pooling: `"first"`: `tanh(W x + b)` of the first token's last hidden state, as in the paper and in
-            transformers' `BertForSequenceClassification`; `"mean"`: the mean of the hidden states over the tokens that
-            aren't padding. Not used without a head.
-        outputs: logits of the head; `None` for hidden states.
-        dtype: of the computation. Parameters are cast to it where they are used, so trained leaves may be float32 in
-            a bfloat16 model. Norms and softmax are computed in float32 at least.
-        remat: what of a layer is kept for the backward pass, the rest being computed again; `None` keeps all.
-        attention: The form of the attention, see `attend`.
-        rngs: for the initial values.
+        config: Sizes and settings.
+        pooling: Input of the head: `"first"` for `tanh(W x + b)` of the first token's last hidden state, as in the
+            paper and in transformers' `BertForSequenceClassification`, or `"mean"` for the mean of the hidden states
+            over the tokens that aren't padding. Has no effect without a head.
+        outputs: Number of logits; `None` for hidden states.
+        dtype: Dtype of the computation. Parameters are cast to it where they are used, so trained leaves may be float32
+            in a bfloat16 model. Norms and softmax are computed in float32 or wider.
+        remat: Policy that decides which values of a layer are kept for the backward pass; `None` keeps all of them.
+        attention: Form of the attention, see `attend`.
+        rngs: Random streams for the initial values.
     """
 
     def __init__(
@@ -125,15 +126,19 @@ class Bert(nnx.Module):
         self.classifier = linear(width, outputs, deviation=deviation, dtype=dtype, rngs=rngs) if outputs else None
 
     def __call__(
-        self, input_ids: jax.Array, mask: jax.Array | None, token_types: jax.Array | None, key: jax.Array | None
-    ) -> jax.Array:
-        """Hidden states `(batch, time, d)`, or logits `(batch, outputs)`.
+        self,
+        input_ids: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time"] | None,
+        token_types: Int[Array, "batch time"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch time d"] | Float[Array, "batch outputs"]:
+        """Computes hidden states, or logits if there is a head.
 
         Args:
-            input_ids: `(batch, time)` integers.
-            mask: `(batch, time)` booleans, false where there is padding; `None` for no padding.
-            token_types: `(batch, time)` integers; `None` for zeros.
-            key: of the dropout; `None` for none.
+            input_ids: Tokens.
+            mask: False at padding; `None` for no padding.
+            token_types: Token types; `None` for zeros.
+            key: Dropout key; `None` for no dropout.
         """
         x = self.embeddings(input_ids, jnp.arange(input_ids.shape[1]), token_types, key)
         x = self.encoder(x, mask, key)
@@ -162,7 +167,7 @@ ENCODER_MODULES = {
 BERT = Family(
     config=BertConfig,
     module=Bert,
-    names=NameTable(
+    names=TensorNames(
         modules={**ENCODER_MODULES, "classifier": "classifier"},
         prefix="bert.",
         outside=("classifier",),

@@ -1,4 +1,4 @@
-"""DistilBERT in Flax NNX: BERT's encoder with half its layers, without token types and pooler, and with another head.
+"""DistilBERT in Flax NNX: BERT's encoder with half the layers, no token types, no pooler, and a different head.
 
 Sanh et al., "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter", 2019, arXiv:1910.01108.
 """
@@ -12,8 +12,9 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, encoder_architectures
 from ..model_config import ModelConfig
 from ..nn.attention import AttentionForm
@@ -25,17 +26,16 @@ from ..nn.rematerialization import Remat
 
 @dataclass(frozen=True, kw_only=True)
 class DistilBertConfig(ModelConfig):
-    """The sizes and settings of a DistilBERT, under their names in Hugging Face's `config.json`.
+    """Sizes and settings of a DistilBERT, named as in Hugging Face's `config.json`.
 
-    `sinusoidal_pos_embds` says how the table of positions was made. It is in the checkpoint either way, and read from
-    there.
+    `sinusoidal_pos_embds` says how the table of positions was initialized. It is read from the checkpoint in any case.
 
     Raises:
-        ValueError: a size that is no positive integer, heads that don't divide the width, an unknown activation, a
-            dropout rate outside [0, 1).
+        ValueError: A size isn't a positive integer, the heads don't divide the width, the activation is unknown, or a
+            dropout rate is outside [0, 1).
 
-    **Deviations.** The sinusoidal table of the first versions was never trained; here it is a parameter like any other,
-    as it is in transformers 5, and full fine-tuning trains it.
+    **Deviations.** The sinusoidal table of the first versions was never trained; here, as in transformers 5, it is a
+    parameter like any other, and full fine-tuning trains it.
     """
 
     model_type: ClassVar[str] = "distilbert"
@@ -66,7 +66,7 @@ class DistilBertConfig(ModelConfig):
     def with_dropout(self, rate: float) -> Self:
         return dataclasses.replace(self, dropout=rate, attention_dropout=rate, seq_classif_dropout=rate)
 
-    # What the encoder reads, under its names.
+    # The names that the encoder reads, see `EncoderConfig`.
 
     @property
     def hidden_size(self) -> int:
@@ -106,17 +106,17 @@ class DistilBertConfig(ModelConfig):
 
 
 class DistilBert(nnx.Module):
-    """The encoder, and a head of two layers with `outputs` logits unless `outputs` is `None`.
+    """An encoder, with a head of two layers if `outputs` is given.
 
-    transformers keeps the head's layers apart, `pre_classifier` and `classifier`. Here both are below `classifier`,
-    since a base has neither: `also_train=("classifier",)` has to train the one with the other.
+    transformers names the head's layers `pre_classifier` and `classifier`. Here both are below `classifier`: a base
+    has neither, so `also_train=("classifier",)` must train them together.
 
     Args:
-        config: sizes and settings.
-        pooling: what the head sees: the `"first"` token's last hidden state, as in transformers'
-            `DistilBertForSequenceClassification`; or the `"mean"` of the hidden states over the tokens that aren't
+        config: Sizes and settings.
+        pooling: Input of the head: the `"first"` token's last hidden state, as in transformers'
+            `DistilBertForSequenceClassification`, or the `"mean"` of the hidden states over the tokens that aren't
             padding.
-        outputs, dtype, remat, attention, rngs: see `Bert`.
+        outputs, dtype, remat, attention, rngs: See `Bert`.
     """
 
     def __init__(
@@ -149,11 +149,15 @@ class DistilBert(nnx.Module):
         )
 
     def __call__(
-        self, input_ids: jax.Array, mask: jax.Array | None, token_types: jax.Array | None, key: jax.Array | None
-    ) -> jax.Array:
-        """Hidden states `(batch, time, d)`, or logits `(batch, outputs)`; arguments as in `Bert`.
+        self,
+        input_ids: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time"] | None,
+        token_types: Int[Array, "batch time"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch time d"] | Float[Array, "batch outputs"]:
+        """Computes hidden states, or logits if there is a head; arguments as in `Bert`.
 
-        `token_types` mean nothing here: the tokenizer is BERT's and gives them, so they're taken and left aside.
+        `token_types` are ignored. They are accepted because the tokenizer, BERT's, returns them.
         """
         del token_types
         x = self.embeddings(input_ids, jnp.arange(input_ids.shape[1]), None, key)
@@ -164,7 +168,7 @@ class DistilBert(nnx.Module):
 DISTILBERT = Family(
     config=DistilBertConfig,
     module=DistilBert,
-    names=NameTable(
+    names=TensorNames(
         modules={
             "embeddings/word": "embeddings.word_embeddings",
             "embeddings/position": "embeddings.position_embeddings",

@@ -1,4 +1,4 @@
-"""GPT-2 in Flax NNX: learned positions, one fused matmul for query, key and value, the head tied to the embeddings.
+"""GPT-2 in Flax NNX: learned positions, one matmul for query, key and value, and a head tied to the embeddings.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +17,25 @@ from flax import nnx
 
 from lora_jax.errors import ArgumentError
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, decoder_architectures
 from ..nn.attention import AttentionForm, Scope, attend
 from ..nn.cache import Cache
 from ..nn.decoder import Context, Decoder, DecoderConfig, Place, join_heads, make_layers, remembered, split_heads
-from ..nn.insertion import Adapter, Prefix, adapted, with_prefix
+from ..nn.insertion import InsertedAdapter, InsertedPrefix, adapted, with_prefix
 from ..nn.layers import ACTIVATIONS, Norm, Table, dropout, key_for, linear
 from ..nn.rematerialization import Remat, kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpt2Config(DecoderConfig):
-    """The sizes and settings of a GPT-2, under their names in Hugging Face's `config.json`.
+    """Sizes and settings of a GPT-2, named as in Hugging Face's `config.json`.
 
-    `reorder_and_upcast_attn` may be set: it asks for scores in float32, which they are here in any case.
+    `reorder_and_upcast_attn`, which asks for scores in float32, has no effect: they always are.
 
     Raises:
-        ValueError: a size that is no positive integer, heads that don't divide the width, an unknown activation, a
-            dropout rate outside [0, 1).
+        ValueError: A size isn't a positive integer, the heads don't divide the width, the activation is unknown, or a
+            dropout rate is outside [0, 1).
     """
 
     model_type: ClassVar[str] = "gpt2"
@@ -80,22 +80,22 @@ class Gpt2Config(DecoderConfig):
         return dataclasses.replace(self, resid_pdrop=rate, embd_pdrop=rate, attn_pdrop=rate)
 
     @classmethod
-    def _check_variant(cls, config: Mapping[str, Any]) -> None:
+    def _check_variant(cls, config: Mapping[str, object]) -> None:
         if config.get("add_cross_attention"):
-            raise ArgumentError("`add_cross_attention` is true, and only decoders without an encoder are implemented.")
+            raise ArgumentError("`add_cross_attention` must be false: decoders with an encoder aren't implemented.")
 
 
 class Gpt2(Decoder):
-    """The decoder, with logits where `head` asks for them.
+    """A decoder.
 
     Args:
-        config: sizes and settings.
-        head: whether there are logits.
-        dtype: of parameters and computation, see `Bert`.
-        remat: see `Encoder`.
-        scan: whether the layers are stacked and scanned.
-        attention: The form of the attention, see `attend`.
-        rngs: for the initial values.
+        config: Sizes and settings.
+        head: Whether to compute logits rather than hidden states.
+        dtype: Dtype of the parameters and of the computation, see `Bert`.
+        remat: Policy of rematerialization, see `Encoder`.
+        scan: Whether to stack the layers and run them in a scan.
+        attention: Form of the attention, see `attend`.
+        rngs: Random streams for the initial values.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class Gpt2(Decoder):
         return self.embeddings(input_ids, positions, key)
 
     def context(self, scope: Scope, positions: jax.Array) -> Context:
-        del positions  # the embeddings have them
+        del positions  # the embeddings include them
         return Context(scope, attention=self.attention)
 
     def settings(self) -> np.ndarray | None:
-        """What the scores of each layer are divided by, beside `√h`."""
+        """Divisor of each layer's scores, besides `√h`."""
         if not self.config.scale_attn_by_inverse_layer_idx:
             return None
         return np.arange(1, self.config.n_layer + 1, dtype=np.float32)
@@ -175,8 +175,8 @@ class Attention(nnx.Module):
         self.norm = Norm(width, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
         self.query_key_value = linear(width, 3 * width, deviation=deviation, dtype=dtype, rngs=rngs)
         self.output = linear(width, width, deviation=deviation, dtype=dtype, rngs=rngs)
-        self.adapter: Adapter | None = None
-        self.prefix: Prefix | None = None
+        self.adapter: InsertedAdapter | None = None
+        self.prefix: InsertedPrefix | None = None
 
     def __call__(
         self, x: jax.Array, context: Context, place: Place, cache: Cache | None, key: jax.Array | None
@@ -204,13 +204,13 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, config: Gpt2Config, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner, deviation = config.n_embd, config.n_inner, config.initializer_range
-        assert inner is not None  # the configuration has filled it in
+        assert inner is not None  # set by the configuration
         self.activation = ACTIVATIONS[config.activation_function]
         self.dropout = config.resid_pdrop
         self.norm = Norm(width, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
         self.up = linear(width, inner, deviation=deviation, dtype=dtype, rngs=rngs)
         self.down = linear(inner, width, deviation=deviation, dtype=dtype, rngs=rngs)
-        self.adapter: Adapter | None = None
+        self.adapter: InsertedAdapter | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         y = self.down(self.activation(kept(self.up(self.norm(x)))))
@@ -218,14 +218,14 @@ class MLP(nnx.Module):
 
 
 def is_transposed(path: str) -> bool:
-    """The layers are `Conv1D`s there, which hold `(in, out)` as here; an untied head is a `Linear`."""
+    """In transformers the layers are `Conv1D`s, which store `(in, out)` as here; an untied head is a `Linear`."""
     return path == "lm_head/kernel"
 
 
 GPT2 = Family(
     config=Gpt2Config,
     module=Gpt2,
-    names=NameTable(
+    names=TensorNames(
         modules={
             "embeddings/word": "wte",
             "embeddings/position": "wpe",

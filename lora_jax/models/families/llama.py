@@ -1,10 +1,10 @@
-"""The Llama family in Flax NNX: Llama 2 and 3, Mistral, Qwen2 and Qwen3, told by `model_type`.
+"""The Llama family in Flax NNX: Llama 2 and 3, Mistral, Qwen2 and Qwen3, distinguished by `model_type`.
 
 Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023, arXiv:2302.13971. Grouped-query attention:
 Ainslie et al., 2023, arXiv:2305.13245. Sliding window: Jiang et al., "Mistral 7B", 2023, arXiv:2310.06825.
 
-They are one computation: RMS norms before attention and MLP, rotary positions, several query heads to a key head, a
-gated MLP. Their configurations say where they differ: in biases, in norms of queries and keys, in sliding windows.
+All share one computation: RMS norms before attention and MLP, rotary positions, several query heads per key head, and a
+gated MLP. Their configurations specify the differences: biases, norms of queries and keys, and sliding windows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import numpy as np
@@ -22,12 +22,12 @@ from flax import nnx
 
 from lora_jax.errors import ArgumentError
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, decoder_architectures
 from ..nn.attention import AttentionForm, Scope, attend
 from ..nn.cache import Cache
 from ..nn.decoder import Context, Decoder, DecoderConfig, Place, join_heads, make_layers, remembered, split_heads
-from ..nn.insertion import Adapter, Prefix, adapted, with_prefix
+from ..nn.insertion import InsertedAdapter, InsertedPrefix, adapted, with_prefix
 from ..nn.layers import ACTIVATIONS, RMSNorm, Table, key_for, linear
 from ..nn.rematerialization import Remat, kept
 from ..nn.rope import Rope, rotate, rotation
@@ -38,13 +38,13 @@ _MLP = tuple(f"mlp/{name}" for name in ("gate", "up", "down"))
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(DecoderConfig):
-    """The sizes and settings of a Llama, under their names in Hugging Face's `config.json`.
+    """Sizes and settings of a Llama, named as in Hugging Face's `config.json`.
 
-    `rope` stands for `rope_theta` and `rope_scaling`, or `rope_parameters`.
+    `rope` represents `rope_theta` and `rope_scaling`, or `rope_parameters`.
 
     Raises:
-        ValueError: a size that is no positive integer, heads that don't divide the width or each other, an unknown
-            activation, a dropout rate outside [0, 1).
+        ValueError: A size isn't a positive integer, the heads don't divide the width or each other, the activation is
+            unknown, or a dropout rate is outside [0, 1).
     """
 
     model_type: ClassVar[str] = "llama"
@@ -67,7 +67,7 @@ class LlamaConfig(DecoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float = 0.0
-    # Biases on all linear layers, whatever the checkpoint has; transformers has no such entry.
+    # Biases on all linear layers, including those without one in the checkpoint; transformers has no such entry.
     all_biases: bool = False
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class LlamaConfig(DecoderConfig):
         self._check_heads("num_attention_heads", "num_key_value_heads")
         if self.head_width % 2:
             raise ArgumentError(
-                f"`head_dim` must be even, not {self.head_dim}: rotary positions turn pairs of features."
+                f"`head_dim` must be even, since rotary positions rotate pairs of features, got {self.head_dim}."
             )
         self._check_choice("hidden_act", ACTIVATIONS)
         self._check_positive("rms_norm_eps")
@@ -91,8 +91,8 @@ class LlamaConfig(DecoderConfig):
             self._check_flag(name)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        if isinstance(config, Mapping):  # otherwise the error is the base class's
+    def from_dict(cls, config: Mapping[str, object]) -> Self:
+        if isinstance(config, Mapping):  # otherwise the base class raises
             config = {**config, "rope": Rope.from_config(config)}
         return super().from_dict(config)
 
@@ -102,12 +102,12 @@ class LlamaConfig(DecoderConfig):
 
     @property
     def key_heads(self) -> int:
-        assert self.num_key_value_heads is not None  # filled in
+        assert self.num_key_value_heads is not None  # set in `__post_init__`
         return self.num_key_value_heads
 
     @property
     def head_width(self) -> int:
-        assert self.head_dim is not None  # filled in
+        assert self.head_dim is not None  # set in `__post_init__`
         return self.head_dim
 
     @property
@@ -121,19 +121,19 @@ class LlamaConfig(DecoderConfig):
         return dataclasses.replace(self, all_biases=True)
 
     def has_bias(self, module: str) -> bool:
-        """Whether a linear layer, `attention/query` or another, has a bias."""
+        """Whether a linear layer, such as `attention/query`, has a bias."""
         return self.all_biases or module in self.held_biases
 
     @property
     def held_biases(self) -> tuple[str, ...]:
-        """The linear layers whose biases are in the checkpoint."""
+        """The linear layers with a bias in the checkpoint."""
         set_by_entries = (modules for entry, modules in self.bias_entries.items() if getattr(self, entry))
         return (*self.fixed_biases, *itertools.chain.from_iterable(set_by_entries))
 
     def is_added_bias(self, path: str) -> bool:
         return path.endswith("/bias") and not path.endswith(tuple(f"/{module}/bias" for module in self.held_biases))
 
-    # Where the members of the family differ.
+    # Differences between the members of the family.
 
     @property
     def head_norms(self) -> bool:
@@ -142,13 +142,13 @@ class LlamaConfig(DecoderConfig):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """How many tokens each layer sees back, itself included; `None` for all."""
+        """The number of tokens that each layer attends to, including the current one; `None` for all."""
         return (None,) * self.num_hidden_layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class MistralConfig(LlamaConfig):
-    """Llama's, and a sliding window for all layers or none (`null`)."""
+    """Llama's sizes and settings, and a sliding window for all layers or none (`null`)."""
 
     model_type: ClassVar[str] = "mistral"
     bias_entries: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -163,7 +163,7 @@ class MistralConfig(LlamaConfig):
             self._check_size("sliding_window")
 
     @classmethod
-    def _check_variant(cls, config: Mapping[str, Any]) -> None:
+    def _check_variant(cls, config: Mapping[str, object]) -> None:
         _refuse_biases(config, ("attention_bias", "mlp_bias"), cls.model_type)
 
     @property
@@ -173,13 +173,13 @@ class MistralConfig(LlamaConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config(LlamaConfig):
-    """Llama's, with biases on query, key and value, and a sliding window for some of the layers.
+    """Llama's sizes and settings, with biases on query, key and value, and a sliding window for some layers.
 
-    `layer_types` says which, `"full_attention"` or `"sliding_attention"`; without it, `use_sliding_window` gives the
-    window to the layers from `max_window_layers` on.
+    `layer_types` lists `"full_attention"` or `"sliding_attention"` for each layer; without it, `use_sliding_window`
+    applies the window to the layers from `max_window_layers` on.
 
     Raises:
-        ValueError: as for Llama; `layer_types` that don't name each layer's kind, or a window where there is none.
+        ValueError: As for Llama, or `layer_types` doesn't fit the layers or the window.
     """
 
     model_type: ClassVar[str] = "qwen2"
@@ -199,31 +199,31 @@ class Qwen2Config(LlamaConfig):
         if self.sliding_window is not None:
             self._check_size("sliding_window")
         if type(self.max_window_layers) is not int or self.max_window_layers < 0:
-            raise ArgumentError(f"`max_window_layers` must be a number of layers, not {self.max_window_layers!r:.50}.")
+            raise ArgumentError(f"`max_window_layers` must be a number of layers, got {self.max_window_layers!r:.50}.")
         kinds = self.layer_types
         if kinds is None:
             return
         if len(kinds) != self.num_hidden_layers or any(kind not in _KINDS for kind in kinds):
             raise ArgumentError(
                 f"`layer_types` must be one of {', '.join(map(repr, _KINDS))} for each of the "
-                f"{self.num_hidden_layers} layers, not {list(kinds)!r:.200}."
+                f"{self.num_hidden_layers} layers, got {list(kinds)!r:.200}."
             )
         if _SLIDING in kinds and (not self.use_sliding_window or self.sliding_window is None):
             raise ArgumentError(
-                f"`layer_types` has {_SLIDING!r}, and there is no window: `use_sliding_window` is "
-                f"{self.use_sliding_window} and `sliding_window` {self.sliding_window}."
+                f"`layer_types` has {_SLIDING!r}, but there is no window: `use_sliding_window` is "
+                f"{self.use_sliding_window} and `sliding_window` is {self.sliding_window}."
             )
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+    def from_dict(cls, config: Mapping[str, object]) -> Self:
         if isinstance(config, Mapping) and (kinds := config.get("layer_types")) is not None:
             if not isinstance(kinds, list | tuple):
-                raise ArgumentError(f"`layer_types` must be a list, not {kinds!r:.50}.")
+                raise ArgumentError(f"`layer_types` must be a list, got {kinds!r:.50}.")
             config = {**config, "layer_types": tuple(kinds)}
         return super().from_dict(config)
 
     @classmethod
-    def _check_variant(cls, config: Mapping[str, Any]) -> None:
+    def _check_variant(cls, config: Mapping[str, object]) -> None:
         _refuse_biases(config, ("mlp_bias",), cls.model_type)
 
     @property
@@ -238,7 +238,7 @@ class Qwen2Config(LlamaConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config(Qwen2Config):
-    """Qwen2's, with norms of queries and keys, and without biases unless `attention_bias`."""
+    """Qwen2's sizes and settings, with norms of queries and keys, and no biases unless `attention_bias` is set."""
 
     model_type: ClassVar[str] = "qwen3"
     bias_entries: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention_bias": _ATTENTION}
@@ -254,14 +254,14 @@ class Qwen3Config(Qwen2Config):
 _FULL, _SLIDING = _KINDS = ("full_attention", "sliding_attention")
 
 
-def _refuse_biases(config: Mapping[str, Any], names: tuple[str, ...], model_type: str) -> None:
+def _refuse_biases(config: Mapping[str, object], names: tuple[str, ...], model_type: str) -> None:
     for name in names:
         if config.get(name):
-            raise ArgumentError(f"`{name}` is true, and a {model_type} has no such biases in transformers.")
+            raise ArgumentError(f"`{name}` must be false: a {model_type} has no such biases in transformers.")
 
 
 class Llama(Decoder):
-    """The decoder, with logits where `head` asks for them; arguments as in `Gpt2`."""
+    """A decoder; arguments as in `Gpt2`."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ class Llama(Decoder):
         )
 
     def embed(self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None) -> jax.Array:
-        del positions, key  # the rotation has them; there is no dropout
+        del positions, key  # the rotation includes the positions; there is no dropout
         return self.embeddings.word(input_ids)
 
     def context(self, scope: Scope, positions: jax.Array) -> Context:
@@ -303,7 +303,7 @@ class Llama(Decoder):
         return Context(scope._replace(window=window), turn, self.attention)
 
     def settings(self) -> np.ndarray | None:
-        """Whether each layer has the window, where some have it and some don't."""
+        """Whether each layer has the window, if only some have it."""
         windows = self.config.windows
         return np.array([window is not None for window in windows]) if len(set(windows)) > 1 else None
 
@@ -343,8 +343,8 @@ class Attention(nnx.Module):
         self.output = dense(queries * head, width, bias=config.has_bias("attention/output"))
         self.query_norm = norm(head) if config.head_norms else None
         self.key_norm = norm(head) if config.head_norms else None
-        self.adapter: Adapter | None = None
-        self.prefix: Prefix | None = None
+        self.adapter: InsertedAdapter | None = None
+        self.prefix: InsertedPrefix | None = None
 
     def __call__(
         self, x: jax.Array, context: Context, place: Place, cache: Cache | None, key: jax.Array | None
@@ -382,7 +382,7 @@ class MLP(nnx.Module):
         self.gate = dense(width, inner, bias=config.has_bias("mlp/gate"))
         self.up = dense(width, inner, bias=config.has_bias("mlp/up"))
         self.down = dense(inner, width, bias=config.has_bias("mlp/down"))
-        self.adapter: Adapter | None = None
+        self.adapter: InsertedAdapter | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm(x)
@@ -392,7 +392,7 @@ class MLP(nnx.Module):
 LLAMA = Family(
     config=LlamaConfig,
     module=Llama,
-    names=NameTable(
+    names=TensorNames(
         modules={
             "embeddings/word": "embed_tokens",
             "layers/{}/attention/norm": "layers.{}.input_layernorm",

@@ -1,10 +1,9 @@
-"""The families that are bundled, by `model_type`."""
+"""The bundled families, by `model_type`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lora_jax.files import FileError
 
@@ -26,11 +25,11 @@ def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def config_from_dict(config: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that the content of a `config.json` describes, of the family that it names.
+def config_from_dict(config: Mapping[str, object]) -> ModelConfig:
+    """Makes the configuration that the content of a `config.json` describes.
 
     Raises:
-        ValueError: a kind of model that isn't bundled, a missing size, or a variant that isn't implemented.
+        ValueError: A kind of model that isn't bundled, a missing size, or a variant that isn't implemented.
 
     Example:
         >>> sizes = dict(vocab_size=9, dim=8, n_layers=1, n_heads=2, hidden_dim=16, max_position_embeddings=4)
@@ -44,10 +43,10 @@ def config_from_dict(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The configuration of a Hugging Face folder.
+    """Reads the configuration of a Hugging Face folder.
 
     Raises:
-        FileError: `config.json` is missing or malformed, or describes no model that can be loaded.
+        FileError: `config.json` is missing or malformed, or describes a model that can't be loaded.
     """
     content = read_config(folder)
     try:

@@ -1,4 +1,4 @@
-"""RoBERTa in Flax NNX: BERT's encoder with other positions and another head. XLM-RoBERTa is the same computation.
+"""RoBERTa in Flax NNX: BERT's encoder with different positions and a different head; XLM-RoBERTa is the same model.
 
 Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", 2019, arXiv:1907.11692. Conneau et al.,
 "Unsupervised Cross-lingual Representation Learning at Scale", 2019, arXiv:1911.02116.
@@ -13,10 +13,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lora_jax.errors import ArgumentError
 
-from ..checkpoint.name_table import NameTable
+from ..checkpoint.tensor_names import TensorNames
 from ..family import encoder_architectures
 from ..nn.attention import AttentionForm
 from ..nn.encoder import Embeddings, Encoder
@@ -27,10 +28,10 @@ from .bert import BERT, ENCODER_MODULES, BertConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RobertaConfig(BertConfig):
-    """BERT's sizes and settings, and the token of padding, on which the positions depend.
+    """BERT's sizes and settings, and the padding token, on which the positions depend.
 
     Raises:
-        ValueError: as for BERT; a `pad_token_id` that is no token, or leaves no positions.
+        ValueError: As for BERT, or `pad_token_id` isn't a token or leaves no positions.
     """
 
     model_type: ClassVar[str] = "roberta"
@@ -41,13 +42,13 @@ class RobertaConfig(BertConfig):
         super().__post_init__()
         if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
             raise ArgumentError(
-                f"`pad_token_id` must be a token, from 0 to {self.vocab_size - 1:,}, not {self.pad_token_id!r:.50}: "
+                f"`pad_token_id` must be a token, from 0 to {self.vocab_size - 1:,}, got {self.pad_token_id!r:.50}: "
                 "positions are counted from it."
             )
         if self.max_length < 1:
             raise ArgumentError(
-                f"`max_position_embeddings` ({self.max_position_embeddings}) must be more than `pad_token_id` + 1 "
-                f"({self.pad_token_id + 1}), where the positions of tokens begin."
+                f"`max_position_embeddings` must be more than `pad_token_id` + 1 ({self.pad_token_id + 1}), the first "
+                f"position, got {self.max_position_embeddings}."
             )
 
     @property
@@ -56,20 +57,20 @@ class RobertaConfig(BertConfig):
 
 
 class XlmRobertaConfig(RobertaConfig):
-    """RoBERTa's, under the other name."""
+    """RoBERTa's configuration with another `model_type`."""
 
     model_type: ClassVar[str] = "xlm-roberta"
 
 
 class Roberta(nnx.Module):
-    """The encoder, and a head of two layers with `outputs` logits unless `outputs` is `None`.
+    """An encoder without a pooler, with a head of two layers if `outputs` is given.
 
     Args:
-        config: sizes and settings.
-        pooling: what the head sees: the `"first"` token's last hidden state, as in transformers'
-            `RobertaForSequenceClassification`; or the `"mean"` of the hidden states over the tokens that aren't
-            padding. There is no pooler.
-        outputs, dtype, remat, attention, rngs: see `Bert`.
+        config: Sizes and settings.
+        pooling: Input of the head: the `"first"` token's last hidden state, as in transformers'
+            `RobertaForSequenceClassification`, or the `"mean"` of the hidden states over the tokens that aren't
+            padding.
+        outputs, dtype, remat, attention, rngs: See `Bert`.
     """
 
     def __init__(
@@ -103,19 +104,23 @@ class Roberta(nnx.Module):
         )
 
     def __call__(
-        self, input_ids: jax.Array, mask: jax.Array | None, token_types: jax.Array | None, key: jax.Array | None
-    ) -> jax.Array:
-        """Hidden states `(batch, time, d)`, or logits `(batch, outputs)`; arguments as in `Bert`."""
+        self,
+        input_ids: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time"] | None,
+        token_types: Int[Array, "batch time"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch time d"] | Float[Array, "batch outputs"]:
+        """Computes hidden states, or logits if there is a head; arguments as in `Bert`."""
         x = self.embeddings(input_ids, positions(input_ids, self.padding), token_types, key)
         x = self.encoder(x, mask, key)
         return x if self.classifier is None else self.classifier(pool(x, mask, self.pooling), key)
 
 
-def positions(input_ids: jax.Array, padding: int) -> jax.Array:
-    """`padding + 1`, `padding + 2`, … for a row's tokens in turn, and `padding` for its padding.
+def positions(input_ids: Int[Array, "batch time"], padding: int) -> Int[Array, "batch time"]:
+    """Positions `padding + 1`, `padding + 2`, … for the tokens of each sequence, and `padding` for its padding.
 
-    Padding is told by its token and not by the mask, as in transformers: text that is padded on the left has the
-    positions that it has alone.
+    As in transformers, padding is recognized by its token and not by the mask. Padding on the left doesn't change the
+    positions of a text.
 
     Example:
         >>> positions(jnp.array([[0, 5, 2, 1], [1, 0, 5, 2]]), 1).tolist()
@@ -129,8 +134,8 @@ ROBERTA = dataclasses.replace(
     BERT,
     config=RobertaConfig,
     module=Roberta,
-    # `RobertaModel` has a pooler, the class with a head has none: a checkpoint's is left aside.
-    names=NameTable(
+    # `RobertaModel` has a pooler, but the class with a head doesn't, so a pooler in a checkpoint is ignored.
+    names=TensorNames(
         modules={
             **ENCODER_MODULES,
             "classifier/dense": "classifier.dense",

@@ -1,1 +1,1 @@
-"""What the models are built of, in Flax NNX."""
+"""The parts of the models, in Flax NNX."""

@@ -107,8 +107,8 @@ def attend(
 
     `"xla"` is written out: scores of `(batch, n, time, slots)` in float32 at least; from `BLOCKED_FROM` queries on, a
     block of them at a time, whose scores the backward pass computes again. `"cudnn"` (NVIDIA GPUs) and `"splash"`
-    (TPUs) are fused kernels without such an array. `"auto"` takes one of these where the program is *compiled for* such a
-    platform, whatever the host has, and the case is one that the kernel takes; otherwise it is `"xla"`.
+    (TPUs) are fused kernels without such an array. `"auto"` takes one of these where the program is *compiled for*
+    such a platform, whatever the host has, and the case is one that the kernel takes; otherwise it is `"xla"`.
 
     All give the same: in float32 to 1e-5 of the largest value, in bfloat16 to 2e-2, gradients too. What tokens of
     padding give is finite and has no meaning: a kernel may let them attend to each other. Fused kernels have gradients
@@ -156,8 +156,8 @@ def attend(
     if not able or time < least:
         return written_out(query, key, value, rate=rate, dropout_key=dropout_key)
     # The derivative of all branches is taken, whichever is compiled, and JAX joins what they keep for the backward
-    # pass. So none may keep scores; and positions have to look as if they hung on the queries, or JAX would take the masks
-    # made of them for constants, to be computed beforehand and kept.
+    # pass. So none may keep scores; and positions have to look as if they hung on the queries, or JAX would take the
+    # masks made of them for constants, to be computed beforehand and kept.
     branches: dict[str, Callable[..., jax.Array]] = {
         _PLATFORMS[name]: lambda *arrays, name=name: _FUSED[name](*arrays, scope, scale) for name in able
     }

@@ -20,7 +20,7 @@ def runs(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
         >>> number.tolist(), place.tolist()
         ([[0, 0, 0, 1, 1, 2]], [[0, 1, 2, 0, 1, 0]])
     """
-    slots = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    slots = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
     begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     first = jax.lax.cummax(jnp.where(begins, slots, jnp.int32(0)), axis=1)
     return jnp.cumsum(begins, axis=1, dtype=jnp.int32), slots - first

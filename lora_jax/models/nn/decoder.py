@@ -1,4 +1,4 @@
-"""What the decoders share: from tokens through layers to hidden states or logits, with a cache or without.
+"""The decoder that all families share: from tokens to hidden states or logits, with or without a cache.
 
 Pre-norm layers, causal attention. Shapes: `batch` sequences of `time` tokens, `d` features, `n` heads of `h` features.
 """
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..model_config import ModelConfig
 from .attention import AttentionForm, Scope
@@ -26,16 +27,16 @@ from .rope import Rotation
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ModelConfig):
-    """What the configurations of the decoders share."""
+    """Base of the decoders' configurations."""
 
-    # Whether positions end with the table that holds them; rotary ones go on.
+    # Whether positions are limited by a table of embeddings, unlike rotary ones.
     bounded_positions: ClassVar[bool] = True
     tie_word_embeddings: bool = False
 
     @property
     @abc.abstractmethod
     def cache_sizes(self) -> tuple[int, int, int]:
-        """Layers, heads of keys and values, features of a head."""
+        """Numbers of layers, of heads of keys and values, and of features per head."""
 
 
 # `with_head(hidden, head, tied)`: what takes the place of the logits.
@@ -43,12 +44,12 @@ WithHead = Callable[[jax.Array, jax.Array, bool], Any]
 
 
 class Context(NamedTuple):
-    """What all layers see alike.
+    """Inputs that all layers share.
 
     Attributes:
-        scope: Which slots each token attends to. Its window is that of some of the layers where `settings` say which.
-        rotation: of queries and keys; `None` where positions are in the embeddings.
-        attention: The form of the attention, see `attend`.
+        scope: Slots that each token attends to. If only some layers have its window, `settings` tells which.
+        rotation: Rotation of queries and keys; `None` if the embeddings include the positions.
+        attention: Form of the attention, see `attend`.
     """
 
     scope: Scope
@@ -57,89 +58,94 @@ class Context(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What one layer has of its own.
+    """Inputs that differ between layers.
 
     Attributes:
-        number: of the layer; traced in a scan.
-        setting: of a family: GPT-2's scale of the scores, whether a Qwen layer has the window; `None` where all layers
-            are alike.
+        number: Index of the layer; traced in a scan.
+        setting: The layer's entry of `Decoder.settings`; `None` if all layers are alike.
     """
 
-    number: jax.Array | int
-    setting: Any
+    number: Int[Array, ""] | int
+    setting: Shaped[Array, ""] | None
 
 
 class Decoder(nnx.Module):
-    """Embeddings, layers, a norm, and logits where there is a head.
+    """Embeddings, layers, a norm, and logits if there is a head.
 
-    A family says in `embed` and `context` how tokens and positions come in, and in `settings` where its layers differ.
+    A family defines in `embed` and `context` how tokens and positions enter, and in `settings` how its layers differ.
 
     Attributes:
-        embeddings: with a table `word`.
-        layers: an `nnx.List`, or one module whose parameters have a leading axis of the layers: these are scanned.
-        norm: after the last layer.
-        lm_head: of an untied head; `None` for one that is tied to `word`, or for none.
-        has_head: whether the result is logits.
-        remat: what of a layer is kept for the backward pass, see `Encoder`.
-        attention: The form of the attention, see `attend`.
+        embeddings: Module with a table `word`.
+        layers: An `nnx.List`, or one module whose parameters have a leading axis over the layers, to be scanned.
+        norm: Norm after the last layer.
+        lm_head: Untied head; `None` if the head is tied to `word` or there is none.
+        has_head: Whether the result is logits.
+        remat: Policy of rematerialization, see `Encoder`.
+        attention: Form of the attention, see `attend`.
     """
 
-    embeddings: Any
-    layers: Any
-    norm: Any
+    embeddings: Any  # the families' modules, of which only `word` is common
+    layers: nnx.Module
+    norm: nnx.LayerNorm | nnx.RMSNorm
     lm_head: nnx.Linear | None
     has_head: bool
     remat: Remat | None
     attention: AttentionForm
 
-    def embed(self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None) -> jax.Array:
+    def embed(
+        self,
+        input_ids: Int[Array, "batch time"],
+        positions: Int[Array, "batch_or_1 time"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch time d"]:
+        """Computes the input of the first layer."""
         raise NotImplementedError
 
-    def context(self, scope: Scope, positions: jax.Array) -> Context:
-        """What the layers see.
+    def context(self, scope: Scope, positions: Int[Array, "batch_or_1 time"]) -> Context:
+        """Makes the inputs that the layers share.
 
         Args:
-            scope: Which slots these tokens attend to, without a window.
-            positions: `(batch or 1, time)`.
+            scope: Slots that these tokens attend to, without a window.
+            positions: Positions of the tokens; the leading axis is the batch, or 1.
         """
         raise NotImplementedError
 
-    def settings(self) -> np.ndarray | None:
-        """`(layers,)`: what each layer has of its own; `None` where they are alike."""
+    def settings(self) -> Shaped[np.ndarray, " layers"] | None:
+        """One value per layer that the family defines; `None` if all layers are alike."""
         return None
 
     def __call__(
         self,
-        input_ids: jax.Array,
-        mask: jax.Array | None,
-        positions: jax.Array | None,
+        input_ids: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time"] | None,
+        positions: Int[Array, "batch time"] | None,
         cache: Cache | None,
-        key: jax.Array | None,
+        key: PRNGKeyArray | None,
         *,
-        segments: jax.Array | None = None,
+        segments: Int[Array, "batch time"] | None = None,
         last_only: bool = False,
         with_head: WithHead | None = None,
     ) -> tuple[Any, Cache | None]:
-        """Hidden states `(batch, time, d)` or logits `(batch, time, vocabulary)`, and the cache with these tokens.
+        """Computes hidden states or logits, and the cache with these tokens.
 
         Args:
-            input_ids: `(batch, time)` integers.
-            mask: `(batch, time)` booleans, false where there is padding; `None` for no padding.
-            positions: `(batch, time)` integers; `None` counts the slots, in each segment anew.
-            cache: of the tokens before; `None` for none.
-            key: of the dropout; `None` for none.
-            segments: `(batch, time)` integers: each run of equal ones is a text of its own. `None` for one text a row;
-                without a cache only.
-            last_only: only of the last token, `(batch, 1, …)`.
-            with_head: Called with the hidden states and the head in place of forming the logits; its result is the
-                model's.
+            input_ids: Tokens.
+            mask: False at padding; `None` for no padding.
+            positions: Positions; `None` counts the slots, starting anew in each segment.
+            cache: Cache of the preceding tokens; `None` for none.
+            key: Dropout key; `None` for no dropout.
+            segments: Segment numbers: each run of equal numbers is a sequence of its own. `None` for one sequence a
+                row. Can't be combined with a cache.
+            last_only: Whether to compute the result only for the last token of each row.
+            with_head: Function that is called with the hidden states and the head in place of computing logits; its
+                result is the model's.
         """
         time = input_ids.shape[1]
         start: jax.Array | int = 0 if cache is None else cache.used
-        places = (start + jnp.arange(time))[None]
+        counted = (start + jnp.arange(time))[None]
         if segments is not None:
-            segments, places = runs(segments)
-        positions = places if positions is None else positions
+            segments, counted = runs(segments)
+        positions = counted if positions is None else positions
         if cache is not None:
             cache = cache.with_tokens(mask, time)
             mask = cache.mask
@@ -159,70 +165,73 @@ class Decoder(nnx.Module):
         return x, None if cache is None else cache._replace(used=cache.used + jnp.int32(time))
 
 
-def make_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, *, scan: bool, rngs: nnx.Rngs) -> Any:
-    """`count` layers as an `nnx.List`; or, to be scanned, as one whose parameters have a leading axis."""
+def make_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, *, scan: bool, rngs: nnx.Rngs) -> nnx.Module:
+    """Makes `count` layers: an `nnx.List`, or, for a scan, one layer whose parameters have a leading axis."""
     if scan:
         return nnx.split_rngs(splits=count)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
     return nnx.List([make(rngs) for _ in range(count)])
 
 
 def run_layers(
-    layers: Any,
-    x: jax.Array,
+    layers: nnx.Module,
+    x: Float[Array, "batch time d"],
     context: Context,
     cache: Cache | None,
-    key: jax.Array | None,
+    key: PRNGKeyArray | None,
     *,
-    settings: np.ndarray | None,
+    settings: Shaped[np.ndarray, " layers"] | None,
     remat: Remat | None,
-) -> tuple[jax.Array, Cache | None]:
-    """Runs `x` through the layers, one after the other or in a scan; the same numbers either way.
+) -> tuple[Float[Array, "batch time d"], Cache | None]:
+    """Runs `x` through the layers, in a Python loop or in a scan; both give the same numbers.
 
-    A layer is called with `(x, context, place, cache, key)` and returns `x` and the cache. In a scan the cache is
-    carried, whole, and each layer writes its part in place: handed through slice by slice it would be copied at every
-    token.
+    A layer is called with `(x, context, place, cache, key)` and returns `x` and the cache. The scan carries the whole
+    cache, and each layer writes its part in place. Scanned over as slices, the cache would be copied at every token.
     """
     scanned = not isinstance(layers, nnx.List)
 
-    def run(graph: Any, state: Any, place: Place, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def run(
+        graph: nnx.GraphDef[Any], state: PyTree, place: Place, x: Array, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
         layer_key = None if key is None else jax.random.fold_in(key, place.number)
         return nnx.merge(graph, state)(x, context, place, cache, layer_key)
 
     if remat is not None:
-        # A scan keeps what is computed twice apart by itself.
+        # A scan needs no protection against common-subexpression elimination.
         run = jax.checkpoint(run, policy=policy(remat), prevent_cse=not scanned, static_argnums=0)
     if not scanned:
         for number, layer in enumerate(layers):
-            place = Place(number, None if settings is None else settings[number])
+            place = Place(number, None if settings is None else jnp.asarray(settings[number]))
             x, cache = run(*nnx.split(layer), place, x, cache)
         return x, cache
     graph, state = nnx.split(layers)
     count = jax.tree.leaves(state)[0].shape[0]
     places = Place(jnp.arange(count, dtype=jnp.int32), None if settings is None else jnp.asarray(settings))
 
-    def step(carry: tuple[jax.Array, Cache | None], member: tuple[Any, Place]) -> tuple[Any, None]:
+    def step(
+        carry: tuple[Array, Cache | None], member: tuple[PyTree, Place]
+    ) -> tuple[tuple[Array, Cache | None], None]:
         return run(graph, *member, *carry), None
 
     (x, cache), _ = jax.lax.scan(step, (x, cache), (state, places))
     return x, cache
 
 
-def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """`(batch, time, n · h)` to `(batch, n, time, h)`."""
+def split_heads(x: Float[Array, "batch time d"], heads: int) -> Float[Array, "batch n time h"]:
+    """Splits the features into heads."""
     batch, time, width = x.shape
     return x.reshape(batch, time, heads, width // heads).transpose(0, 2, 1, 3)
 
 
-def join_heads(x: jax.Array) -> jax.Array:
+def join_heads(x: Float[Array, "batch n time h"]) -> Float[Array, "batch time d"]:
     """The inverse of `split_heads`."""
     batch, heads, time, width = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch, time, heads * width)
 
 
 def remembered(
-    cache: Cache | None, place: Place, key: jax.Array, value: jax.Array
-) -> tuple[jax.Array, jax.Array, Cache | None]:
-    """The keys and values to attend to: these alone, or all of the cache, to which these are added."""
+    cache: Cache | None, place: Place, key: Float[Array, "batch n time h"], value: Float[Array, "batch n time h"]
+) -> tuple[Float[Array, "batch n slots h"], Float[Array, "batch n slots h"], Cache | None]:
+    """The keys and values to attend to: the given ones, or the whole cache after they are added to it."""
     if cache is None:
         return key, value, None
     cache = cache.write(place.number, key, value)

@@ -1,4 +1,4 @@
-"""The encoder that BERT, RoBERTa and DistilBERT share: embeddings, and layers of attention and MLP.
+"""The encoder of BERT, RoBERTa and DistilBERT: embeddings, and layers of attention and MLP.
 
 Post-norm, learned absolute positions. Shapes: `batch` sequences of `time` tokens, `d` features, `n` heads of
 `h = d / n` features.
@@ -7,20 +7,22 @@ Post-norm, learned absolute positions. Shapes: `batch` sequences of `time` token
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .attention import AttentionForm, Scope, attend
-from .insertion import Adapter, Prefix, adapted, with_prefix
+from .insertion import InsertedAdapter, InsertedPrefix, adapted, with_prefix
 from .layers import ACTIVATIONS, Norm, Table, dropout, key_for, linear
 from .rematerialization import Remat, kept, policy
 
 
+@runtime_checkable
 class EncoderConfig(Protocol):
-    """What the encoder reads of a configuration, under BERT's names; a family with other names has these beside."""
+    """The configuration entries that the encoder reads, under BERT's names; other families have them as properties."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -49,38 +51,44 @@ class EncoderConfig(Protocol):
 
 
 class Embeddings(nnx.Module):
-    """The norm of the sum of a token's row, its position's and, where there are `token_types`, its type's."""
+    """Norm of the sum of the embeddings of a token, its position and, if there are `token_types`, its type."""
 
     def __init__(
         self, config: EncoderConfig, *, token_types: int | None, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        rows = functools.partial(
+        table = functools.partial(
             Table, features=config.hidden_size, deviation=config.initializer_range, dtype=dtype, rngs=rngs
         )
         self.dropout = config.hidden_dropout_prob
-        self.word = rows(config.vocab_size)
-        self.position = rows(config.max_position_embeddings)
-        self.token_type = None if token_types is None else rows(token_types)
+        self.word = table(config.vocab_size)
+        self.position = table(config.max_position_embeddings)
+        self.token_type = None if token_types is None else table(token_types)
         self.norm = Norm(config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, input_ids: jax.Array, positions: jax.Array, token_types: jax.Array | None, key: jax.Array | None
-    ) -> jax.Array:
+        self,
+        input_ids: Int[Array, "batch time"],
+        positions: Int[Array, "*batch time"],
+        token_types: Int[Array, "batch time"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch time d"]:
         x = self.word(input_ids)
         if self.token_type is not None:
             x += self.token_type(jnp.zeros_like(input_ids) if token_types is None else token_types)
-        return dropout(self.norm(x + self.position(positions)), self.dropout, key_for(key, "embeddings"))
+        return dropout(
+            self.norm(x + self.position(jnp.atleast_2d(positions))), self.dropout, key_for(key, "embeddings")
+        )
 
 
 class Encoder(nnx.Module):
-    """The layers.
+    """The stack of layers.
 
     Args:
-        config: sizes and settings.
-        dtype: of parameters and computation.
-        remat: what of a layer is kept for the backward pass, the rest being computed again; `None` keeps all.
-        attention: The form of the attention, see `attend`.
-        rngs: for the initial values.
+        config: Sizes and settings.
+        dtype: Dtype of the parameters and of the computation.
+        remat: Policy that decides which values of a layer are kept for the backward pass; `None` keeps all of them.
+        attention: Form of the attention, see `attend`.
+        rngs: Random streams for the initial values.
     """
 
     def __init__(
@@ -97,7 +105,9 @@ class Encoder(nnx.Module):
             [Layer(config, dtype=dtype, attention=attention, rngs=rngs) for _ in range(config.num_hidden_layers)]
         )
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "batch time d"], mask: Bool[Array, "batch time"] | None, key: PRNGKeyArray | None
+    ) -> Float[Array, "batch time d"]:
         run = Layer.__call__
         if self.remat is not None:
             run = nnx.remat(run, policy=policy(self.remat))
@@ -132,8 +142,8 @@ class Attention(nnx.Module):
         self.value = square()
         self.output = square()
         self.norm = Norm(width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-        self.adapter: Adapter | None = None
-        self.prefix: Prefix | None = None
+        self.adapter: InsertedAdapter | None = None
+        self.prefix: InsertedPrefix | None = None
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
         batch, time, width = x.shape
@@ -166,7 +176,7 @@ class MLP(nnx.Module):
         self.up = linear(width, inner, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
         self.down = linear(inner, width, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
         self.norm = Norm(width, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
-        self.adapter: Adapter | None = None
+        self.adapter: InsertedAdapter | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         hidden = self.activation(kept(self.up(x)))

@@ -1,4 +1,4 @@
-"""From hidden states to logits: what a head sees of a text, and the head of two layers."""
+"""From hidden states to logits: pooling, and a head of two layers."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ from typing import Literal
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .layers import Activation, dropout, key_for, linear, masked_mean
 
 Pooling = Literal["first", "mean"]
 
 
-def pool(x: jax.Array, mask: jax.Array | None, pooling: Pooling) -> jax.Array:
-    """The first token's hidden state, or the mean over the tokens that aren't padding; `(batch, d)`."""
+def pool(
+    x: Float[Array, "batch time d"], mask: Bool[Array, "batch time"] | None, pooling: Pooling
+) -> Float[Array, "batch d"]:
+    """The first token's hidden state, or the mean over the tokens that aren't padding."""
     return x[:, 0] if pooling == "first" else masked_mean(x, mask)
 
 
 class DenseHead(nnx.Module):
     """`W₂ f(W₁ x + b₁) + b₂`, the head of RoBERTa and DistilBERT.
 
-    Both layers start random and lie below one module, `classifier`: whoever trains the head trains both.
+    Both layers start random and are below one module, `classifier`, so that they are trained together.
 
     Args:
-        width: `d`, of what comes in and of what is between the layers.
-        outputs: how many logits.
-        activation: `f`.
-        input_dropout: rate for `x`.
-        dropout: rate for what is between the layers.
-        deviation: of the initial weights.
-        dtype: of parameters and computation.
-        rngs: for the initial values.
+        width: Number of features of the input and of the hidden layer.
+        outputs: Number of logits.
+        activation: Activation function `f`.
+        input_dropout: Dropout rate of the input.
+        dropout: Dropout rate of the hidden layer.
+        deviation: Standard deviation of the initial weights.
+        dtype: Dtype of the parameters and of the computation.
+        rngs: Random streams for the initial values.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class DenseHead(nnx.Module):
         self.dense = linear(width, width, deviation=deviation, dtype=dtype, rngs=rngs)
         self.output = linear(width, outputs, deviation=deviation, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x: Float[Array, "batch d"], key: PRNGKeyArray | None) -> Float[Array, "batch outputs"]:
         x = dropout(x, self.input_dropout, key_for(key, "classifier/dense"))
         x = self.activation(self.dense(x))
         return self.output(dropout(x, self.dropout, key_for(key, "classifier/output")))

@@ -1,16 +1,19 @@
-"""What `BottleneckAdapter` and `PrefixTuning` insert into the layers: modules made of arrays that the parameters hold.
+"""The modules that `BottleneckAdapter` and `PrefixTuning` insert into layers, made of arrays among the parameters.
 
-A layer's attention and MLP have an `adapter`, and its attention a `prefix`, that are `None` in the base.
+A layer's attention and MLP have an attribute `adapter`, and its attention one named `prefix`; in the base all are
+`None`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Shaped
 
 from lora_jax.errors import ArgumentError
 
@@ -18,31 +21,35 @@ from .layers import ACTIVATIONS
 
 _ADAPTER = {"down/kernel": 2, "down/bias": 1, "up/kernel": 2, "up/bias": 1}
 _PREFIX = {"key": 2, "value": 2}
-# Where they may be, and the axes of each of their arrays, without that of stacked layers.
+# The paths of inserted modules in a layer, and the number of axes of each array without the axis of stacked layers.
 _PARTS = {"attention/adapter": _ADAPTER, "mlp/adapter": _ADAPTER, "attention/prefix": _PREFIX}
 
+_Leaf = TypeVar("_Leaf", bound=jax.Array | np.ndarray)
 
-class Adapter(nnx.Module):
+
+class InsertedAdapter(nnx.Module):
     """`h + gelu(h D + c) U + e`, see `lora_jax.BottleneckAdapter`."""
 
     def __init__(self, arrays: Mapping[str, jax.Array]) -> None:
         self.down_kernel, self.down_bias, self.up_kernel, self.up_bias = (nnx.Param(arrays[name]) for name in _ADAPTER)
 
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         down, c, up, e = (
             array[...].astype(h.dtype) for array in (self.down_kernel, self.down_bias, self.up_kernel, self.up_bias)
         )
-        return h + ACTIVATIONS["gelu"](h @ down + c) @ up + e
+        return h + ACTIVATIONS["gelu"](h @ down + c[None, None]) @ up + e[None, None]
 
 
-class Prefix(nnx.Module):
-    """Keys and values `(m, n · h)` before those of the tokens, see `lora_jax.PrefixTuning`."""
+class InsertedPrefix(nnx.Module):
+    """Keys and values `(m, n · h)` that precede those of the tokens, see `lora_jax.PrefixTuning`."""
 
     def __init__(self, arrays: Mapping[str, jax.Array]) -> None:
         self.key, self.value = nnx.Param(arrays["key"]), nnx.Param(arrays["value"])
 
-    def before(self, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`(batch, n, time, h)` to `(batch, n, m + time, h)`."""
+    def before(
+        self, key: Float[Array, "batch n time h"], value: Float[Array, "batch n time h"]
+    ) -> tuple[Float[Array, "batch n m_and_time h"], Float[Array, "batch n m_and_time h"]]:
+        """Puts the prefix before the keys and values of the tokens."""
 
         def put(own: nnx.Param, tokens: jax.Array) -> jax.Array:
             batch, heads, _, width = tokens.shape
@@ -56,29 +63,29 @@ class Prefix(nnx.Module):
         return self.key[...].shape[0]
 
 
-def adapted(adapter: Adapter | None, h: jax.Array) -> jax.Array:
+def adapted(adapter: InsertedAdapter | None, h: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     return h if adapter is None else adapter(h)
 
 
-def with_prefix(prefix: Prefix | None, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-    """Keys and values of the prefix and the tokens, and how many are the prefix's."""
+def with_prefix(prefix: InsertedPrefix | None, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    """Keys and values with the prefix if there is one, and its length."""
     return (key, value, 0) if prefix is None else (*prefix.before(key, value), prefix.length)
 
 
 def split_inserted(
-    leaves: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The model's own leaves, and those of each inserted module by its path.
+    leaves: Mapping[str, _Leaf], expected: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, _Leaf], dict[str, dict[str, _Leaf]]]:
+    """Separates the model's own leaves from those of inserted modules, which are grouped by the module's path.
 
     Args:
-        leaves: of the parameters, by path.
-        expected: the shapes of the model's own.
+        leaves: Leaves of the parameters, by path.
+        expected: Shapes of the model's own leaves, by path.
 
     Raises:
-        ValueError: an inserted module lacks an array, or has one of a shape that doesn't fit the model.
+        ValueError: An inserted module lacks an array, or has one with a shape that doesn't fit the model.
     """
-    own: dict[str, Any] = {}
-    inserted: dict[str, dict[str, Any]] = {}
+    own: dict[str, _Leaf] = {}
+    inserted: dict[str, dict[str, _Leaf]] = {}
     for path, leaf in leaves.items():
         module, name = _part(path) if path not in expected else ("", "")
         if module:
@@ -91,7 +98,7 @@ def split_inserted(
 
 
 def _part(path: str) -> tuple[str, str]:
-    """`("…/attention/adapter", "down/kernel")`; empty where it is no such path."""
+    """`("…/attention/adapter", "down/kernel")`; empty strings for any other path."""
     for part, arrays in _PARTS.items():
         before, found, name = path.rpartition(f"/{part}/")
         if found and name in arrays:
@@ -104,10 +111,10 @@ def _check_module(module: str, shapes: Mapping[str, tuple[int, ...]], expected: 
     layer, sublayer = parent.rsplit("/", 1)
     end = expected.get(f"{parent}/output/kernel" if sublayer == "attention" else f"{parent}/down/kernel")
     if end is None:
-        raise ArgumentError(f"`params` has {module}, and the model has no {layer}/{sublayer}.")
+        raise ArgumentError(f"`params` has {module}, but the model has no {layer}/{sublayer}.")
     wanted = _ADAPTER if kind == "adapter" else _PREFIX
     if missing := [name for name in wanted if name not in shapes]:
-        raise ArgumentError(f"`params` has a part of {module} and lacks {', '.join(missing)}.")
+        raise ArgumentError(f"`params` has an incomplete {module}: it lacks {', '.join(missing)}.")
     stack, width = end[:-2], end[-1]
     if kind == "adapter":
         size = shapes["down/bias"][-1] if shapes["down/bias"] else 0
@@ -123,14 +130,14 @@ def _check_module(module: str, shapes: Mapping[str, tuple[int, ...]], expected: 
         ends = dict.fromkeys(("key", "value"), (length, key))
     for name, shape in shapes.items():
         if shape != (*stack, *ends[name]):
-            raise ArgumentError(f"`params` has {module}/{name} of shape {shape}, and {(*stack, *ends[name])} fits.")
+            raise ArgumentError(f"`params` at {module}/{name} must have shape {(*stack, *ends[name])}, got {shape}.")
 
 
-def insert(model: nnx.Module, inserted: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts inserted modules into their places in a model that was just merged."""
+def insert(model: object, inserted: Mapping[str, Mapping[str, Shaped[Array, "*shape"]]]) -> None:
+    """Sets the inserted modules as attributes in a newly merged model."""
     for path, arrays in inserted.items():
-        *way, name = path.split("/")
-        place: Any = model
-        for step in way:
-            place = place[int(step)] if step.isdecimal() else getattr(place, step)
-        setattr(place, name, nnx.data((Adapter if name == "adapter" else Prefix)(arrays)))
+        *parents, name = path.split("/")
+        module = model
+        for parent in parents:
+            module = module[int(parent)] if isinstance(module, nnx.List) else getattr(module, parent)
+        setattr(module, name, nnx.data((InsertedAdapter if name == "adapter" else InsertedPrefix)(arrays)))

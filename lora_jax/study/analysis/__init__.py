@@ -1,4 +1,4 @@
-"""What training changed: singular values, layers, biases; and figures of it."""
+"""Analyses of what training changed: singular values, layers, biases, subspaces; and their figures."""
 
 from .measures import Amplification as Amplification
 from .measures import BiasChanges as BiasChanges

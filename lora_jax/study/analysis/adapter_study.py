@@ -1,18 +1,20 @@
-"""All analyses of one adapter, or of two: what `lora-jax analyze` prints and writes."""
+"""All analyses of one adapter or two, as `lora-jax analyze` prints and writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from lora_jax import files
 from lora_jax.methods import Method
 from lora_jax.paths import is_bias_name, leaves_by_path
 from lora_jax.state import marked_leaves
 from lora_jax.text import csv_text
-from lora_jax.weights import is_adapted
+from lora_jax.types import Params
+from lora_jax.weights import InsertedNode, is_adapted
 
 from . import figures
 from .measures import (
@@ -33,12 +35,12 @@ class AdapterStudy(NamedTuple):
     """What one training changed.
 
     Attributes:
-        changes: of the leaves that moved, those that moved most for their size first.
-        layers: in their order; empty where nothing in a layer moved.
-        biases: `None` where no bias moved.
-        spectra: the singular values of `ΔW` of each weight with factors.
-        amplifications: of the same weights.
-        similarities: `φ(i, j)` of the factor `a` with another adapter's; empty without one.
+        changes: Changes of the leaves that moved, with the largest relative change first.
+        layers: Changes of the layers in order; empty if nothing in a layer moved.
+        biases: Changes of the biases; `None` if none moved.
+        spectra: Singular values of `ΔW` for each weight with factors.
+        amplifications: Amplification for the same weights.
+        similarities: `φ(i, j)` of the factor `a` with that of another adapter; empty without one.
     """
 
     changes: list[LeafChange]
@@ -49,14 +51,14 @@ class AdapterStudy(NamedTuple):
     similarities: dict[str, np.ndarray]
 
 
-def study_adapter(base_params: Any, params: Any, method: Method, *, others: Any = None) -> AdapterStudy:
-    """Everything that `analysis` can say of a trained tree. The head is left out: it started at random.
+def study_adapter(base_params: Params, params: Params, method: Method, *, others: Params = None) -> AdapterStudy:
+    """All analyses of a trained tree, without the head, which started at random.
 
     Args:
-        base_params: the base's tree.
-        params: what training made of it.
-        method: that it was trained with.
-        others: another trained tree of the same model, to compare subspaces with.
+        base_params: Parameters of the base.
+        params: Trained parameters.
+        method: Method that they were trained with.
+        others: Another trained tree of the same model, to compare subspaces with.
     """
     heads = set(method.head(marked_leaves(params)))
     every = [row for row in leaf_changes(base_params, params) if row.path not in heads]
@@ -66,8 +68,8 @@ def study_adapter(base_params: Any, params: Any, method: Method, *, others: Any 
     spectra: dict[str, np.ndarray] = {}
     amplified: dict[str, Amplification] = {}
     for path, leaf in leaves_by_path(params).items():
-        if not is_adapted(leaf) or not leaf.has_base or not {"i", "o"} <= set(leaf.axes):
-            continue  # a random mask's entries and a subspace's leaves are no matrices with directions
+        if not is_adapted(leaf) or isinstance(leaf, InsertedNode) or not {"i", "o"} <= set(leaf.axes):
+            continue  # random masks and random subspaces have no in and out axes
         values, rows = change_svd(before[path], leaf).values, amplification(before[path], leaf)
         for number, (spectrum, row) in enumerate(zip(values, rows, strict=True)):
             name = path if len(rows) == 1 else f"{path}/{number}"
@@ -82,21 +84,21 @@ def study_adapter(base_params: Any, params: Any, method: Method, *, others: Any 
     )
 
 
-def _biases(base_params: Any, params: Any, heads: set[str]) -> BiasChanges:
+def _biases(base_params: Params, params: Params, heads: set[str]) -> BiasChanges:
     found = bias_changes(base_params, params)
     return found._replace(elsewhere={path: value for path, value in found.elsewhere.items() if path not in heads})
 
 
 def write_study(folder: str | Path, study: AdapterStudy, *, names: tuple[str, str] = ("first", "other")) -> list[Path]:
-    """Writes a CSV file for each analysis that there is, and a figure as PNG and SVG.
+    """Writes each available analysis as CSV, and its figure as PNG and SVG.
 
     Args:
-        folder: one that exists.
-        study: from `study_adapter`.
-        names: of the adapter and the other one, for the figure of their similarity.
+        folder: An existing folder.
+        study: Result of `study_adapter`.
+        names: Names of the adapter and the other one, for the figure of their similarity.
 
     Returns:
-        The files.
+        Paths of the files.
     """
     folder = Path(folder)
     changes = [(*row, row.relative) for row in study.changes]
@@ -127,18 +129,18 @@ def write_study(folder: str | Path, study: AdapterStudy, *, names: tuple[str, st
     return written
 
 
-def _bias_rows(biases: BiasChanges) -> list[tuple[Any, ...]]:
+def _bias_rows(biases: BiasChanges) -> list[tuple[object, ...]]:
     inside = [
         (biases.stack, layer, term, biases.values[i, j])
         for i, layer in enumerate(biases.layers)
         for j, term in enumerate(biases.terms)
         if np.isfinite(biases.values[i, j])
     ]
-    return inside + [("", "", path, value) for path, value in biases.elsewhere.items()]
+    return [*inside, *(("", "", path, value) for path, value in biases.elsewhere.items())]
 
 
-def _write(folder: Path, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+def _write(folder: Path, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
     path = folder / f"{name}.csv"
     cells = ([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-    path.write_text(csv_text(header, cells, line_end="\r\n"), encoding="utf-8", newline="")
+    files.write_text(path, csv_text(header, cells, line_end="\r\n"))
     return path

@@ -1,4 +1,4 @@
-"""The figures of `analysis`, one function each; colours that everyone can tell apart, and lines that differ as well."""
+"""The figures of `analysis`, one function each, in colours that everyone can distinguish."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_jax import files
 from lora_jax.text import printable
 
 from .measures import BiasChanges, LayerChange
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Darker is more, and as well in grey: cividis is even in brightness for all kinds of colour blindness.
+# Darker is more, also in greyscale: cividis is perceptually uniform for all kinds of colour blindness.
 _COLOURS = "cividis_r"
-_BLUE = "#0072B2"  # of Okabe and Ito's
+_BLUE = "#0072B2"  # from Okabe and Ito's palette
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -27,7 +29,7 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a path may hold a dollar sign
     "figure.constrained_layout.use": True,
 }
-_MOST_CELLS = 16  # in a row; beyond it numbers in cells can't be read
+_MOST_CELLS = 16  # in a row; with more, numbers in cells are unreadable
 _MOST_GRIDS = 12
 _MOST_BARS = 40
 
@@ -49,7 +51,7 @@ def bias_change_figure(changes: BiasChanges) -> Figure:
 
 
 def similarity_figure(grids: Mapping[str, np.ndarray], *, names: tuple[str, str] = ("first", "other")) -> Figure:
-    """`φ(i, j)` for each weight: `i` directions of the first down, `j` of the other across; at most twelve weights."""
+    """`φ(i, j)` for the first twelve weights: `i` directions of the first down, `j` of the other across."""
     shown = list(grids.items())[:_MOST_GRIDS]
     with _style():
         columns = min(len(shown), 3)
@@ -74,7 +76,7 @@ def similarity_figure(grids: Mapping[str, np.ndarray], *, names: tuple[str, str]
 
 
 def singular_values_figure(spectra: Mapping[str, np.ndarray]) -> Figure:
-    """The singular values of each `ΔW`, a row a weight; the first forty weights."""
+    """The singular values of `ΔW` for the first forty weights, one row per weight."""
     paths = list(spectra)[:_MOST_BARS]
     widest = max(len(spectra[path]) for path in paths)
     table = np.full((len(paths), widest), np.nan)
@@ -112,8 +114,8 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     """Writes `name.png` and `name.svg`."""
     paths = [Path(folder) / f"{name}.{ending}" for ending in ("png", "svg")]
     with _style():
-        figure.savefig(paths[0], dpi=160, bbox_inches="tight")
-        figure.savefig(paths[1], bbox_inches="tight", metadata={"Date": None})
+        files.write_figure(paths[0], figure, dpi=160, bbox_inches="tight")
+        files.write_figure(paths[1], figure, bbox_inches="tight", metadata={"Date": None})
     return paths
 
 
@@ -126,19 +128,19 @@ def _style() -> Iterator[None]:
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
-    from matplotlib.figure import Figure  # not of pyplot, which would open a window or keep it for ever
+    from matplotlib.figure import Figure  # not pyplot's, which would open a window or keep it forever
 
     figure = Figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns)
 
 
-def _plain(axes: Any) -> None:
+def _plain(axes: Axes) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
-def _write_cells(axes: Any, table: np.ndarray) -> None:
+def _write_cells(axes: Axes, table: np.ndarray) -> None:
     """The number in each cell, dark on light and light on dark."""
     if table.shape[1] > _MOST_CELLS or not np.isfinite(table).any():
         return

@@ -1,14 +1,14 @@
-"""What training changed in a model: pure functions of its parameters before and after, NumPy arrays out.
+"""Measures what training changed in a model: pure functions of its parameters before and after.
 
-`base_params` is the base's tree; `params` is what training made of it, with adapted weights or merged. Everything is
-computed on the host in float64: factors are thin, and of other methods one weight at a time is looked at.
+`base_params` is the base's tree and `params` the trained one, with adapted weights or merged. Everything is computed on
+the host in float64: factors are thin, and other methods are processed one weight at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,16 +19,17 @@ from lora_jax.errors import ArgumentError
 from lora_jax.methods import LoRAWeight
 from lora_jax.methods.base import is_trainable
 from lora_jax.paths import is_bias_name, leaves_by_path, listed
-from lora_jax.weights import IN, OUT, STACK, AdaptedWeight, is_adapted, merge_on_entry, wider
+from lora_jax.types import ArrayLike, Leaf, Params
+from lora_jax.weights import IN, OUT, STACK, AdaptedWeight, InsertedNode, is_adapted, merge_on_entry, wider
 
 
 class LeafChange(NamedTuple):
     """How far one leaf moved.
 
     Attributes:
-        path: the leaf.
+        path: Path of the leaf.
         change: `‖ΔW‖_F`.
-        base: `‖W‖_F`, before.
+        base: `‖W‖_F` before training.
     """
 
     path: str
@@ -37,12 +38,12 @@ class LeafChange(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """`‖ΔW‖_F / ‖W‖_F`; infinite where the base is zero and the change isn't."""
+        """`‖ΔW‖_F / ‖W‖_F`; infinite if only the base is zero."""
         return _ratio(self.change, self.base)
 
 
 class LayerChange(NamedTuple):
-    """How far a layer moved: `layer` of `stack`; norms over all of its leaves, trained or not."""
+    """How far layer `layer` of `stack` moved; norms over all of its leaves, trained or not."""
 
     stack: str
     layer: int
@@ -58,11 +59,11 @@ class BiasChanges(NamedTuple):
     """The mean change of each bias.
 
     Attributes:
-        stack: the path of the layers.
-        layers: their numbers.
-        terms: the biases of a layer, by module: `attention/query`.
-        values: `(layers, terms)`; NaN where a layer has no such bias.
-        elsewhere: `{path: value}` of the biases outside of those layers.
+        stack: Path of the layers.
+        layers: Numbers of the layers.
+        terms: Modules of a layer that have a bias, such as `attention/query`.
+        values: `(layers, terms)`; NaN if a layer has no such bias.
+        elsewhere: `{path: value}` for the biases outside these layers.
     """
 
     stack: str
@@ -73,7 +74,7 @@ class BiasChanges(NamedTuple):
 
 
 class ChangeSVD(NamedTuple):
-    """`ΔW = left · diag(values) · right`, of each member of a stack: `(m, in, k)`, `(m, k)`, `(m, k, out)`."""
+    """`ΔW = left · diag(values) · right` for each member of a stack: `(m, in, k)`, `(m, k)`, `(m, k, out)`."""
 
     left: np.ndarray
     values: np.ndarray
@@ -84,12 +85,12 @@ class Amplification(NamedTuple):
     """Table 7 of the LoRA paper for one weight: how much of `W` lies in the directions of `ΔW`.
 
     Attributes:
-        rank: `r`, how many directions.
+        rank: Number of directions, `r`.
         weight: `‖W‖_F`.
         change: `‖ΔW‖_F`.
         in_change: `‖Uᵀ W V‖_F` with `U`, `V` the first `r` left and right singular vectors of `ΔW`.
-        in_weight: the same with those of `W` itself: the most that `r` directions can hold.
-        in_random: the same with random orthonormal directions.
+        in_weight: The same with those of `W` itself, the most that `r` directions can hold.
+        in_random: The same with random orthonormal directions.
         factor: `‖ΔW‖_F / ‖Uᵀ W V‖_F`, by which `ΔW` amplifies directions that `W` has little of.
     """
 
@@ -102,8 +103,8 @@ class Amplification(NamedTuple):
     factor: float
 
 
-def leaf_changes(base_params: Any, params: Any) -> list[LeafChange]:
-    """`‖ΔW‖_F` and `‖W‖_F` of every leaf of a floating type, in tree order. LoRA's comes from its factors.
+def leaf_changes(base_params: Params, params: Params) -> list[LeafChange]:
+    """`‖ΔW‖_F` and `‖W‖_F` of every floating-point leaf, in tree order. LoRA's are computed from its factors.
 
     Example:
         >>> base = {"w": jnp.full((2, 2), 2.0), "b": jnp.zeros(2)}
@@ -121,7 +122,7 @@ def leaf_changes(base_params: Any, params: Any) -> list[LeafChange]:
 
 
 def layer_changes(changes: Sequence[LeafChange]) -> list[LayerChange]:
-    """Which layers moved most: `√Σ‖ΔW‖² / √Σ‖W‖²` over the leaves of each, in the order of the layers.
+    """How far each layer moved, `√Σ‖ΔW‖²` and `√Σ‖W‖²` over its leaves, in the order of the layers.
 
     Example:
         >>> rows = [LeafChange("layers/0/w", 3.0, 5.0), LeafChange("layers/0/v", 4.0, 0.0)]
@@ -138,14 +139,14 @@ def layer_changes(changes: Sequence[LeafChange]) -> list[LayerChange]:
     return [LayerChange(*key, *map(float, np.sqrt(squares[key]))) for key in ordered]
 
 
-def bias_changes(base_params: Any, params: Any) -> BiasChanges:
+def bias_changes(base_params: Params, params: Params) -> BiasChanges:
     """`(1 / dim b) · ‖b₀ − b_F‖₁` for each layer and term, with `b₀` the bias before and `b_F` after.
 
     Returns:
-        A `BiasChanges`; of several stacks of layers, that with most biases is the table.
+        The changes; if there are several stacks of layers, the table is that of the stack with most biases.
 
     Raises:
-        ValueError: the tree has no leaf that is named like a bias.
+        ValueError: The tree has no leaf that is named like a bias.
 
     Example:
         >>> before = {"layers": [{"query": {"bias": jnp.zeros(4)}}, {"query": {"bias": jnp.zeros(4)}}]}
@@ -176,18 +177,18 @@ def bias_changes(base_params: Any, params: Any) -> BiasChanges:
     return BiasChanges(stack, tuple(layers), tuple(terms), table, elsewhere)
 
 
-def change_svd(base: Any, leaf: Any) -> ChangeSVD:
+def change_svd(base: Leaf, leaf: Leaf) -> ChangeSVD:
     """The singular value decomposition of one weight's `ΔW (in, out)`.
 
-    LoRA's is taken from its factors: with `QR` of both, `Aᵀ = Q_a R_a (in, r)` and `Bᵀ = Q_b R_b (out, r)`, it is that
-    of the small `scale · R_a R_bᵀ (r, r)`; the product is never formed. For other methods the difference is formed.
+    For LoRA it is computed from the factors, without forming their product: with `Aᵀ = Q_a R_a (in, r)` and
+    `Bᵀ = Q_b R_b (out, r)`, it is that of the small `scale · R_a R_bᵀ (r, r)`. Otherwise the difference is formed.
 
     Args:
-        base: the weight before; of an adapted weight that is its own base.
-        leaf: after; an adapted weight, or an array of two axes.
+        base: Weight before training; unused for an adapted weight, which has its own base.
+        leaf: Weight after training: an adapted weight, or an array with two axes.
 
     Raises:
-        ValueError: an array of more or fewer than two axes, whose roles nothing tells.
+        ValueError: An array doesn't have two axes, so that their roles are unknown.
 
     Example:
         >>> node = lj.LoRAWeight(jnp.zeros((3, 2)), jnp.ones((1, 3)), jnp.ones((1, 2)), scale=2.0, axes="io")
@@ -198,28 +199,30 @@ def change_svd(base: Any, leaf: Any) -> ChangeSVD:
         return _low_rank_svd(leaf)
     axes = leaf.axes if is_adapted(leaf) else IN + OUT
     if len(axes) != len(leaf.shape) or not {IN, OUT} <= set(axes):
-        raise ArgumentError(f"a leaf of shape {tuple(leaf.shape)} labelled {axes!r} is no matrix with in and out axes")
+        raise ArgumentError(
+            f"a leaf of shape {tuple(leaf.shape)} labelled {axes!r} is not a matrix with in and out axes"
+        )
     left, values, right = np.linalg.svd(_matrices(_difference(base, leaf), axes), full_matrices=False)
     return ChangeSVD(left, values, right)
 
 
-def subspace_similarity(first: Any, second: Any) -> np.ndarray:
-    """How much of the span of one's first directions lies in that of the other's: `φ(i, j)` for all `i` and `j`.
+def subspace_similarity(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    """How much the spans of the first directions of two factors overlap: `φ(i, j)` for all `i` and `j`.
 
         φ(A, B, i, j) = ‖U_Aⁱᵀ U_Bʲ‖²_F / min(i, j)
 
-    with `U_Aⁱ` the first `i` right singular vectors of `A`. It is 1 where the smaller span lies in the larger, 0 where
+    with `U_Aⁱ` the first `i` right singular vectors of `A`. It is 1 if the smaller span lies in the larger and 0 if
     they are orthogonal; for random spans in `n` dimensions it is `max(i, j) / n` in expectation.
 
     Args:
-        first: `A (r₁, n)`, LoRA's factor `a` of one training.
-        second: `B (r₂, n)`, of another rank or another seed.
+        first: `A (r₁, n)`, the factor `a` of a LoRA.
+        second: `B (r₂, n)`, that of a LoRA with another rank or seed.
 
     Returns:
         `(r₁, r₂)`; `[i - 1, j - 1]` is `φ(i, j)`.
 
     Raises:
-        ValueError: these are no matrices of equally long rows.
+        ValueError: The factors aren't matrices with rows of equal length.
 
     Example:
         >>> one, other = np.diag([2.0, 1.0, 0.0])[:2], np.diag([1.0, 2.0, 0.0])[:2]
@@ -231,20 +234,22 @@ def subspace_similarity(first: Any, second: Any) -> np.ndarray:
     """
     first, second = _float64(first), _float64(second)
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ArgumentError(f"factors of shapes {first.shape} and {second.shape} have no rows of one length to compare")
+        raise ArgumentError(
+            f"factors of shapes {first.shape} and {second.shape} must be matrices with rows of equal length"
+        )
     u, v = (np.linalg.svd(matrix, full_matrices=False)[2] for matrix in (first, second))
     overlap = np.square(u @ v.T).cumsum(0).cumsum(1)
     i, j = np.indices(overlap.shape) + 1
     return overlap / np.minimum(i, j)
 
 
-def adapter_similarities(params: Any, others: Any, *, factor: str = "a") -> dict[str, np.ndarray]:
-    """`subspace_similarity` of each weight that LoRA has trained in both trees: `{path: (r₁, r₂)}`.
+def adapter_similarities(params: Params, others: Params, *, factor: str = "a") -> dict[str, np.ndarray]:
+    """`subspace_similarity` for each weight that LoRA has trained in both trees: `{path: (r₁, r₂)}`.
 
-    Members of a stack are weights of their own, with their number after the path.
+    Each member of a stack counts as a weight, with its number after the path.
 
     Raises:
-        ValueError: the trees have no such weight in common.
+        ValueError: The trees have no such weight in common.
     """
     first, second = (
         {path: leaf for path, leaf in leaves_by_path(tree).items() if _is_low_rank(leaf)} for tree in (params, others)
@@ -263,13 +268,13 @@ def adapter_similarities(params: Any, others: Any, *, factor: str = "a") -> dict
     return grids
 
 
-def amplification(base: Any, leaf: Any, *, rank: int | None = None, seed: int = 0) -> list[Amplification]:
+def amplification(base: Leaf, leaf: Leaf, *, rank: int | None = None, seed: int = 0) -> list[Amplification]:
     """How `ΔW` relates to `W`: one `Amplification` for each member of a stack, one for a single weight.
 
     Args:
-        base, leaf: as for `change_svd`.
-        rank: how many directions; by default those in which `ΔW` isn't zero.
-        seed: of the random directions.
+        base, leaf: See `change_svd`.
+        rank: Number of directions; by default the rank of `ΔW`.
+        seed: Seed of the random directions.
 
     Example:
         >>> weight = jnp.diag(jnp.array([4.0, 1.0]))
@@ -307,23 +312,23 @@ def amplification(base: Any, leaf: Any, *, rank: int | None = None, seed: int = 
     return rows
 
 
-def _pairs(base_params: Any, params: Any) -> dict[str, tuple[Any, Any]]:
+def _pairs(base_params: Params, params: Params) -> dict[str, tuple[Leaf, Leaf]]:
     """`{path: (before, after)}` of the leaves that could be trained."""
     before = leaves_by_path(base_params)
-    # What is inserted was nothing before, so that it has not changed.
-    after = {path: leaf for path, leaf in leaves_by_path(params).items() if not is_adapted(leaf) or leaf.has_base}
+    # Inserted weights have no base to differ from.
+    after = {path: leaf for path, leaf in leaves_by_path(params).items() if not isinstance(leaf, InsertedNode)}
     if before.keys() != after.keys():
         differing = sorted(before.keys() ^ after.keys())
         raise ArgumentError(
-            f"`base_params` and `params` are no trees of one model; they differ at {', '.join(differing[:5])}"
+            f"`base_params` and `params` must be trees of one model, but they differ at {', '.join(differing[:5])}"
         )
     wide = [_widened(leaf) if is_adapted(leaf) else leaf for leaf in after.values()]
     whole = dict(zip(after, merge_on_entry(wide), strict=True))
     return {path: (leaf, whole[path]) for path, leaf in before.items() if is_trainable(path, leaf)}
 
 
-def _is_low_rank(leaf: Any) -> bool:
-    """Whether the change is the product of the two factors and of nothing else."""
+def _is_low_rank(leaf: object) -> TypeGuard[LoRAWeight]:
+    """Whether the change is the product of the two factors and nothing else."""
     others = set(getattr(leaf, "fields", ())) - {"a", "b", "key"}
     return isinstance(leaf, LoRAWeight) and all(getattr(leaf, name) is None for name in others)
 
@@ -347,10 +352,10 @@ def _matrices(array: np.ndarray, axes: str) -> np.ndarray:
     return array.transpose(order).reshape(size.get(STACK, 1), size[IN], size[OUT])
 
 
-def _difference(before: Any, after: Any) -> np.ndarray:
+def _difference(before: Leaf, after: Leaf) -> np.ndarray:
     if not is_adapted(after):
         if np.shape(before) != np.shape(after):
-            raise ArgumentError(f"a leaf has the shape {np.shape(after)}, and the base's {np.shape(before)}")
+            raise ArgumentError(f"a leaf has the shape {np.shape(after)}, but its base has {np.shape(before)}")
         return _float64(after) - _float64(before)
     wide = _widened(after)
     return _float64(wide.merge()) - _float64(wide.base)
@@ -361,7 +366,7 @@ def _widened(node: AdaptedWeight) -> AdaptedWeight:
     return node.with_base(node.base.astype(wider(node.dtype, jnp.float32)))
 
 
-def _float64(array: Any) -> np.ndarray:
+def _float64(array: ArrayLike) -> np.ndarray:
     return np.asarray(array).astype(np.float64)
 
 

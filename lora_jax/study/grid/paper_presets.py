@@ -1,11 +1,9 @@
-"""The ablations of the papers at equal budget, as comparisons: their candidates, axes, and published figures."""
+"""Comparisons that repeat the papers' ablations at equal budget: candidates, axes and published figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-
-from lora_jax.training.method_options import METHODS
 
 from .candidates import Candidate, make_candidate
 
@@ -14,19 +12,19 @@ _BITFIT = "Ben Zaken and others, 2022, arXiv 2106.10199"
 
 
 class Axis(NamedTuple):
-    """What the candidates' `x` is; figures draw it logarithmically."""
+    """The quantity of the candidates' `x`, which figures draw logarithmically."""
 
     name: str
 
 
 class Published(NamedTuple):
-    """Figures of a paper, to stand beside one's own.
+    """A paper's figures, shown beside the comparison's own.
 
     Attributes:
-        source: the paper and its table.
-        setting: model and data, which are others than one's own.
-        columns: what was measured.
-        values: by candidate's label, one for each column.
+        source: The paper and its table.
+        setting: The paper's model and data, which differ from the comparison's.
+        columns: What was measured.
+        values: The figures by the candidate's label, one for each column.
     """
 
     source: str
@@ -39,12 +37,12 @@ class Preset(NamedTuple):
     """A comparison that answers one question.
 
     Attributes:
-        title, question: for the report.
-        candidates: made for so many training rows.
-        axis: of the candidates' `x`, if they have one.
-        published: the paper's figures.
-        order: pairs of labels, of which a paper found the first to be better.
-        order_source: that paper.
+        title, question: Heading and text of the report.
+        candidates: Function from the number of training examples to the candidates.
+        axis: Axis of the candidates' `x`, if they have one.
+        published: The paper's figures.
+        order: Pairs of labels of which a paper found the first to be better.
+        order_source: The paper that found this order.
     """
 
     title: str
@@ -56,12 +54,12 @@ class Preset(NamedTuple):
     order_source: str = ""
 
 
-# Names of the bundled models' modules by the paper's.
+# The paper's names of matrices, and the bundled models' modules.
 _MODULES = {"q": "query", "k": "key", "v": "value", "o": "attention/output"}
 
 
 def _lora(letters: str, rank: int, **options: Any) -> Candidate:
-    # One alpha whatever the rank, as in the paper, section 4.1.
+    # The same alpha for every rank, as in section 4.1 of the paper.
     targets = [_MODULES[letter] for letter in letters]
     kinds = ",".join(letters)
     series = f"LoRA, {kinds}"
@@ -74,7 +72,7 @@ def _lora(letters: str, rank: int, **options: Any) -> Candidate:
     )
 
 
-# Table 5: one budget, spent on one kind of matrix at a high rank or on several at a lower one.
+# Table 5: the same budget for one kind of matrix at a high rank, or for several at a lower one.
 _TARGETS = (("q", 8), ("k", 8), ("v", 8), ("o", 8), ("qk", 4), ("qv", 4), ("qkvo", 2))
 _TABLE_5 = {
     "WikiSQL": (70.4, 70.0, 73.0, 73.2, 71.4, 73.7, 73.7),
@@ -121,19 +119,19 @@ def _bitfit_terms(rows: int) -> tuple[Candidate, ...]:
         make_candidate({"name": "random-mask", "kind": kind}, label=label, series="random mask")
         for kind, label in (("uniform", "as many random numbers"), ("rows", "as many, in random rows"))
     ]
-    return (*terms, *masks, *_known([{"name": "frozen"}, {"name": "full"}]))
+    return (*terms, *masks, make_candidate("frozen"), make_candidate("full"))
 
 
 def _methods(rows: int) -> tuple[Candidate, ...]:
-    relatives = [{"name": name} for name in ("dora", "ia3", "vera")]
     return (
-        *_known([{"name": "frozen"}, {"name": "bitfit"}]),
+        make_candidate("frozen"),
+        make_candidate("bitfit"),
         _lora("qv", 8),
-        *_known(relatives),
+        *(make_candidate(name) for name in ("dora", "ia3", "vera")),
         make_candidate({"name": "adapter", "size": 8}, label="Houlsby adapters, m=8"),
         make_candidate({"name": "adapter", "size": 16, "placement": "pfeiffer"}, label="Pfeiffer adapters, m=16"),
         make_candidate({"name": "prefix"}, label="prefix, m=16"),
-        *_known([{"name": "norms"}, {"name": "top-layers"}, {"name": "full"}]),
+        *(make_candidate(name) for name in ("norms", "top-layers", "full")),
     )
 
 
@@ -150,10 +148,10 @@ def _intrinsic_dimension(rows: int) -> tuple[Candidate, ...]:
         )
         for dimension in _DIMENSIONS
     ]
-    return (*subspaces, *_known([{"name": "frozen"}, {"name": "full"}]))
+    return (*subspaces, make_candidate("frozen"), make_candidate("full"))
 
 
-# From a few dozen rows on, by factors of about three.
+# From a few dozen examples on, by factors of about three.
 _SIZES = (32, 100, 316, 1000, 3160, 10_000, 31_600)
 
 
@@ -161,27 +159,23 @@ def _low_data(rows: int) -> tuple[Candidate, ...]:
     sizes = [size for size in _SIZES if 3 * size <= 2 * rows]
     return tuple(
         make_candidate(
-            options,
-            label=f"{make_candidate(options).label}, {size or rows:,} rows",
-            series=make_candidate(options).label,
+            name,
+            label=f"{make_candidate(name).label}, {size or rows:,} rows",
+            series=make_candidate(name).label,
             mark=f"{size or rows:,}",
             x=float(size or rows),
             train_rows=size,
         )
-        for options in ({"name": "frozen"}, {"name": "bitfit"}, {"name": "lora"}, {"name": "full"})
+        for name in ("frozen", "bitfit", "lora", "full")
         for size in (*sizes, None)
     )
-
-
-def _known(methods: Iterable[Mapping[str, Any]]) -> list[Candidate]:
-    return [make_candidate(options) for options in methods if options["name"] in METHODS]
 
 
 PRESETS: dict[str, Preset] = {
     "paper-lora-targets": Preset(
         title="Which weights should LoRA adapt, at one budget?",
-        question="The same number of parameters, spent on one kind of attention matrix at a high rank or on several at "
-        "a lower one.",
+        question="The same number of parameters, for one kind of attention matrix at a high rank or for several at a "
+        "lower one.",
         candidates=_lora_targets,
         published=Published(
             source=f"{_LORA}, table 5",
@@ -211,7 +205,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "paper-bitfit-terms": Preset(
         title="Which biases matter?",
-        question="BitFit on all biases, on the two kinds that the paper found to change most, and on each kind alone.",
+        question="BitFit on all biases, on the two kinds that changed most in the paper, and on each kind alone.",
         candidates=_bitfit_terms,
         order=(
             ("all biases", "query and MLP-up biases"),
@@ -248,9 +242,9 @@ PRESETS: dict[str, Preset] = {
         axis=Axis("dimension of the subspace"),
     ),
     "low-data": Preset(
-        title="What do few rows do to each method?",
-        question="Slices of the training rows, drawn by seed so that each label keeps its share. All take the same "
-        "number of steps, and dev chooses the checkpoint.",
+        title="How does each method do with few training rows?",
+        question="Subsets of the training rows, drawn by seed so that each label keeps its share. All runs take the "
+        "same number of steps, and dev chooses the checkpoint.",
         candidates=_low_data,
         axis=Axis("training rows"),
     ),

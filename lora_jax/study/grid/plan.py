@@ -1,18 +1,17 @@
-"""Which run comes next: breadth first, so that whenever time ends every candidate has been seen."""
+"""Which run comes next: breadth first, so that every candidate has run at whatever moment time ends."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from lora_jax.training.metrics import better
 
 from .candidates import Candidate
+from .result_row import ResultRow, ResultRows, score
 
-Rows = Mapping[str, Mapping[str, Any]]  # of `results.jsonl`, by the run's id
-
-_UNKNOWN = 1.5  # a candidate that hasn't run may be slower than those that have
+_UNKNOWN = 1.5  # safety factor, since a candidate that hasn't run may be slower than the others
 
 
 class PlannedRun(NamedTuple):
@@ -28,12 +27,12 @@ class PlannedRun(NamedTuple):
 
 
 def count_runs(candidates: Sequence[Candidate], seeds: Sequence[int]) -> int:
-    """Of the whole grid, where no run fails."""
+    """Number of runs in the whole grid if none fails."""
     return sum(len(candidate.rates) + len(seeds) - 1 for candidate in candidates)
 
 
-def count_left(candidates: Sequence[Candidate], seeds: Sequence[int], rows: Rows) -> int:
-    """How many runs are still to do, also those whose rate isn't chosen yet."""
+def count_left(candidates: Sequence[Candidate], seeds: Sequence[int], rows: ResultRows) -> int:
+    """Number of remaining runs, including those whose rate isn't chosen yet."""
     first, *others = seeds
     left = 0
     for candidate in candidates:
@@ -47,17 +46,17 @@ def count_left(candidates: Sequence[Candidate], seeds: Sequence[int], rows: Rows
     return left
 
 
-def pending(candidates: Sequence[Candidate], seeds: Sequence[int], rows: Rows) -> Iterator[PlannedRun]:
-    """What is left to run, in order, as far as it is known.
+def pending(candidates: Sequence[Candidate], seeds: Sequence[int], rows: ResultRows) -> Iterator[PlannedRun]:
+    """The remaining runs in order, as far as they are known.
 
-    Every candidate at its first rate and the first seed; then the other rates; then the other seeds, each candidate at
-    the rate that dev chose among those that ran.
+    Every candidate runs at its first rate with the first seed, then at its other rates, then with the other seeds at
+    the rate that was best on dev.
     """
     first, *others = seeds
-    for place in range(max(len(candidate.rates) for candidate in candidates)):
+    for number in range(max(len(candidate.rates) for candidate in candidates)):
         for candidate in candidates:
-            if place < len(candidate.rates):
-                run = PlannedRun(candidate, candidate.rates[place], first)
+            if number < len(candidate.rates):
+                run = PlannedRun(candidate, candidate.rates[number], first)
                 if run.id not in rows:
                     yield run
     for seed in others:
@@ -68,28 +67,28 @@ def pending(candidates: Sequence[Candidate], seeds: Sequence[int], rows: Rows) -
 
 
 def next_run(
-    candidates: Sequence[Candidate], seeds: Sequence[int], rows: Rows, fits: Callable[[PlannedRun], bool]
+    candidates: Sequence[Candidate], seeds: Sequence[int], rows: ResultRows, fits: Callable[[PlannedRun], bool]
 ) -> PlannedRun | None:
-    """The first pending run that fits into the time left; `None` where none does."""
+    """The first pending run that fits into the remaining time; `None` if none does."""
     return next((run for run in pending(candidates, seeds, rows) if fits(run)), None)
 
 
-def chosen_rate(candidate: Candidate, seed: int, rows: Rows) -> float | None:
-    """The rate with the best score on dev, the earlier of equals; `None` before a run has succeeded."""
+def chosen_rate(candidate: Candidate, seed: int, rows: ResultRows) -> float | None:
+    """The rate with the best dev score (the earlier of equals); `None` before a run has succeeded."""
     scores = [dev_score(rows.get(PlannedRun(candidate, rate, seed).id)) for rate in candidate.rates]
     best = max(scores)
     return candidate.rates[scores.index(best)] if best > -math.inf else None
 
 
-def dev_score(row: Mapping[str, Any] | None) -> float:
-    """Larger is better; `-inf` of a run that failed or hasn't been."""
+def dev_score(row: ResultRow | None) -> float:
+    """The dev score, larger is better; `-inf` for a run that failed or hasn't run."""
     if row is None or row["error"] is not None:
         return -math.inf
-    return better(row["metric"], row["metrics"]["dev"][row["metric"]])
+    return better(row["metric"], score(row, "dev"))
 
 
-def predicted_seconds(run: PlannedRun, rows: Rows) -> float | None:
-    """As long as the candidate's slowest run; before it has one, half as much again as the slowest of all.
+def predicted_seconds(run: PlannedRun, rows: ResultRows) -> float | None:
+    """The time of the candidate's slowest run; if it has none, 1.5 times that of the slowest run of all.
 
     `None` before anything has run.
     """

@@ -1,4 +1,4 @@
-"""What a comparison is of: its data, its candidates, its seeds, and what all runs share."""
+"""The settings of a comparison: data, candidates, seeds, and the options that all runs share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_jax import data, files
 from lora_jax.tools.inspect import MethodReport, inspect_method
@@ -22,11 +22,11 @@ from lora_jax.training.run.inputs import base_parts
 from .candidates import Candidate, default_candidates
 from .paper_presets import PRESETS
 from .plan import PlannedRun
-from .splits import Splits, read_splits, take_rows, write_rows
+from .splits import Splits, comparison_splits, take_rows, write_rows
 
 _VARIED = ("method", "lr", "seed", "output")
 _FORMAT = 1
-# Few rows want small batches: these are the options of `lora-jax demo`.
+# Suits the few examples; the options of `lora-jax demo`.
 _DEMONSTRATION = {"epochs": 5, "batch_size": 16}
 
 
@@ -35,22 +35,22 @@ class Comparison:
     """The settings of `compare`.
 
     Attributes:
-        output: the folder of the comparison: new, or that of the same one, which goes on.
-        options: of all runs, as `TrainConfig` has them, without method, lr, seed and output. Without `train` the
-            shipped messages are used, a demonstration.
-        candidates: what is compared; `None` for the preset's or the default grid.
-        preset: a name in `presets.PRESETS`, which brings candidates, an axis and published figures. With `candidates`
-            too, these stand in for its own.
-        rate_factors: of the default rate of each of a preset's candidates, those to try; `None` for the usual ones.
-        seeds: of head, factors, order and dropout. Rates are chosen with the first.
-        train_rows: of the training rows, so many are drawn; `None` for all.
-        dev_share: of the training rows, held out where `options` have no dev.
-        data_seed: of both draws.
-        minutes: a run is started only if it is predicted to end within them; `None` for no limit.
+        output: Folder of the comparison: a new one, or that of the same comparison, which is resumed.
+        options: Options of all runs, as in `TrainConfig`, without method, lr, seed and output. Without `train`, the
+            bundled messages are used as a demonstration.
+        candidates: Candidates to compare; `None` for those of the preset or the default grid.
+        preset: Name in `paper_presets.PRESETS`, which defines candidates, an axis and published figures. `candidates`
+            replace those of the preset.
+        rate_factors: Multiples of the default rate to try for a preset's candidates; `None` for the preset's own.
+        seeds: Seeds of head, factors, order and dropout. Rates are chosen with the first.
+        train_rows: Number of training examples to draw; `None` for all.
+        dev_share: Share of the training examples that is held out if `options` have no dev.
+        data_seed: Seed of both draws.
+        minutes: Time limit: a run is started only if it is predicted to end in time; `None` for no limit.
     """
 
     output: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] | None = None
     preset: str | None = None
     rate_factors: tuple[float, ...] | None = None
@@ -64,20 +64,20 @@ class Comparison:
         if varied := [name for name in _VARIED if name in self.options]:
             raise ConfigError(
                 f"`{varied[0]}` can't be given to a comparison: methods, rates and seeds vary there. Choose them by "
-                "`candidates` and `seeds` (`--methods`, `--grid`, `--seeds`)."
+                "`candidates` and `seeds`."
             )
         if self.preset is not None and self.preset not in PRESETS:
-            raise ConfigError(f"`preset` is {self.preset!r}, and one of {', '.join(PRESETS)} is expected.")
+            raise ConfigError(f"`preset` must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
         if not self.seeds or any(type(seed) is not int or seed < 0 for seed in (*self.seeds, self.data_seed)):
-            raise ConfigError(f"`seeds` are {self.seeds!r}, and whole numbers of at least 0 are expected.")
+            raise ConfigError(f"`seeds` must be non-negative integers, got {self.seeds!r}.")
         for seed in self.seeds:
             check_seed("seeds", seed)
         if len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"`seeds` are {self.seeds!r}, and each is expected once.")
+            raise ConfigError(f"`seeds` must differ, got {self.seeds!r}.")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise ConfigError(f"`minutes` is {self.minutes!r}, and a number above 0 is expected.")
+            raise ConfigError(f"`minutes` must be a positive number, got {self.minutes!r}.")
         if self.candidates is not None and not self.candidates:
-            raise ConfigError("`candidates` is empty: at least one is expected.")
+            raise ConfigError("`candidates` must not be empty.")
 
     @property
     def is_demonstration(self) -> bool:
@@ -85,18 +85,18 @@ class Comparison:
 
 
 class Prepared(NamedTuple):
-    """A comparison whose every option and label has been checked.
+    """A comparison whose options and labels have all been checked.
 
     Attributes:
-        settings: as given.
+        settings: The settings as given.
         folder: `settings.output`.
-        candidates: in the order of the tables.
-        splits: the rows.
-        slices: of the training rows, by how many.
-        metric: the quality.
-        reports: what each candidate trains, by its id.
-        description: what `comparison.json` holds.
-        config: what all runs share.
+        candidates: Candidates in the order of the tables.
+        splits: The examples.
+        slices: Slices of the training examples, by their size.
+        metric: The metric that quality is measured with.
+        reports: What each candidate trains, by its id.
+        description: The content of `comparison.json`.
+        config: The config that all runs share.
     """
 
     settings: Comparison
@@ -106,17 +106,17 @@ class Prepared(NamedTuple):
     slices: dict[int, Examples]
     metric: str
     reports: dict[str, MethodReport]
-    description: dict[str, Any]
+    description: dict[str, object]
     config: TrainConfig
 
     def baseline(self, split: str) -> Baseline:
-        """What the answer that is most frequent in the training rows scores, given to every row."""
+        """The scores of giving the most frequent answer of the training data to every example."""
         task, examples = self.splits.task, self.splits.examples
         return baseline_of(task, task.prior(task.encode(examples["train"])), task.encode(examples[split]))
 
     @property
     def split(self) -> str:
-        """Where quality is reported: test where there is one."""
+        """The split on which quality is reported: test if there is one."""
         return "test" if "test" in self.splits.examples else "dev"
 
     def run_folder(self, run: PlannedRun) -> Path:
@@ -142,12 +142,12 @@ class Prepared(NamedTuple):
         return str(self.folder / "data" / f"train-{rows}.jsonl")
 
 
-def prepare(settings: Comparison) -> Prepared:
-    """Reads the data, makes every config and finds every leaf that would be trained. Nothing is written.
+def prepare_comparison(settings: Comparison) -> Prepared:
+    """Reads the data and checks every config and every leaf that would be trained. Nothing is written.
 
     Raises:
-        ConfigError, ValueError: a wrong option, or a selector that matches nothing; the candidate is named.
-        DataError: data that can't be used.
+        ConfigError: An option is invalid, or a selector matches nothing; the candidate is named.
+        DataError: The data can't be used.
         RunFolderError: `settings.output` holds another comparison or other files.
     """
     options = dict(settings.options)
@@ -156,10 +156,10 @@ def prepare(settings: Comparison) -> Prepared:
     config = TrainConfig.from_dict({**options, "output": settings.output, "method": "frozen"})
     if config.task == "causal-lm":
         raise ConfigError(
-            "`task` is causal-lm, and comparisons are of classifications and regressions: compare language models by "
-            "one `lora-jax train` each."
+            "`task` must be classification or regression in a comparison, got causal-lm. Compare language models by "
+            "separate runs of `lora-jax train`."
         )
-    splits = read_splits(config, dev_share=settings.dev_share, seed=settings.data_seed)
+    splits = comparison_splits(config, dev_share=settings.dev_share, seed=settings.data_seed)
     task, rows = splits.task, splits.examples["train"]
     if settings.train_rows is not None:
         rows = take_rows(rows, task, settings.train_rows, seed=settings.data_seed)
@@ -170,10 +170,10 @@ def prepare(settings: Comparison) -> Prepared:
     for split in ("dev", "test"):
         if split in splits.examples and is_undefined(metric, task.encode(splits.examples[split])):
             raise ConfigError(
-                f"`{split}`: {metric} is undefined, as all rows have one target. Give rows that differ, or choose "
+                f"`{split}`: {metric} is undefined because all examples have the same target. Use other data, or "
                 "another `metric`, such as `loss`."
             )
-    # Written out, so that candidates on fewer rows take as many steps and are evaluated as often as the others.
+    # Explicit, so that candidates on fewer examples take as many steps and are evaluated as often as the others.
     epoch = math.ceil(len(rows) / config.batch_size)
     config = replace(
         config, metric=metric, steps=config.steps or config.epochs * epoch, eval_every=config.eval_every or epoch
@@ -208,11 +208,10 @@ def prepare(settings: Comparison) -> Prepared:
 
 @contextlib.contextmanager
 def started(prepared: Prepared) -> Iterator[None]:
-    """Makes the folder, and writes what the comparison is of and the rows that were drawn for it; for the block, no
-    other process works there.
+    """Creates the folder with the description and the drawn examples, and locks it for the block.
 
     Raises:
-        RunFolderError: the folder can't be made, or another process is at work in it.
+        RunFolderError: The folder can't be created, or another process is using it.
     """
     folder, drawn = prepared.folder, {}
     for split, examples in prepared.splits.examples.items():
@@ -224,9 +223,9 @@ def started(prepared: Prepared) -> Iterator[None]:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         (folder / "data").mkdir(exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"`output` {folder} can't be made: {error.strerror}.") from error
+        raise RunFolderError(f"`output` {folder} can't be created: {error.strerror}.") from error
     with held_alone(folder):
-        _check_folder(folder, prepared.description)  # another may have begun since
+        _check_folder(folder, prepared.description)  # another process may have started meanwhile
         for path, examples in drawn.items():
             write_rows(examples, prepared.config, Path(path))
         files.write_json(folder / "comparison.json", files.with_checksum(prepared.description))
@@ -244,23 +243,23 @@ def _candidates(settings: Comparison, rows: int) -> tuple[Candidate, ...]:
         candidates = default_candidates()
     labels = [candidate.label for candidate in candidates]
     ids = [candidate.id for candidate in candidates]
-    for place, candidate in enumerate(candidates):
-        if labels.index(candidate.label) < place:
-            raise ConfigError(f"Two candidates are called {candidate.label!r}: give one another `label`.")
-        if (first := ids.index(ids[place])) < place:
-            raise ConfigError(f"{candidate.label!r} is {labels[first]!r} again: leave one out.")
+    for number, candidate in enumerate(candidates):
+        if labels.index(candidate.label) < number:
+            raise ConfigError(f"Two candidates are called {candidate.label!r}: give one of them another `label`.")
+        if (first := ids.index(ids[number])) < number:
+            raise ConfigError(f"{candidate.label!r} is the same as {labels[first]!r}: remove one of them.")
     return candidates
 
 
-def _check_folder(folder: Path, description: Mapping[str, Any]) -> None:
-    """Refuses a folder that holds something else, and shows what differs."""
+def _check_folder(folder: Path, description: Mapping[str, object]) -> None:
+    """Raises if a folder holds something else, and shows what differs."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise RunFolderError(f"`output` {folder} is a file, and a folder is expected.")
+        raise RunFolderError(f"`output` {folder} must be a folder, not a file.")
     path = folder / "comparison.json"
     if not path.exists():
-        # What a process that was killed while it began may have left.
+        # A process that was killed at its start may have left these.
         begun = ("runs", "data")
         names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
         if held := [name for name in names if name not in begun]:
@@ -276,22 +275,22 @@ def _check_folder(folder: Path, description: Mapping[str, Any]) -> None:
     ):
         raise RunFolderError(f"`output` {folder} holds a comparison of another version: choose a new folder.")
     earlier = files.without_checksum(earlier, path)
-    if "base" not in earlier:  # of an earlier version
+    if "base" not in earlier:  # written by an earlier version
         description = {name: value for name, value in description.items() if name != "base"}
-    # An option that the earlier version didn't have was as it is by default.
+    # An option that the earlier version lacked had its default.
     defaults = {option.name: option.default for option in fields(TrainConfig) if option.default is not MISSING}
     theirs = _flat(earlier | {"options": defaults | earlier["options"]})
     mine = _flat(description)
     if different := [key for key in mine if mine[key] != theirs.get(key)]:
         shown = "; ".join(f"`{key}` is {theirs.get(key)!r} there and {mine[key]!r} here" for key in different[:4])
         raise RunFolderError(
-            f"`output` {folder} holds another comparison: {shown}. Choose another folder, or the same options to go on "
-            "with that one (candidates, rates, seeds and minutes may differ)."
+            f"`output` {folder} holds another comparison: {shown}. Choose another folder, or use the same options to "
+            "resume that one (candidates, rates, seeds and minutes may differ)."
         )
 
 
-def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(description: Mapping[str, object]) -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in description.items():
         flat |= {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
     return flat

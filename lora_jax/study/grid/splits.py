@@ -1,4 +1,4 @@
-"""The rows of a comparison: training slices and a dev split, drawn by seed and written so that runs can be repeated."""
+"""The data of a comparison: training slices and a dev split, drawn by seed and written so that runs can be repeated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,22 +15,22 @@ from lora_jax import files
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.data.base_head import choose_head
 from lora_jax.training.data.label_names import WARNING
-from lora_jax.training.data.labelled import read_labelled, target_notes
+from lora_jax.training.data.labelled import read_splits, target_notes
 from lora_jax.training.errors import ConfigError
 from lora_jax.training.examples import Examples
-from lora_jax.training.task import LabelledTask, Regression, make_task
+from lora_jax.training.task import LabelledTask, Regression
 
 
 class Splits(NamedTuple):
-    """What a comparison learns from and is measured on.
+    """The data that a comparison learns from and is measured on.
 
     Attributes:
-        task: what the training rows define.
-        examples: by split; there is always a `"dev"`.
-        sources: where a split is read from; those that were drawn here aren't in it.
-        held_out: the share of the training rows that became dev; `None` where dev was given.
-        fingerprints: of each split's content.
-        left_out: What was left out of the sources, in words.
+        task: The task that the training examples define.
+        examples: Examples of each split; there is always a `"dev"`.
+        sources: Sources of the splits that weren't drawn here.
+        held_out: Share of the training examples that became dev; `None` if dev was given.
+        fingerprints: A hash of each split's content.
+        left_out: For each split, which rows were skipped, in words.
     """
 
     task: LabelledTask
@@ -41,40 +41,37 @@ class Splits(NamedTuple):
     left_out: dict[str, str]
 
 
-def read_splits(config: TrainConfig, *, dev_share: float, seed: int) -> Splits:
-    """Reads all rows and checks all labels.
+def comparison_splits(config: TrainConfig, *, dev_share: float, seed: int) -> Splits:
+    """Reads all examples, checks their labels, and holds out a dev split if there is none.
 
     Args:
-        config: sources, columns and task.
-        dev_share: of the training rows, held out as dev where `config.dev` is `None`.
-        seed: of that draw.
+        config: Sources, columns and task.
+        dev_share: Share of the training examples to hold out if `config.dev` is `None`.
+        seed: Seed of that draw.
 
     Raises:
-        DataError: as `read_examples` and `LabelledTask.encode`.
-        ConfigError: too few rows to hold any out.
+        DataError: See `read_examples`.
+        ConfigError: There are too few examples to hold any out.
     """
     given = {"train": config.train, "dev": config.dev, "test": config.test}
     sources = {split: source for split, source in given.items() if source is not None}
-    examples = {split: read_labelled(config, source, split) for split, source in sources.items()}
-    task = make_task(config.task, examples["train"])
-    for rows in examples.values():
-        task.encode(rows)  # an unknown label is told before the base is looked at
+    task, examples = read_splits(config, sources)
     task = choose_head(task, lj.models.checkpoint_head(config.base)).task
     left_out = {split: rows.left_out for split, rows in examples.items() if rows.left_out is not None}
     held_out = None
     if "dev" not in examples:
         if not 0 < dev_share < 1:
-            raise ConfigError(f"`dev_share` is {dev_share}, and a share between 0 and 1 is expected.")
+            raise ConfigError(f"`dev_share` must be between 0 and 1, got {dev_share}.")
         train = examples["train"]
         counts = _quotas(_classes(train, task), round(dev_share * len(train)), leave=1)
         if not sum(counts.values()):
             raise ConfigError(
-                f"`dev` is missing, and {train.name} has too few rows ({len(train)}) to hold {dev_share:.0%} of them "
-                "out: rates are chosen on dev rows. Give a dev split."
+                f"`dev` is missing, and {train.name} has too few examples ({len(train)}) to hold out {dev_share:.0%}. "
+                "Give a dev split, on which rates are chosen."
             )
         chosen = _draw(_classes(train, task), counts, seed)
         rest = np.setdiff1d(np.arange(len(train)), chosen)
-        examples |= {"train": _rows(train, rest), "dev": _rows(train, chosen)}
+        examples |= {"train": _subset(train, rest), "dev": _subset(train, chosen)}
         del sources["train"]
         held_out = dev_share
     fingerprints = {name: _fingerprint(rows) for name, rows in examples.items()}
@@ -82,30 +79,30 @@ def read_splits(config: TrainConfig, *, dev_share: float, seed: int) -> Splits:
 
 
 def data_warnings(splits: Splits) -> list[str]:
-    """The rows that were left out, and what may be a mistake in the labels, see `label_notes`."""
+    """Warnings about skipped rows and about labels that may be mistakes; see `label_notes`."""
     left_out = [f"{split}: {told}" for split, told in splits.left_out.items()]
     targets = {split: splits.task.encode(examples) for split, examples in splits.examples.items()}
     return left_out + [note for note in target_notes(splits.task, targets) if note.startswith(WARNING)]
 
 
 def take_rows(examples: Examples, task: LabelledTask, count: int, *, seed: int) -> Examples:
-    """`count` rows drawn by seed: of a classification so that each label keeps its share, at least one row of each.
+    """Draws `count` examples. In a classification each label keeps its share, and at least one example.
 
     Raises:
-        ConfigError: more rows than there are, or fewer than there are labels.
+        ConfigError: `count` exceeds the number of examples, or is less than that of the labels.
     """
     classes = _classes(examples, task)
     least = len(set(classes))
     if not least <= count <= len(examples):
         raise ConfigError(
-            f"`train_rows` is {count:,}, and {examples.name} has {len(examples):,} rows to train on"
-            + (f" of {least} labels: at least one row of each is taken." if least > 1 else ".")
+            f"`train_rows` must be between {least} (one per label) and {len(examples):,}, the number of examples in "
+            f"{examples.name}, got {count:,}."
         )
-    return _rows(examples, _draw(classes, _quotas(classes, count, least=1), seed))
+    return _subset(examples, _draw(classes, _quotas(classes, count, least=1), seed))
 
 
 def write_rows(examples: Examples, config: TrainConfig, path: Path) -> str:
-    """Writes JSONL that `config`'s columns are read from again; its path."""
+    """Writes JSONL in the columns of `config`, and returns its path."""
     read = config.columns
     names = [name for name in (read.text, read.text_pair, read.label) if name is not None]
     columns = [column for column in (examples.texts, examples.pairs, examples.labels) if column is not None]
@@ -116,14 +113,14 @@ def write_rows(examples: Examples, config: TrainConfig, path: Path) -> str:
 
 
 def _classes(examples: Examples, task: LabelledTask) -> list[int]:
-    """Rows to be drawn evenly from: those of each label; of a regression all are alike."""
+    """The class of each example to stratify by; a regression has one."""
     return [0] * len(examples) if isinstance(task, Regression) else task.encode(examples).tolist()
 
 
 def _quotas(classes: Sequence[int], count: int, *, least: int = 0, leave: int = 0) -> dict[int, int]:
-    """How many rows of each class make up `count`, by the largest remainders.
+    """How many examples of each class make up `count`, by the largest-remainder method.
 
-    Of each, at least `least` and all but `leave` at most; the sum is less than `count` only where `leave` forbids it.
+    Each class gives at least `least` and keeps at least `leave`; only `leave` can make the sum less than `count`.
     """
     sizes = {int(name): int(size) for name, size in zip(*np.unique(classes, return_counts=True), strict=True)}
     exact = {name: count * size / len(classes) for name, size in sizes.items()}
@@ -138,17 +135,20 @@ def _quotas(classes: Sequence[int], count: int, *, least: int = 0, leave: int = 
 
 
 def _draw(classes: Sequence[int], counts: Mapping[int, int], seed: int) -> np.ndarray:
-    """Rows, ascending; a larger draw of a class with the same seed has the rows of a smaller one."""
+    """Indices in ascending order. With the same seed, a larger draw of a class contains a smaller one."""
     order = np.random.default_rng(seed).permutation(len(classes))
     names = np.asarray(classes)[order]
     return np.sort(np.concatenate([order[names == name][:count] for name, count in counts.items()]))
 
 
-def _rows(examples: Examples, places: np.ndarray) -> Examples:
-    def pick(column: Sequence[Any] | None) -> list[Any] | None:
-        return None if column is None else [column[place] for place in places]
+_T = TypeVar("_T")
 
-    texts = [examples.texts[place] for place in places]
+
+def _subset(examples: Examples, indices: np.ndarray) -> Examples:
+    def pick(column: Sequence[_T] | None) -> list[_T] | None:
+        return None if column is None else [column[index] for index in indices]
+
+    texts = [examples.texts[index] for index in indices]
     return Examples(examples.name, texts, pick(examples.pairs), pick(examples.labels), pick(examples.rows))
 
 

@@ -1,1 +1,1 @@
-"""A comparison as tables, charts and a page."""
+"""The report of a comparison: tables, charts, pages, and a live table."""

@@ -1,13 +1,15 @@
-"""The figures of a comparison, readable at a phone's width and without telling colours apart."""
+"""The charts of a comparison, readable at a phone's width and without distinguishing colours."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lora_jax import files
 from lora_jax.text import printable
 
 from ..grid.paper_presets import PRESETS, Preset
@@ -20,12 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's, which differ for all kinds of colour blindness; yellow is too pale on white. Marks differ as well.
+# Okabe and Ito's palette, distinct for all kinds of colour blindness, without yellow, which is too pale on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
-_MOST_MARKS = 10  # more words beside points than this would cover one another
-_WIDTH = 5.0  # inches: shown at a phone's 360 pixels, text of 11 points is some 11 pixels high
+_MOST_MARKS = 10  # more words beside points would overlap
+_WIDTH = 5.0  # inches; on a phone of 360 pixels, 11-point text is some 11 pixels high
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.xmargin": 0.08,
@@ -44,13 +46,13 @@ _STYLE: dict[Any, Any] = {
 
 
 class Chart(NamedTuple):
-    """A figure.
+    """A figure with its texts.
 
     Attributes:
-        name: of its files.
-        title: above it.
-        description: what is seen, for those who don't.
-        figure: matplotlib's.
+        name: Name of its files.
+        title: Title above the figure.
+        description: Text alternative and caption.
+        figure: The figure.
     """
 
     name: str
@@ -60,10 +62,10 @@ class Chart(NamedTuple):
 
 
 def make_charts(outcome: Outcome) -> list[Chart]:
-    """Those that the results give something to draw for."""
+    """The charts for which there are results."""
     with _style():
         charts = [_quality_chart(outcome), _rates_chart(outcome)]
-        # Candidates that differ in their rows alone have the same parameters and take the same time.
+        # Candidates that differ only in their training examples have the same parameters and take the same time.
         if all(s.candidate.train_rows is None for s in outcome.summaries):
             charts += _scatter_charts(outcome)
         preset = PRESETS.get(outcome.prepared.settings.preset or "")
@@ -72,11 +74,11 @@ def make_charts(outcome: Outcome) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def save(chart: Chart, folder: Any) -> None:
+def save(chart: Chart, folder: Path) -> None:
     """Writes `NAME.svg` and `NAME.png`."""
     with _style():
-        chart.figure.savefig(folder / f"{chart.name}.svg", metadata={"Date": None})
-        chart.figure.savefig(folder / f"{chart.name}.png", dpi=200)
+        files.write_figure(folder / f"{chart.name}.svg", chart.figure, metadata={"Date": None})
+        files.write_figure(folder / f"{chart.name}.png", chart.figure, dpi=200)
 
 
 @contextlib.contextmanager
@@ -88,7 +90,7 @@ def _style() -> Iterator[None]:
 
 
 def _new(height: float, panels: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure that no window and no global state knows of."""
+    """A new figure, without a window or pyplot's global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height))
@@ -96,7 +98,7 @@ def _new(height: float, panels: int = 1, **options: Any) -> tuple[Figure, list[A
 
 
 def _quality_chart(outcome: Outcome) -> Chart | None:
-    """One row a candidate: the mean, the deviation as a bar, and each seed as a dot below them."""
+    """One row per candidate: the mean, the standard deviation as a bar, and a dot for each seed below."""
     split, quality = outcome.prepared.split, Quality(outcome.prepared.metric)
     summaries = [s for s in by_quality(outcome) if s.scores[split]]
     if not summaries:
@@ -118,8 +120,8 @@ def _quality_chart(outcome: Outcome) -> Chart | None:
     return Chart(
         "quality",
         "Quality by method",
-        f"The best mean is that of {best.candidate.label}, {quality.spread(best.scores[split])}. Large: the mean over "
-        "seeds, with the standard deviation as a bar. Small: each seed.",
+        f"{best.candidate.label} has the best mean, {quality.spread(best.scores[split])}. Large marks: mean over "
+        "seeds, with the standard deviation as a bar. Small dots: individual seeds.",
         figure,
     )
 
@@ -132,7 +134,7 @@ def _scatter_charts(outcome: Outcome) -> list[Chart | None]:
             name="parameters",
             title="Quality against trained parameters",
             label="trained parameters",
-            note="A line joins the candidates of one kind; the horizontal axis is logarithmic.",
+            note="Lines join candidates of the same kind; the horizontal axis is logarithmic.",
             logarithmic=True,
         ),
         _scatter(
@@ -141,7 +143,7 @@ def _scatter_charts(outcome: Outcome) -> list[Chart | None]:
             name="time",
             title="Quality against training time",
             label="training time, s (steps × median step)",
-            note="Compiling and evaluations aside.",
+            note="Without compilation and evaluation.",
         ),
     ]
 
@@ -171,11 +173,11 @@ def _scatter(
     axes.set_xlabel(label)
     axes.set_ylabel(f"{split} {quality.title}")
     _legend(figure, axes)
-    return Chart(name, title, f"{note} Bars: the standard deviation over seeds.", figure)
+    return Chart(name, title, f"{note} Bars: standard deviation over seeds.", figure)
 
 
 def _axis_chart(outcome: Outcome, preset: Preset, name: str) -> Chart | None:
-    """Quality along the preset's axis; the paper's figures below, on an axis of their own."""
+    """Quality along the preset's axis, with the paper's figures in panels below."""
     split, quality = outcome.prepared.split, Quality(outcome.prepared.metric)
     summaries = [s for s in outcome.summaries if s.scores[split] and s.candidate.x is not None]
     if not summaries:
@@ -185,7 +187,7 @@ def _axis_chart(outcome: Outcome, preset: Preset, name: str) -> Chart | None:
     looks = _looks(outcome.summaries)
     _draw_series(panels[0], summaries, looks, lambda s: s.candidate.x, split, quality, lines=True)
     for s in outcome.summaries:
-        if s.candidate.x is None and s.scores[split]:  # no place on the axis: a level to compare with
+        if s.candidate.x is None and s.scores[split]:  # not on the axis: drawn as a level
             level = float(np.mean([quality.shown(value) for value in s.scores[split]]))
             panels[0].axhline(
                 level, color=looks[s.candidate.series][0], linestyle="--", label=_short(s.candidate.label)
@@ -212,8 +214,8 @@ def _axis_chart(outcome: Outcome, preset: Preset, name: str) -> Chart | None:
     panels[-1].minorticks_off()
     panels[-1].set_xlabel(name)
     _legend(figure, panels[0])
-    note = f" Below, dotted, the paper's: {preset.published.setting}." if preset.published is not None else ""
-    description = f"One line a kind of candidate; bars: the standard deviation over seeds.{note}"
+    note = f" Below, dotted: the paper's results ({preset.published.setting})." if preset.published is not None else ""
+    description = f"One line per kind of candidate; bars: standard deviation over seeds.{note}"
     return Chart("axis", f"Quality against {name}", description, figure)
 
 
@@ -222,7 +224,7 @@ def _rates_chart(outcome: Outcome) -> Chart | None:
     quality = Quality(outcome.prepared.metric)
     drawn = [(s, {r: v for r, v in s.tried.items() if v is not None}) for s in outcome.summaries]
     drawn = [(s, tried) for s, tried in drawn if len(tried) > 1]
-    # More lines can't be told apart: the table has them.
+    # More lines can't be distinguished; the table shows them.
     if not drawn or len(drawn) > _MOST_MARKS:
         return None
     figure, (axes,) = _new(4.1)
@@ -233,8 +235,8 @@ def _rates_chart(outcome: Outcome) -> Chart | None:
         seen[s.candidate.series] += 1
         rates = sorted(tried)
         values = [quality.shown(tried[rate]) for rate in rates]
-        look: dict[str, Any] = {"marker": mark, "color": colour, "linestyle": line, "fillstyle": "none"}
-        axes.plot(rates, values, label=_short(s.candidate.label), **look)
+        label = _short(s.candidate.label)
+        axes.plot(rates, values, label=label, marker=mark, color=colour, linestyle=line, fillstyle="none")
         if s.rate in tried:
             axes.plot(s.rate, quality.shown(tried[s.rate]), marker=mark, color=colour, markersize=8)
     axes.set_xscale("log")
@@ -243,7 +245,10 @@ def _rates_chart(outcome: Outcome) -> Chart | None:
     axes.set_ylabel(f"dev {quality.title}")
     _legend(figure, axes)
     return Chart(
-        "rates", "How the learning rates were chosen", "Filled: the rate that dev chose, with the first seed.", figure
+        "rates",
+        "How the learning rates were chosen",
+        "Dev scores with the first seed. Filled: the chosen rate.",
+        figure,
     )
 
 
@@ -284,7 +289,7 @@ def _draw_series(
 
 
 def _looks(summaries: Sequence[Summary]) -> dict[str, tuple[str, str]]:
-    """A colour and a mark for each series, the same in every figure."""
+    """A colour and a mark for each series, the same in every chart."""
     series = dict.fromkeys(s.candidate.series for s in summaries)
     return {
         name: (_COLOURS[place % len(_COLOURS)], _MARKS[(place + place // len(_COLOURS)) % len(_MARKS)])
@@ -293,7 +298,7 @@ def _looks(summaries: Sequence[Summary]) -> dict[str, tuple[str, str]]:
 
 
 def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Numbers that are read, in place of powers of ten; of a narrow range, more of them."""
+    """Ticks as plain numbers instead of powers of ten, more of them for a narrow range."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     span = max(values) / min(values)
@@ -311,13 +316,13 @@ def _count(value: float) -> str:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below, where it covers no point at any width."""
+    """A legend below the axes, where it covers no point at any width."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 1 if max(map(len, labels), default=0) > 22 else 2
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=10)
 
 
 def _short(label: str, limit: int = 32) -> str:
-    """A label for a figure, whose SVG is XML: that has no place for control characters."""
+    """A label for a figure, shortened and without control characters, which SVG can't hold."""
     label = printable(label)
     return label if len(label) <= limit else label[: limit - 1] + "…"

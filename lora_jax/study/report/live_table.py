@@ -1,10 +1,9 @@
-"""Shows a comparison in a terminal: a live table of its candidates; in a file or a pipe, a line a run."""
+"""Shows a comparison in a terminal as a live table of its candidates; in a file or a pipe, one line per run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -17,16 +16,17 @@ from lora_jax.training.run.progress import format_seconds, format_step
 
 from ..grid.candidates import Candidate
 from ..grid.plan import PlannedRun, chosen_rate
-from ..runs.events import Event, RunFinished, RunStarted
+from ..grid.result_row import ResultRows, score
+from ..runs.events import ComparisonEvent, RunFinished, RunStarted
 from ..runs.quality import Quality
 
 
 class LiveTable:
-    """A listener for `compare(..., on_progress=...)` and a context manager.
+    """A callback for `compare(..., on_progress=...)` and a context manager.
 
     Args:
-        seeds: of the comparison; rates are chosen with the first.
-        console: where to draw; standard error by default, so that results can be piped on.
+        seeds: Seeds of the comparison; rates are chosen with the first.
+        console: Console to draw on; standard error by default, so that results can be piped.
     """
 
     def __init__(self, seeds: Sequence[int], console: Console | None = None) -> None:
@@ -34,7 +34,7 @@ class LiveTable:
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._seeds = seeds
         self._candidates: dict[str, Candidate] = {}
-        self._rows: Mapping[str, Mapping[str, Any]] = {}
+        self._rows: ResultRows = {}
         self._line = ""
         self._in_a_run = False
 
@@ -48,7 +48,7 @@ class LiveTable:
     ) -> None:
         self._live.stop()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: ComparisonEvent) -> None:
         if isinstance(event, RunStarted):
             self._in_a_run = True
             self._candidates.setdefault(event.run.candidate.id, event.run.candidate)
@@ -62,7 +62,7 @@ class LiveTable:
                 steps = format_step(event, loss=event.loss, accuracy=None)
                 self._live.update(self._drawn(steps))
             return
-        elif isinstance(event, Note) and not self._in_a_run:  # a run's own notes would repeat for each
+        elif isinstance(event, Note) and not self._in_a_run:  # notes of runs would repeat
             self._print(event.message)
         if self._console.is_terminal:
             self._live.update(self._drawn(""), refresh=True)
@@ -73,7 +73,7 @@ class LiveTable:
             self._print(f"{_name(event.run)}: FAILED: {row['error']}", style="red")
             return
         quality = Quality(row["metric"])
-        scores = ", ".join(f"{split} {quality.text(values[row['metric']])}" for split, values in row["metrics"].items())
+        scores = ", ".join(f"{split} {quality.text(score(row, split))}" for split in row["metrics"] or ())
         if beside := row.get("baselines"):
             answer = next(iter(beside.values()))["answer"]
             known = (f"{split} {quality.text(held['metrics'][quality.metric])}" for split, held in beside.items())
@@ -101,9 +101,7 @@ class LiveTable:
             return candidate.label, "", "failed" if own else "", "", str(len(own))
         quality = Quality(chosen[0]["metric"])
         scores = [
-            quality.spread([row["metrics"][split][quality.metric] for row in chosen])
-            if split in chosen[0]["metrics"]
-            else ""
+            quality.spread([score(row, split) for row in chosen]) if split in (chosen[0]["metrics"] or ()) else ""
             for split in ("dev", "test")
         ]
         return candidate.label, f"{rate:g}", *scores, str(len(own))

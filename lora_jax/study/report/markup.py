@@ -1,4 +1,4 @@
-"""HTML out of plain values: every text is escaped unless it is HTML already, and its control characters written out."""
+"""Builds HTML. Every text is escaped unless it is `Html` already, and its control characters are spelled out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lora_jax.text import printable
 
 
 class Html(str):
-    """Text that is markup."""
+    """Text that is markup already."""
 
     __slots__ = ()
 
@@ -36,5 +36,5 @@ def _shown(text: str) -> str:
 
 
 def join(*children: Content) -> Html:
-    """Texts and elements, one after the other; `None` is nothing."""
+    """Concatenates texts and elements; `None` is skipped."""
     return Html("".join(child if isinstance(child, Html) else _shown(child) for child in children if child is not None))

@@ -1,4 +1,4 @@
-"""The pages of a comparison: `report.html`, `report.md`, its tables as CSV and its figures as SVG and PNG."""
+"""Writes the report of a comparison: `report.html`, `report.md`, tables as CSV, figures as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import importlib.metadata
 import shlex
 from pathlib import Path
-from typing import Any
 
 from lora_jax import files
 from lora_jax.text import printable
@@ -43,26 +42,26 @@ img { display: block; width: 100%; max-width: 36rem; height: auto; }
 figcaption { color: #555; font-size: .875rem; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .6rem; font-size: .8125rem; }
 """
-# Above and below a table.
+# The charts above and below each table.
 _FIGURES = {"quality": (("axis", "quality"), ("parameters", "time")), "rates": ((), ("rates",))}
 _HEADINGS = {
     "quality": "Quality",
-    "costs": "What each costs",
+    "costs": "Costs",
     "rates": "Learning rates",
-    "paper": "Beside the paper",
-    "order": "The paper's order",
+    "paper": "Comparison with the paper",
+    "order": "Order of the methods in the paper",
 }
 
 
 def write_report(outcome: Outcome, *, command: list[str] | None = None) -> Path:
-    """Writes all pages into the comparison's folder, over those of an earlier call.
+    """Writes the report into the comparison's folder, replacing an earlier one.
 
     Args:
-        outcome: of `compare`.
-        command: that made it, to be repeated.
+        outcome: Result of `compare`.
+        command: Command line that made it, shown so that it can be repeated.
 
     Returns:
-        The path of `report.html`: one file, that needs no network and runs no script.
+        The path of `report.html`, a single file without scripts or external resources.
     """
     folder = outcome.prepared.folder
     tables, charts = make_tables(outcome), make_charts(outcome)
@@ -86,7 +85,7 @@ def title_of(outcome: Outcome) -> str:
 
 
 def answer(outcome: Outcome) -> tuple[str, str]:
-    """The recommended method, and why."""
+    """The recommended method and the reason."""
     found = outcome.recommendation
     if found is None:
         return "No recommendation", "no run has succeeded; the errors are below."
@@ -101,43 +100,43 @@ def _headline(outcome: Outcome) -> str:
 
 
 def remarks(outcome: Outcome) -> list[str]:
-    """What a reader has to know before the figures."""
+    """Warnings that a reader needs before the figures."""
     settings, found = outcome.prepared.settings, []
     if settings.is_demonstration:
         found.append(
-            "These are the messages that ship with lora_jax, a demonstration: so few rows are no evidence of quality."
+            "This is a demonstration on the messages bundled with lora_jax; so few examples say little about quality."
         )
     if outcome.left:
-        found.append(f"{outcome.left} runs of the grid are still to do: the same command goes on.")
+        found.append(f"{outcome.left} runs of the grid remain. Run the same command to resume.")
     found += [f"{note[0].upper()}{note[1:]}" for note in data_warnings(outcome.prepared.splits)]
     if failed := [s.candidate.label for s in outcome.summaries if s.rate is None and s.errors]:
-        found.append(f"Every run failed of: {'; '.join(failed)}.")
+        found.append(f"Every run failed for: {'; '.join(failed)}.")
     return found
 
 
 def facts(outcome: Outcome) -> dict[str, str]:
-    """Data, base, settings, machine."""
+    """Data, base model, settings and machine."""
     prepared = outcome.prepared
     config, splits = prepared.config, prepared.splits
-    rows = ", ".join(f"{split} {len(examples):,} rows" for split, examples in splits.examples.items())
+    rows = ", ".join(f"{split} {len(examples):,} examples" for split, examples in splits.examples.items())
     drawn = []
     if splits.held_out is not None:
         drawn.append(
-            f"dev is {splits.held_out:.0%} of the training rows, held out with seed {prepared.settings.data_seed}"
+            f"dev is {splits.held_out:.0%} of the training examples, held out with seed {prepared.settings.data_seed}"
         )
     if prepared.settings.train_rows is not None:
-        drawn.append(f"training rows drawn with seed {prepared.settings.data_seed}")
+        drawn.append(f"training examples drawn with seed {prepared.settings.data_seed}")
     labels = splits.task.labels
     shown = ", ".join(labels[:12]) + (f" and {len(labels) - 12} more" if len(labels) > 12 else "")
     row = next(iter(outcome.rows.values()), None)
     found = {
         "data": "; ".join(
-            [config.train if not prepared.settings.is_demonstration else "shipped messages", rows, *drawn]
+            [config.train if not prepared.settings.is_demonstration else "bundled messages", rows, *drawn]
         ),
         "task": f"{len(labels)} labels: {shown}" if labels else "a number",
         "base": config.base,
-        "training": f"{config.steps:,} steps of batch {config.batch_size}, {config.schedule} schedule, the checkpoint "
-        f"with the best dev {Quality(prepared.metric).name}",
+        "training": f"{config.steps:,} steps with batch size {config.batch_size}, {config.schedule} schedule, "
+        f"checkpoint with the best dev {Quality(prepared.metric).name}",
         "seeds": ", ".join(map(str, prepared.settings.seeds)),
     }
     if row is not None:
@@ -169,10 +168,11 @@ def _page(outcome: Outcome, tables: list[Table], charts: list[Chart], command: l
         _errors(outcome),
         tag("h2", "What was compared"),
         _facts_table(facts(outcome)),
-        None if command is None else join(tag("h2", "Again"), tag("pre", shlex.join(command))),
+        None if command is None else join(tag("h2", "Command"), tag("pre", shlex.join(command))),
         tag(
             "p",
-            "Each run is a row of results.jsonl with all that repeats it; tables/ and figures/ have the rest.",
+            "results.jsonl has one row per run with everything needed to repeat it; tables/ and figures/ hold the "
+            "tables and figures.",
             class_="note",
         ),
     )
@@ -188,8 +188,7 @@ def _page(outcome: Outcome, tables: list[Table], charts: list[Chart], command: l
 
 
 def _figure(chart: Chart, folder: Path) -> Html:
-    # As an image and not as elements of the page: names inside one figure can't meet those of another, and no script
-    # inside it would run.
+    # As an image, not inline: the ids of two figures can't clash, and no script inside one would run.
     data = base64.b64encode((folder / "figures" / f"{chart.name}.svg").read_bytes()).decode()
     picture = tag("img", src=f"data:image/svg+xml;base64,{data}", alt=f"{chart.title}. {chart.description}")
     return tag("figure", tag("figcaption", tag("strong", f"{chart.title}. "), chart.description), picture)
@@ -231,7 +230,7 @@ def _failures(outcome: Outcome) -> list[tuple[str, ...]]:
 
 def _markdown_page(outcome: Outcome, tables: list[Table], charts: list[Chart], command: list[str] | None) -> str:
     reason = answer(outcome)[1]
-    parts: list[Any] = [
+    parts: list[str] = [
         f"# {title_of(outcome)}",
         *map(plain, remarks(outcome)),
         f"**{plain(_headline(outcome))}.** {plain(reason[0].upper() + reason[1:])}",
@@ -243,7 +242,7 @@ def _markdown_page(outcome: Outcome, tables: list[Table], charts: list[Chart], c
     if rows := _failures(outcome):
         errors = Table("errors", ("method", "learning rate", "seed", "error"), rows, text_columns=4)
         parts += ["## Runs that failed", markdown(errors).rstrip()]
-    compared = Table("facts", ("what", "value"), list(facts(outcome).items()), text_columns=2)
+    compared = Table("facts", ("property", "value"), list(facts(outcome).items()), text_columns=2)
     parts += ["## What was compared", markdown(compared).rstrip()]
     if command is not None:
         parts.append(f"```bash\n{printable(shlex.join(command))}\n```")

@@ -1,4 +1,4 @@
-"""The tables of a comparison, once: as CSV with numbers, and as text for pages and terminals."""
+"""The tables of a comparison: as text for pages and terminals, and as CSV with numbers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ _NONE = "–"
 
 
 class Table(NamedTuple):
-    """Rows of text under headings; all but the first `text_columns` are numbers.
+    """Rows of text under headings.
 
     Attributes:
-        name: of its files.
-        columns, rows: what is shown.
-        notes: what a reader has to know, below it.
+        name: Name of its files.
+        columns: Headings.
+        rows: Cells of each row.
+        notes: Notes below the table.
+        text_columns: Number of columns that hold text; those after them hold numbers.
     """
 
     name: str
@@ -35,7 +37,7 @@ class Table(NamedTuple):
 
 
 def make_tables(outcome: Outcome) -> list[Table]:
-    """Quality, costs, rates, and what the preset compares with."""
+    """Quality, costs, learning rates, and the comparison with the preset's paper."""
     tables = [quality_table(outcome), cost_table(outcome), rate_table(outcome)]
     preset = PRESETS.get(outcome.prepared.settings.preset or "")
     if preset is not None and preset.published is not None:
@@ -61,15 +63,17 @@ def quality_table(outcome: Outcome) -> Table:
         for s in by_quality(outcome)
     ]
     scores = [quality.text(known[split].metrics[prepared.metric]) for split in splits]
-    # Before the first that doesn't beat it.
+    # The baseline goes before the first candidate that doesn't beat it.
     beaten = sum(known[splits[0]].is_beaten(prepared.metric, s.mean(splits[0])) for s in outcome.summaries)
     rows.insert(beaten, (f"always {known[splits[0]].answer}", *scores, _NONE, "0", "0", _NONE))
     columns = ("method", *(f"{split} {quality.title}" for split in splits), "seeds", "trained parameters", "% of all")
-    note = "Mean ± standard deviation over seeds; of each seed the checkpoint that dev chose."
+    note = "Mean ± standard deviation over seeds, each at the checkpoint with the best dev score."
     if prepared.split == "dev":
-        note += " There is no test split: dev chose rates and checkpoints too, so these figures flatter."
+        note += (
+            " There is no test split: rates and checkpoints were also chosen on dev, so these figures are optimistic."
+        )
     what = "the most frequent label" if prepared.splits.task.labels else "the mean"
-    baseline = f"Always {known[splits[0]].answer}: {what} of the training rows, given to every row as its answer."
+    baseline = f"Always {known[splits[0]].answer}: every example gets the same answer, {what} of the training data."
     return Table("quality", (*columns, "learning rate"), rows, (note, baseline))
 
 
@@ -89,10 +93,10 @@ def cost_table(outcome: Outcome) -> Table:
     columns = ("method", "step, ms", "training, s", "step memory", "adapter file")
     tokens = next((s.tokens for s in summaries if s.tokens is not None), None)
     notes = (
-        "Step: the median, compiling aside, in the candidate's quickest run. Training: that times the steps of a run.",
-        f"Step memory is the compiler's own account at batch {outcome.prepared.config.batch_size} × {tokens} tokens: "
-        "the frozen base, what is trained with its optimizer state, activations.",
-        f"Latency of the model that is left, at {tokens} tokens, merged where that is possible; candidates take turns.",
+        "Step: median time in the candidate's fastest run, without compilation. Training: that times the steps.",
+        f"Step memory, as the compiler reports it at batch {outcome.prepared.config.batch_size} × {tokens} tokens: "
+        "frozen base, trained parameters with their optimizer state, and activations.",
+        f"Latency of the trained model at {tokens} tokens, merged if possible. Candidates are timed in turns.",
     )
     return Table("costs", (*columns, *(f"latency at batch {size}, ms" for size in BATCHES)), rows, notes)
 
@@ -112,9 +116,9 @@ def rate_table(outcome: Outcome) -> Table:
         rows.append((s.candidate.label, *cells, *[""] * (most - len(cells))))
     edge = [s.candidate.label for s in outcome.summaries if s.rate_is_at_the_edge]
     seed = outcome.prepared.settings.seeds[0]
-    notes = (f"Rate: dev {quality.title}, with seed {seed}. The best (✓) was taken for all seeds.",)
+    notes = (f"Cells: learning rate and its dev {quality.title} with seed {seed}. The best (✓) is used for all seeds.",)
     if edge:
-        notes += (f"At the edge of the rates tried, so that one beyond may be better: {'; '.join(edge)}.",)
+        notes += (f"Best at the edge of the rates tried, so that one beyond may be better: {'; '.join(edge)}.",)
     names = ("learning rate", *(["higher"] * (most - 1)))
     return Table("rates", ("method", *names), rows, notes)
 
@@ -130,8 +134,8 @@ def published_table(outcome: Outcome) -> Table:
         rows.append((s.candidate.label, quality.spread(scores) if scores else _failed(s), f"{s.trainable:,}", *shown))
     columns = ("method", f"here: {prepared.split} {quality.title}", "trained here")
     notes = (
-        f"Paper: {preset.published.source}; {preset.published.setting}. Other models and data: what can be compared is "
-        "the order.",
+        f"Paper: {preset.published.source}; {preset.published.setting}. The models and data differ from those here, so "
+        "only the order can be compared.",
     )
     return Table("paper", (*columns, *(f"paper: {name}" for name in preset.published.columns)), rows, notes)
 
@@ -148,12 +152,12 @@ def order_table(outcome: Outcome) -> Table:
             continue
         difference = better(prepared.metric, pair[0]) - better(prepared.metric, pair[1])
         rows.append((f"{upper} > {lower}", quality.difference(difference), "yes" if difference > 0 else "no"))
-    notes = (f"The order is that of {preset.order_source}, on other data.",)
-    return Table("order", ("the paper's order", f"difference here ({prepared.split})", "holds here"), rows, notes)
+    notes = (f"The order is taken from {preset.order_source}, on other data.",)
+    return Table("order", ("order in the paper", f"difference here ({prepared.split})", "holds here"), rows, notes)
 
 
 def by_quality(outcome: Outcome) -> list[Summary]:
-    """Best first; what has no figure comes last."""
+    """Summaries with the best first; those without a score come last."""
     metric, split = outcome.prepared.metric, outcome.prepared.split
 
     def key(summary: Summary) -> tuple[bool, float]:
@@ -164,7 +168,7 @@ def by_quality(outcome: Outcome) -> list[Summary]:
 
 
 def summary_csv(outcome: Outcome) -> str:
-    """One line a candidate, numbers as they are, for a spreadsheet."""
+    """One line per candidate with unrounded numbers, for a spreadsheet."""
     splits = sorted({"dev", outcome.prepared.split})
     columns = ["method", "learning_rate", "seeds", "trainable", "percent"]
     columns += [f"{split}_{what}" for split in splits for what in ("mean", "deviation")]
@@ -184,7 +188,7 @@ def summary_csv(outcome: Outcome) -> str:
 
 
 def runs_csv(outcome: Outcome) -> str:
-    """One line a run, failed ones too."""
+    """One line per run, including failed ones."""
     metric = outcome.prepared.metric
     splits = sorted({"dev", outcome.prepared.split})
     columns = ["id", "method", "learning_rate", "seed", *(f"{split}_{metric}" for split in splits)]
@@ -200,7 +204,7 @@ def runs_csv(outcome: Outcome) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table for a Markdown page, with its notes."""
+    """The table in Markdown, with its notes."""
     align = ["---" if place < table.text_columns else "---:" for place in range(len(table.columns))]
     lines = [_markdown_row(table.columns), _markdown_row(align, escape=False), *map(_markdown_row, table.rows)]
     return "\n".join([*lines, *(f"\n{plain(note)}" for note in table.notes)]) + "\n"
@@ -211,7 +215,7 @@ def _markdown_row(cells: Sequence[str], *, escape: bool = True) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text with Markdown's special characters escaped."""
     text = printable(" ".join(text.split()))
     for character in "\\`*_[]<>|#":
         text = text.replace(character, f"\\{character}")

@@ -1,1 +1,1 @@
-"""A comparison and its runs: results, costs, summary, recommendation."""
+"""Runs a comparison: its results, costs, summary and recommendation."""

@@ -1,4 +1,4 @@
-"""A comparison from its settings to its report: run by run, each kept before the next begins."""
+"""`compare`: trains the runs of a grid one by one and saves each result before the next begins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 
@@ -22,16 +22,17 @@ from lora_jax.training.run.progress import format_seconds
 from lora_jax.training.run.result import RunResult
 
 from ..grid.plan import PlannedRun, chosen_rate, count_left, next_run, predicted_seconds
-from ..grid.settings import Comparison, Prepared, prepare, started
+from ..grid.result_row import ResultRow
+from ..grid.settings import Comparison, Prepared, prepare_comparison, started
 from ..grid.splits import data_warnings
 from .costs import measure_costs
-from .events import Listener, RunFinished, RunStarted
+from .events import ComparisonEvent, ComparisonListener, RunFinished, RunStarted
 from .programs import shared_programs
 from .recommend import Recommendation, recommend
 from .results import ResultsFile
 from .summary import Summary, summarize
 
-# They say nothing about the candidate, and the next run would meet them too.
+# Errors that say nothing about the candidate: the next run would meet them too.
 _NOT_THE_CANDIDATES = (CheckpointError, DataError, RunFolderError, files.FileError, OSError)
 _PACKAGES = ("lora_jax", "jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -40,15 +41,15 @@ class Outcome(NamedTuple):
     """What a comparison found.
 
     Attributes:
-        prepared: its settings, checked.
-        rows: of `results.jsonl`, by id.
-        summaries: one a candidate, in the candidates' order.
-        recommendation: `None` where no run has succeeded.
-        left: how many runs of the grid are still to do.
+        prepared: The checked settings.
+        rows: Rows of `results.jsonl`, by the run's id.
+        summaries: One summary per candidate, in the candidates' order.
+        recommendation: The recommended method; `None` if no run has succeeded.
+        left: Number of remaining runs.
     """
 
     prepared: Prepared
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, ResultRow]
     summaries: list[Summary]
     recommendation: Recommendation | None
     left: int
@@ -57,57 +58,57 @@ class Outcome(NamedTuple):
 def compare(
     settings: Comparison,
     *,
-    on_progress: Listener | None = None,
+    on_progress: ComparisonListener | None = None,
     retry_failed: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Runs what is left of a comparison's grid, and measures what its candidates cost.
+    """Trains the remaining runs of a comparison and measures what its candidates cost.
 
-    Every candidate runs once at its default rate; then at its other rates, of which the best on dev is chosen; then at
-    that rate with the other seeds. Each run is a row of `results.jsonl` before the next begins. Called again with the
-    same settings it goes on where it was, killed at whatever moment; a run that has its row is not done again.
+    Every candidate runs at its default rate, then at its other rates, and then with the other seeds at the rate that
+    was best on dev. Each run is written to `results.jsonl` before the next begins. If the comparison is interrupted,
+    the same call resumes it; finished runs are not repeated.
 
-    A run that breaks (a loss that isn't finite, memory that is exhausted) is a row with its error, and the next one
-    begins. What says nothing about the candidate, such as a full disk, ends the comparison.
+    A run that fails (a loss that isn't finite, exhausted memory) is recorded with its error, and the next one begins.
+    An error that says nothing about the candidate, such as a full disk, ends the comparison.
 
     Args:
-        settings: what is compared, on what.
-        on_progress: called with every event.
-        retry_failed: whether rows with an error are forgotten and their runs done again.
-        clock: seconds, for `settings.minutes`.
+        settings: Candidates, data and options.
+        on_progress: Callback for every event.
+        retry_failed: Whether failed runs are repeated.
+        clock: Time in seconds, for `settings.minutes`.
 
     Returns:
-        The rows and what follows from them; `write_report` makes pages of it.
+        The results; `write_report` turns them into pages.
 
     Raises:
-        ConfigError, DataError: before anything is run.
+        ConfigError, DataError: The settings or the data are invalid; nothing was run.
         RunFolderError: `settings.output` holds something else.
     """
 
-    def listen(event: Any) -> None:
+    def listen(event: ComparisonEvent) -> None:
         if on_progress is not None:
             on_progress(event)
 
     start = clock()
-    prepared = prepare(settings)
+    prepared = prepare_comparison(settings)
     with started(prepared):
         return _compare(prepared, listen, retry_failed, start, clock)
 
 
 def _compare(
     prepared: Prepared,
-    listen: Callable[[Any], None],
+    listen: ComparisonListener,
     retry_failed: bool,
     start: float,
     clock: Callable[[], float],
 ) -> Outcome:
     settings = prepared.settings
-    for note in data_warnings(prepared.splits):  # before anyone waits for it
+    for note in data_warnings(prepared.splits):
         listen(training_events.Note(message=note))
     results = ResultsFile(prepared.folder / "results.jsonl")
     _require_same(prepared, results)
     if retry_failed and (count := results.forget_failures()):
-        listen(training_events.Note(message=f"{count} failed runs are tried again"))
+        listen(training_events.Note(message=f"retrying {count} failed runs"))
     candidates, seeds = prepared.candidates, settings.seeds
 
     def fits(run: PlannedRun) -> bool:
@@ -132,25 +133,25 @@ def _compare(
         left = count_left(candidates, seeds, results.rows)
         if left and settings.minutes is not None:
             spent = format_seconds(clock() - start)
-            listen(training_events.Note(message=f"{left} runs are left: none is predicted to fit ({spent} spent)"))
+            listen(training_events.Note(message=f"{left} runs remain, but none is predicted to fit ({spent} spent)"))
         costs = measure_costs(prepared, results.rows, listen)
     summaries = summarize(prepared, results.rows, costs)
     return Outcome(prepared, results.rows, summaries, recommend(summaries, prepared), left)
 
 
 def _require_same(prepared: Prepared, results: ResultsFile) -> None:
-    """Refuses rows of other data or another base: each says what it was made of."""
+    """Raises if a row was made with other data or another base."""
     expected = {"content": prepared.splits.fingerprints, "base": prepared.description["base"]}
     for row in results.rows.values():
         if different := [name for name, value in expected.items() if row.get(name, value) != value]:
             raise RunFolderError(
-                f"{results.path}: the row {row['id']} is of another comparison: its `{different[0]}` differs. Remove "
-                "the row, or choose another folder."
+                f"{results.path}: the row {row['id']} belongs to another comparison: its `{different[0]}` differs. "
+                "Remove this row, or choose another folder."
             )
 
 
-def _execute(prepared: Prepared, run: PlannedRun, listen: Listener) -> dict[str, Any]:
-    """Trains; the row of the run, with its error if it broke."""
+def _execute(prepared: Prepared, run: PlannedRun, listen: ComparisonListener) -> ResultRow:
+    """Trains a run, and returns its row, with the error if it failed."""
     config = prepared.run_config(run)
     start = time.perf_counter()
     result, error, trace = None, None, None
@@ -161,17 +162,12 @@ def _execute(prepared: Prepared, run: PlannedRun, listen: Listener) -> dict[str,
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
         trace = traceback.format_exc()
-    return {
-        **_describe(prepared, run, config),
-        **_measured(result),
-        "seconds": time.perf_counter() - start,
-        "error": error,
-        "traceback": trace,
-    }
+    timed = {"seconds": time.perf_counter() - start, "error": error, "traceback": trace}
+    return cast(ResultRow, _describe(prepared, run, config) | _measured(result) | timed)
 
 
-def _describe(prepared: Prepared, run: PlannedRun, config: TrainConfig) -> dict[str, Any]:
-    """What it takes to repeat a run."""
+def _describe(prepared: Prepared, run: PlannedRun, config: TrainConfig) -> dict[str, object]:
+    """The part of a row that is needed to repeat the run."""
     device = jax.devices()[0]
     return {
         "id": run.id,
@@ -191,20 +187,20 @@ def _describe(prepared: Prepared, run: PlannedRun, config: TrainConfig) -> dict[
 
 
 def _cores() -> int | None:
-    """Those that this process may run on, where the system tells."""
+    """The number of cores that this process may use, if the system tells."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _measured(result: RunResult | None) -> dict[str, Any]:
+def _measured(result: RunResult | None) -> dict[str, object]:
     names = ("metrics", "chosen", "chosen_step", "steps", "trainable", "total", "percent", "adapter_bytes")
     names += ("train_seconds", "step_ms", "padding_share", "truncated", "resumed_from")
-    row = {name: None if result is None else getattr(result, name) for name in names}
+    row: dict[str, object] = {name: None if result is None else getattr(result, name) for name in names}
     baselines = {} if result is None else {split: held._asdict() for split, held in result.baselines.items()}
     return row | {"baselines": baselines}
 
 
 def _prune(prepared: Prepared, results: ResultsFile) -> None:
-    """Of finished runs, leaves the adapters of the rates that are chosen so far, and nothing else."""
+    """Deletes the files of finished runs, apart from the adapters of the rates chosen so far."""
     for candidate in prepared.candidates:
         rate = chosen_rate(candidate, prepared.settings.seeds[0], results.rows)
         for row in results.rows.values():

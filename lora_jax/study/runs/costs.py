@@ -1,4 +1,4 @@
-"""What a candidate costs: memory of a training step, and latency of the model that it leaves."""
+"""The costs of a candidate: memory of a training step, and latency of the trained model."""
 
 from __future__ import annotations
 
@@ -7,42 +7,52 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import jax
 import numpy as np
 
 import lora_jax as lj
 from lora_jax import files
-from lora_jax.inference.classify import load_adapter
+from lora_jax.inference.classify import load_run_adapter
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.data.batching import AnyBatch, BatchPlan
 from lora_jax.training.run.evaluate import Forward, make_forward
 from lora_jax.training.run.events import Event, Listener, Note
 from lora_jax.training.run.loop import step_of
-from lora_jax.training.run.setup import prepare as prepare_run
+from lora_jax.training.run.setup import prepare_run
 
-from ..grid.plan import PlannedRun, Rows, chosen_rate
+from ..grid.plan import PlannedRun, chosen_rate
+from ..grid.result_row import ResultRows
 from ..grid.settings import Prepared
 
 BATCHES = (1, 32)
 _ROUNDS = 5
 _WARM_UP, _CALLS = 1, 3
 
-Costs = dict[str, dict[str, Any]]
+
+class Cost(TypedDict, total=False):
+    """An entry of `costs.json`; see `measure_costs`."""
+
+    run: str
+    step_memory: int | None
+    tokens: int
+    latency_ms: dict[str, float]
 
 
-def measure_costs(prepared: Prepared, rows: Rows, listen: Listener) -> Costs:
-    """Measures the candidates that have a kept adapter; by candidate's id, and kept in `costs.json`.
+Costs = dict[str, Cost]  # by the candidate's id
 
-    - `step_memory`: bytes that the compiled step needs at the longest batch: arguments (the frozen base among them),
-      results and temporaries, by the compiler's own account.
-    - `latency_ms`: by batch size, the median over rounds in which the candidates take turns, so that what else the
-      machine does falls on all alike. The adapter is merged first; where that leaves plain arrays, all candidates run
-      the base's own program.
-    - `tokens`: the length that both are measured at, the longest that training batches are padded to.
 
-    Measured anew only where the chosen runs have changed.
+def measure_costs(prepared: Prepared, rows: ResultRows, listen: Listener) -> Costs:
+    """Measures each candidate whose adapter was kept, and saves the costs in `costs.json`.
+
+    - `step_memory`: Bytes that the compiled step needs for the longest batch, as the compiler reports them: arguments
+      (with the frozen base), results and temporaries.
+    - `latency_ms`: For each batch size, the median over rounds in which the candidates take turns, so that other load
+      on the machine affects all alike. The adapter is merged first if possible; such candidates share one program.
+    - `tokens`: Length that both are measured at, the longest that training batches are padded to.
+
+    Costs are measured again only if the chosen runs have changed.
     """
     seed = prepared.settings.seeds[0]
     runs = {
@@ -73,7 +83,7 @@ def measure_costs(prepared: Prepared, rows: Rows, listen: Listener) -> Costs:
 
 
 def _read(path: Path) -> Costs:
-    """Those that are kept; none of a file that isn't as it was written: they are measured anew."""
+    """The saved costs; none if the file was changed, so that they are measured again."""
     try:
         held = files.read_json(path) if path.exists() else {}
         held = files.without_checksum(held, path) if isinstance(held, dict) else {}
@@ -83,7 +93,7 @@ def _read(path: Path) -> Costs:
 
 
 def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> AnyBatch:
-    """One for all candidates: of those, the one with the most rows has the longest."""
+    """The batch that all candidates are measured with: the longest of the candidate with the most training rows."""
     run = max(runs.values(), key=lambda run: run.candidate.train_rows or math.inf)
     made = prepare_run(prepared.run_config(run), _unheard)
     train = made.splits["train"]
@@ -94,10 +104,11 @@ def _longest_batch(prepared: Prepared, runs: Mapping[str, PlannedRun]) -> AnyBat
 
 def _step_memory(config: TrainConfig, batch: AnyBatch) -> int | None:
     run = prepare_run(config, _unheard)
-    memory = step_of(run, config).lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
-    if memory is None:  # a backend that doesn't tell
+    step = cast(jax.stages.Wrapped, step_of(run))
+    memory = step.lower(run.state, run.frozen, batch, run.key).compile().memory_analysis()
+    if memory is None:  # the backend doesn't report it
         return None
-    # What is donated is counted among arguments and results both.
+    # Donated arrays are counted both as arguments and as results.
     return int(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -109,7 +120,7 @@ def _step_memory(config: TrainConfig, batch: AnyBatch) -> int | None:
 def _latencies(
     prepared: Prepared, runs: Mapping[str, PlannedRun], batch: AnyBatch
 ) -> dict[str, dict[int, list[float]]]:
-    """Seconds of calls. One candidate's parameters are held at a time: full fine-tuning leaves a whole model."""
+    """Seconds per call. One candidate's parameters are held at a time, since they may be a whole model."""
     batches = {
         size: jax.device_put(jax.tree.map(lambda x, n=size: np.resize(x, (n, *x.shape[1:])), batch)) for size in BATCHES
     }
@@ -117,7 +128,7 @@ def _latencies(
     forward: Forward | None = None
     for _ in range(_ROUNDS):
         for key, run in runs.items():
-            loaded = load_adapter(prepared.run_folder(run))
+            loaded = load_run_adapter(prepared.run_folder(run))
             forward = forward or make_forward(lj.adapt(loaded.model.apply), prepared.splits.task)
             params = lj.merge_params(loaded.params)
             for size in BATCHES:
@@ -126,10 +137,10 @@ def _latencies(
 
 
 def _unheard(event: Event) -> None:
-    """What preparing tells was told when the run was trained."""
+    """Ignores events that were already reported during training."""
 
 
-def _seconds(forward: Forward, params: Any, batch: AnyBatch) -> list[float]:
+def _seconds(forward: Forward, params: lj.types.Params, batch: AnyBatch) -> list[float]:
     taken = []
     for _ in range(_WARM_UP + _CALLS):
         start = time.perf_counter()

@@ -1,14 +1,14 @@
-"""What a comparison tells whoever watches it, beside the events of the run under way."""
+"""Events of a comparison; the events of the current run come in between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from lora_jax.training.run import events
 
 from ..grid.plan import PlannedRun
+from ..grid.result_row import ResultRow, ResultRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,10 @@ class RunStarted:
     """A run begins.
 
     Attributes:
-        run: which.
-        number, total: counted from 1, of all that are known to be needed.
-        seconds: predicted; `None` of the first.
+        run: The run.
+        number: Number of the run, from 1.
+        total: Number of runs that are known to be needed.
+        seconds: Predicted duration; `None` for the first run.
     """
 
     run: PlannedRun
@@ -29,12 +30,18 @@ class RunStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished:
-    """A run has ended, well or not; `row` is in `results.jsonl`, `done` are the rows by id."""
+    """A run has succeeded or failed.
+
+    Attributes:
+        run: The run.
+        row: Its row of `results.jsonl`.
+        done: All rows, by the run's id.
+    """
 
     run: PlannedRun
-    row: Mapping[str, Any]
-    done: Mapping[str, Mapping[str, Any]]
+    row: ResultRow
+    done: ResultRows
 
 
-Event = RunStarted | RunFinished | events.Event
-Listener = Callable[[Event], None]
+ComparisonEvent = RunStarted | RunFinished | events.Event
+ComparisonListener = Callable[[ComparisonEvent], None]

@@ -1,4 +1,4 @@
-"""Runs whose programs are equal compile them once: JAX's compilation cache, in the comparison's folder."""
+"""Shares compiled programs between runs, by JAX's compilation cache in the comparison's folder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _OPTIONS = {
 
 @contextlib.contextmanager
 def shared_programs(folder: Path) -> Iterator[None]:
-    """Compiled programs are kept in `folder` meanwhile; a cache that the user has set is used instead.
+    """Caches compiled programs in `folder` for the block, unless the user has configured another cache.
 
-    A training step doesn't depend on the learning rate or the seed, so a candidate's runs are one program for each
-    batch shape, also in a process that goes on later.
+    A training step doesn't depend on the learning rate or the seed, so a candidate's runs share one program per batch
+    shape, also with a later process that resumes.
     """
     if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         yield
@@ -29,7 +29,7 @@ def shared_programs(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in {**_OPTIONS, "jax_compilation_cache_dir": str(folder)}.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # JAX looks for its cache once, at the first compilation
+    compilation_cache.reset_cache()  # JAX looks for its cache only once, at the first compilation
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""How the quality of a comparison is written: rates and correlations in percent, a loss as it is."""
+"""Formats the quality metric of a comparison: shares and correlations times 100, a loss unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TITLES = {
 
 
 class Quality(NamedTuple):
-    """A metric, with its name and unit.
+    """A metric with its name and unit.
 
     Example:
         >>> quality = Quality("accuracy")
@@ -34,7 +34,7 @@ class Quality(NamedTuple):
 
     @property
     def title(self) -> str:
-        """With its unit, for headings and axes; a correlation is shown times 100."""
+        """The name with its unit, for headings and axes."""
         if self.metric == "loss":
             return self.name
         return f"{self.name} × 100" if "correlation" in self.name else f"{self.name}, %"

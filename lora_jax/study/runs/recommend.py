@@ -1,4 +1,4 @@
-"""Which method to take: the smallest of those that can't be told from the best."""
+"""Recommends a method: the smallest of those that can't be distinguished from the best."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .summary import Summary
 ONE_SEED_MARGIN = 0.01
 
 RULE = (
-    "Of the candidates whose mean on dev is within one standard error of the best candidate's mean (over its seeds; "
-    f"with one seed, within {ONE_SEED_MARGIN:g}; in accuracy never less than one dev row), the one that trains the "
-    "fewest parameters. It is the one-standard-error rule of model selection (Hastie, Tibshirani and Friedman, The "
-    "Elements of Statistical Learning, section 7.10), with seeds in place of folds. One answer to every row, the most "
-    "frequent label or the mean, counts as a candidate that trains nothing: where it is that near to the best, none is "
-    "recommended."
+    "Rule: among the candidates whose mean dev score is within one standard error (over seeds) of the best, the one "
+    f"that trains the fewest parameters. With one seed, the margin is {ONE_SEED_MARGIN:g}; for accuracy, it is at "
+    "least one dev example. This is the one-standard-error rule of model selection (Hastie, Tibshirani and Friedman, "
+    "The Elements of Statistical Learning, section 7.10), with seeds in place of folds. Giving every example the same "
+    "answer, the most frequent label or the mean, counts as a candidate that trains nothing: if it is within the "
+    "margin, no method is recommended."
 )
 
 
 class Recommendation(NamedTuple):
-    """The choice.
+    """A recommended candidate.
 
     Attributes:
-        summary: of the recommended candidate.
-        reason: in one sentence, with figures.
-        best: the candidate with the best mean on dev.
-        margin: that was allowed.
-        within: how many candidates are within it.
-        is_withheld: Whether none is recommended after all, as one answer to every row is within the margin, too.
+        summary: Summary of the candidate.
+        reason: The reason in one sentence, with figures.
+        best: Summary of the candidate with the best mean dev score.
+        margin: Largest accepted difference from the best.
+        within: Number of candidates within the margin.
+        is_withheld: Whether none is recommended, because a constant answer is within the margin, too.
     """
 
     summary: Summary
@@ -45,7 +45,7 @@ class Recommendation(NamedTuple):
 
 
 def recommend(summaries: Sequence[Summary], prepared: Prepared) -> Recommendation | None:
-    """Chooses by `RULE`; `None` where no run has succeeded."""
+    """Chooses by `RULE`; `None` if no run has succeeded."""
     dev_rows = len(prepared.splits.examples["dev"])
     return choose(summaries, metric=prepared.metric, dev_rows=dev_rows, baseline=prepared.baseline("dev"))
 
@@ -53,13 +53,13 @@ def recommend(summaries: Sequence[Summary], prepared: Prepared) -> Recommendatio
 def choose(
     summaries: Sequence[Summary], *, metric: str, dev_rows: int, baseline: Baseline | None = None
 ) -> Recommendation | None:
-    """As `recommend`.
+    """Chooses by `RULE`.
 
     Args:
-        summaries: of the candidates.
-        metric: that the scores are of.
-        dev_rows: how many rows the dev scores are over.
-        baseline: On dev.
+        summaries: Summaries of the candidates.
+        metric: Metric of the scores.
+        dev_rows: Number of dev examples.
+        baseline: Dev scores of a constant answer.
     """
     means = [(s, better(metric, mean)) for s in summaries if (mean := s.mean("dev")) is not None]
     if not means:

@@ -1,39 +1,40 @@
-"""`results.jsonl`: one row a run, appended whole or not at all."""
+"""The file `results.jsonl`: one row per run, appended whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from lora_jax import files
 from lora_jax.training.errors import RunFolderError
 
-Row = dict[str, Any]
+from ..grid.result_row import ResultRow
+
 _LARGEST = 2**30  # bytes
 
 
 class ResultsFile:
-    """The rows of a comparison, by the run's id; the last of an id counts.
+    """The rows of a comparison, by the run's id. The last row with an id counts.
 
-    A process that is killed while it writes leaves half a line at the end, which the next one takes away.
+    A process that is killed while it writes leaves half a line at the end, which the next one removes.
 
     Args:
-        path: made with the first row.
+        path: Path of the file, which is created with the first row.
 
     Raises:
-        RunFolderError: a line that is no row.
+        RunFolderError: A line is not a row.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, ResultRow] = {}
         if not path.exists():
             return
-        # Not `splitlines`, which also splits where an error's text has one of Unicode's own line breaks.
+        # Not `splitlines`, which also splits at Unicode's other line breaks, and an error's text may have some.
         *lines, rest = files.read_bytes(path, max_bytes=_LARGEST).split(b"\n")
         for number, line in enumerate(lines, start=1):
             row = _parse(line, f"{path}, line {number}")
@@ -41,11 +42,11 @@ class ResultsFile:
         if rest:
             files.write_text(path, "".join(f"{line.decode()}\n" for line in lines))
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Adds a row, on disk before this returns.
+    def append(self, row: ResultRow) -> None:
+        """Adds a row, which is on disk when this returns.
 
         Raises:
-            RunFolderError: a full disk, or another failure to write.
+            RunFolderError: The disk is full, or the file can't be written for another reason.
         """
         line = _line(row)
         try:
@@ -55,12 +56,13 @@ class ResultsFile:
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunFolderError(
-                f"{self.path} can't be written: {error.strerror}. The rows before are whole; start again to go on."
+                f"{self.path} can't be written: {error.strerror}. The earlier rows are intact; run the same command to "
+                "resume."
             ) from error
-        self.rows[row["id"]] = dict(row)
+        self.rows[row["id"]] = row.copy()
 
     def forget_failures(self) -> int:
-        """Leaves out the rows of failed runs, so that those are tried again; how many there were."""
+        """Removes the rows of failed runs, so that these are retried; returns how many there were."""
         kept = {key: row for key, row in self.rows.items() if row["error"] is None}
         forgotten = len(self.rows) - len(kept)
         if forgotten:
@@ -69,12 +71,12 @@ class ResultsFile:
         return forgotten
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _line(row: ResultRow) -> str:
     return json.dumps(files.with_checksum(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _parse(line: bytes, where: str) -> Row:
-    way_out = "mend or remove the line"
+def _parse(line: bytes, where: str) -> ResultRow:
+    way_out = "fix or remove this line"
     try:
         row = files.parse_json(line, where)
     except files.FileError as error:
@@ -87,18 +89,18 @@ def _parse(line: bytes, where: str) -> Row:
         raise RunFolderError(str(error)) from None
     for name, fits in _FIELDS.items():
         if name in row and not fits(row[name]):
-            raise RunFolderError(f"{where} isn't a row of a comparison: its `{name}` can't be; {way_out}.")
-    if row["error"] is None and "metrics" in row and not _is_scored(row):
+            raise RunFolderError(f"{where} isn't a row of a comparison: its `{name}` is invalid; {way_out}.")
+    if row["error"] is None and "metrics" in row and not _is_scored(row["metrics"], row.get("metric")):
         raise RunFolderError(f"{where} isn't a row of a comparison: its `metrics` lack its `metric`; {way_out}.")
-    return row
+    return cast(ResultRow, row)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# What a plan is made from.
-_FIELDS: dict[str, Callable[[Any], bool]] = {
+# The fields that a plan depends on.
+_FIELDS: dict[str, Callable[[object], bool]] = {
     "id": lambda value: isinstance(value, str),
     "candidate_id": lambda value: isinstance(value, str),
     "error": lambda value: value is None or isinstance(value, str),
@@ -108,12 +110,11 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _is_scored(row: Row) -> bool:
-    """Whether each split that a successful run was scored on has the metric, a number."""
-    metrics = row["metrics"]
+def _is_scored(metrics: object, metric: object) -> bool:
+    """Whether there is a dev score, and the metric is a number on every split."""
     return (
-        isinstance(row.get("metric"), str)
+        isinstance(metric, str)
         and isinstance(metrics, dict)
         and "dev" in metrics
-        and all(isinstance(split, dict) and _is_number(split.get(row.get("metric"))) for split in metrics.values())
+        and all(isinstance(split, dict) and _is_number(split.get(metric)) for split in metrics.values())
     )

@@ -1,1 +1,1 @@
-"""From files and data sets to batches: tables, examples, tokens, rows, buckets."""
+"""From files and data sets to batches: tables, examples, token sequences, buckets."""

@@ -1,15 +1,15 @@
-"""Batches of one shape a bucket: shuffled by seed and epoch, resumable at any step, the last one filled up.
+"""Batches with one shape per bucket, shuffled by seed and epoch and resumable at any step.
 
-A batch holds rows of similar length. Each epoch shuffles all rows, deals them to their buckets, and cuts a batch
-whenever a bucket has enough; what remains at the end is joined across buckets, so an epoch has `ceil(rows / size)`
-batches as it would without buckets. The order of the batches is then shuffled too.
+A batch holds sequences of similar length. Each epoch shuffles all sequences, sorts them into buckets, and takes a batch
+whenever a bucket has enough. The remainders are joined across buckets, so that an epoch has `ceil(sequences / size)`
+batches as it would without buckets. Finally the order of the batches is shuffled.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -22,39 +22,40 @@ class AnyBatch(Protocol):
     """One batch of any task, on the host; a pytree.
 
     Attributes:
-        targets: `(size, …)`, whose losses are summed.
-        weights: float32, of the targets' shape: 0 where nothing is to be learnt.
-        inputs: the arguments of the model's apply, by name.
-        tokens: how many there are in the batch's own rows.
+        targets: `(size, …)`; their losses are summed.
+        weights: float32 of the targets' shape; 0 for targets that aren't learned.
+        inputs: Arguments of the model's apply, by name.
+        tokens: Number of tokens, without padding and filling.
     """
 
     @property
-    def targets(self) -> Any: ...
+    def targets(self) -> np.ndarray: ...
     @property
-    def weights(self) -> Any: ...
+    def weights(self) -> np.ndarray: ...
     @property
-    def inputs(self) -> dict[str, Any]: ...
+    def inputs(self) -> dict[str, np.ndarray]: ...
     @property
     def tokens(self) -> int: ...
 
 
-class Rows(Protocol):
-    """The rows of a split, ready for batching.
+class Sequences(Protocol):
+    """The token sequences of a split, ready for batching.
 
     Attributes:
-        targets: what `Task.measure` takes.
-        lengths: tokens of each row.
-        rows, max_length: how many, and the most tokens of one.
-        truncated, dropped: how many texts lost their end, and how many were left out.
-        largest_batch: rows that are evaluated at once.
+        targets: Targets as `Task.measure` takes them.
+        lengths: Number of tokens of each sequence.
+        num_sequences: Number of sequences.
+        max_length: Most tokens of a sequence.
+        truncated, dropped: Number of texts that were truncated, and that were left out.
+        largest_batch: Most sequences in an evaluation batch.
     """
 
     @property
-    def targets(self) -> Any: ...
+    def targets(self) -> np.ndarray: ...
     @property
     def lengths(self) -> np.ndarray: ...
     @property
-    def rows(self) -> int: ...
+    def num_sequences(self) -> int: ...
     @property
     def max_length(self) -> int: ...
     @property
@@ -64,19 +65,19 @@ class Rows(Protocol):
     @property
     def largest_batch(self) -> int: ...
     def batch(self, plan: BatchPlan, size: int) -> AnyBatch:
-        """The rows of a plan, padded, and others of weight 0 that fill the batch up."""
+        """The sequences of a plan, padded, with copies of weight 0 to fill the batch."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash: a run resumes on the data that it began with, or not at all."""
+        """A hash: a run only resumes on the data that it began with."""
         ...
 
     def notes(self, split: str) -> list[str]:
-        """What was lost, in words."""
+        """Notes on truncated and dropped texts."""
         ...
 
     def describe(self) -> str:
-        """How many there are, in words."""
+        """The number of sequences, in words."""
         ...
 
 
@@ -86,7 +87,7 @@ class Batch(NamedTuple):
     Attributes:
         input_ids, attention_mask, token_type_ids: int32 `(size, length)`.
         targets: int32 or float32 `(size,)`.
-        weights: float32 `(size,)`, 0 for a row that only fills the batch up.
+        weights: float32 `(size,)`; 0 for a copy that fills the batch.
     """
 
     input_ids: np.ndarray
@@ -105,16 +106,16 @@ class Batch(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """Which rows make up a batch, and the length that they are padded to."""
+    """The indices of the sequences in a batch, and the length that they are padded to."""
 
-    rows: np.ndarray
+    indices: np.ndarray
     length: int
 
 
 def plan_epoch(
     lengths: np.ndarray, buckets: Sequence[int], *, batch_size: int, seed: int, epoch: int
 ) -> list[BatchPlan]:
-    """The batches of one epoch: a pure function of its arguments, so any batch can be made again at any time."""
+    """The batches of one epoch; a pure function, so that any batch can be made again at any time."""
     shuffled = _shuffled(len(lengths), _seed(seed, epoch, 0))
     places = bucket_of(lengths, buckets)
 
@@ -133,43 +134,43 @@ def plan_epoch(
 
 
 def plan_in_order(lengths: np.ndarray, buckets: Sequence[int], *, batch_size: int) -> list[BatchPlan]:
-    """Batches for evaluation: rows sorted by length, so that each is padded as little as can be."""
+    """Batches for evaluation, sorted by length so that padding is minimal."""
     order = np.argsort(lengths, kind="stable")
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [BatchPlan(group, buckets[int(bucket_of(lengths[group].max(), buckets))]) for group in groups]
 
 
 def collate(encoded: Encoded, targets: np.ndarray, plan: BatchPlan, *, batch_size: int, pad_id: int) -> Batch:
-    """Pads the rows of a plan to its length, and the batch to its size with copies of weight 0.
+    """Pads the sequences of a plan to its length, and fills the batch with copies of weight 0.
 
-    A copy and not an empty row: attention over nothing but padding is 0/0.
+    Copies are used because attention over padding alone is 0/0.
     """
-    rows = np.resize(plan.rows, batch_size)
+    indices = np.resize(plan.indices, batch_size)
     shape = (batch_size, plan.length)
     ids, mask, types = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for i, row in enumerate(rows):
-        start, end = encoded.offsets[row], encoded.offsets[row + 1]
+    for i, index in enumerate(indices):
+        start, end = encoded.offsets[index], encoded.offsets[index + 1]
         ids[i, : end - start] = encoded.ids[start:end]
         types[i, : end - start] = encoded.types[start:end]
         mask[i, : end - start] = 1
-    weights = (np.arange(batch_size) < len(plan.rows)).astype(np.float32)
-    return Batch(ids, mask, types, targets[rows], weights)
+    weights = (np.arange(batch_size) < len(plan.indices)).astype(np.float32)
+    return Batch(ids, mask, types, targets[indices], weights)
 
 
 class TrainingBatches:
-    """The batches of a whole run, by step, or from an iterator whose state is one number.
+    """The batches of a run, by step, or from an iterator whose state is one number.
 
     Args:
-        rows: the training rows.
-        buckets: ascending lengths that cover every row.
-        batch_size: rows of a batch.
-        seed: of the order.
-        steps: how many batches there are; a run of several epochs plans each when it gets there.
+        sequences: Training sequences.
+        buckets: Ascending lengths that cover every sequence.
+        batch_size: Sequences per batch.
+        seed: Seed of the order.
+        steps: Number of batches. Each epoch is planned when it is reached.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        sequences: Sequences,
         *,
         buckets: Sequence[int],
         batch_size: int,
@@ -177,15 +178,15 @@ class TrainingBatches:
         steps: int,
     ) -> None:
         self.steps = steps
-        self.steps_per_epoch = -(-rows.rows // batch_size)
-        lengths = rows.lengths
+        self.steps_per_epoch = -(-sequences.num_sequences // batch_size)
+        lengths = sequences.lengths
 
-        @functools.lru_cache(maxsize=2)  # the epoch at hand, and the next, which prefetching may have begun
+        @functools.lru_cache(maxsize=2)  # this epoch and the next, which prefetching may have reached
         def plans(epoch: int) -> list[BatchPlan]:
             return plan_epoch(lengths, buckets, batch_size=batch_size, seed=seed, epoch=epoch)
 
         def batch(step: int) -> AnyBatch:
-            return rows.batch(plans(step // self.steps_per_epoch)[step % self.steps_per_epoch], batch_size)
+            return sequences.batch(plans(step // self.steps_per_epoch)[step % self.steps_per_epoch], batch_size)
 
         self._batch = batch
 
@@ -194,7 +195,7 @@ class TrainingBatches:
         return self._batch(step)
 
     def iterator(self, position: int = 0) -> grain.DatasetIterator[AnyBatch]:
-        """Batches from `position` on, made ahead of time in a thread; `get_state` tells the position."""
+        """Batches from `position` on, prefetched in a thread; `get_state` gives the position."""
         dataset = grain.MapDataset.range(self.steps).map(self._batch)
         iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
         iterator.set_state({"next_index": position})
@@ -202,7 +203,7 @@ class TrainingBatches:
 
 
 def padding_share(tokens: int, slots: int) -> float:
-    """The share of a batch's places that hold no token of its own rows."""
+    """The share of a batch's slots that are padding or filling."""
     return 1 - tokens / slots if slots else 0.0
 
 

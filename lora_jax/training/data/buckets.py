@@ -1,4 +1,4 @@
-"""The few lengths that batches are padded to: one compiled program each, chosen so that little of them is padding."""
+"""Chooses the few lengths that batches are padded to: one compiled program each, and little padding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 from ..errors import ConfigError
 
-MULTIPLE = 8  # lengths that vector units and tensor cores like
-PROGRAM = 20  # steps that take about as long as it takes to compile one more program
+MULTIPLE = 8  # suits vector units and tensor cores
+PROGRAM = 20  # time to compile one more program, in steps
 
 
 def choose_buckets(lengths: np.ndarray, *, count: int | None, max_length: int, steps: int = 0) -> tuple[int, ...]:
@@ -19,15 +19,14 @@ def choose_buckets(lengths: np.ndarray, *, count: int | None, max_length: int, s
     programming over "the last bucket is the j-th candidate".
 
     Args:
-        lengths: tokens of each row, `(rows,)`; none above `max_length`.
-        count: the most buckets. With `None` there are as many as pay in a run of `steps`: those that minimize
-            `steps · Σᵢ bucket(lengthᵢ) / Σᵢ lengthᵢ + 20 · buckets`, since one more program takes about 20 steps' time
-            to compile.
-        max_length: no bucket is longer.
-        steps: of the run; not used with a `count`.
+        lengths: Tokens of each sequence, `(sequences,)`; none above `max_length`.
+        count: Most buckets. With `None`, the number minimizes `steps · Σᵢ bucket(lengthᵢ) / Σᵢ lengthᵢ + 20 · buckets`,
+            since compiling one more program takes about as long as 20 steps.
+        max_length: Length of the longest possible bucket.
+        steps: Steps of the run; unused if `count` is given.
 
     Returns:
-        Ascending lengths; the last holds the longest row.
+        Ascending lengths; the last one fits the longest sequence.
 
     Example:
         >>> choose_buckets(np.array([3, 7, 8, 30, 31]), count=2, max_length=64)
@@ -37,14 +36,14 @@ def choose_buckets(lengths: np.ndarray, *, count: int | None, max_length: int, s
         [(32,), (8, 32), (8, 16, 32)]
     """
     if count is not None and count < 1:
-        raise ConfigError(f"`buckets` is {count}, and at least 1 is expected.")
+        raise ConfigError(f"`buckets` must be at least 1, got {count}.")
     longest = int(lengths.max())
     candidates = [*range(MULTIPLE, longest, MULTIPLE), min(-(-longest // MULTIPLE) * MULTIPLE, max_length)]
-    rows_up_to = np.searchsorted(np.sort(lengths), candidates, side="right")
-    before = np.concatenate([[0], rows_up_to])
+    count_up_to = np.searchsorted(np.sort(lengths), candidates, side="right")
+    before = np.concatenate([[0], count_up_to])
 
-    # cost[j]: places of every row up to candidate j, when j is a bucket.
-    cost = np.array(candidates) * rows_up_to
+    # cost[j]: slots of all sequences up to candidate j if j is a bucket.
+    cost = np.array(candidates) * count_up_to
     chosen: list[list[int]] = [[j] for j in range(len(candidates))]
     best = [(cost[-1], chosen[-1])]  # with one bucket, with at most two, …
     for _ in range(min(count or len(candidates), len(candidates)) - 1):
@@ -58,20 +57,20 @@ def choose_buckets(lengths: np.ndarray, *, count: int | None, max_length: int, s
         best.append((cost[-1], chosen[-1]))
 
     def time(option: tuple[int, list[int]]) -> float:
-        places, buckets = option
-        return steps * places / int(lengths.sum()) + PROGRAM * len(buckets)
+        slots, buckets = option
+        return steps * slots / int(lengths.sum()) + PROGRAM * len(buckets)
 
     _, buckets = best[-1] if count is not None else min(best, key=time)
     return tuple(candidates[j] for j in buckets)
 
 
 def cover(buckets: Sequence[int], longest: int, max_length: int) -> tuple[int, ...]:
-    """`buckets`, and one more where a row (of another file) is longer than all of them."""
+    """`buckets`, and one more if a sequence (of another split) is longer than all of them."""
     if longest <= buckets[-1]:
         return tuple(buckets)
     return (*buckets, min(-(-longest // MULTIPLE) * MULTIPLE, max_length))
 
 
 def bucket_of(lengths: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
-    """The place in `buckets` of the shortest one that holds each length."""
+    """The index of the shortest bucket that holds each length."""
     return np.searchsorted(np.asarray(buckets), lengths, side="left")

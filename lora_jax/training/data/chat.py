@@ -1,4 +1,4 @@
-"""Conversations as text: the chat template of a base, in a sandbox and with limits, and who says what."""
+"""Renders conversations with a base's chat template, in a process with limits, and finds the assistant's answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from ..errors import DataError
 
-# For a base that brings none: roles as headings, an end-of-text after each answer.
+# For a base without a template: roles as headings, an end-of-text after each answer.
 DEFAULT_TEMPLATE = """\
 {{ bos_token }}
 {%- for message in messages %}
@@ -29,22 +29,24 @@ DEFAULT_TEMPLATE = """\
 {%- endif %}"""
 
 _PROGRAM = Path(__file__).with_name("chat_renderer.py")
-_MEMORY = 2**30  # bytes of the process that renders
-_SECONDS = 5.0  # of a conversation
-_START = 30.0  # seconds, for the process to begin
-_GRACE = 2.0  # times a conversation's seconds, before a process that doesn't stop itself is killed
+_MEMORY = 2**30  # bytes; the limit of the rendering process
+_SECONDS = 5.0  # time limit of one conversation
+_START = 30.0  # seconds to wait for the process to start
+_GRACE = 2.0  # a process that doesn't stop itself is killed after so many times the limit
 _MOST_TEXT = 2**31  # bytes of all renderings
+
+Message = dict[str, Any]  # JSON: a role, a content, and what else a template may read
 
 
 class Part(NamedTuple):
-    """A piece of a text, and whether a model is to learn to write it."""
+    """A piece of a text, and whether the model learns to write it."""
 
     text: str
     is_target: bool
 
 
 def render_conversations(
-    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    conversations: Sequence[Sequence[Message]],
     *,
     template: str | None,
     tokens: Mapping[str, str],
@@ -52,30 +54,30 @@ def render_conversations(
     numbers: Sequence[int] | None = None,
     seconds: float = _SECONDS,
 ) -> list[tuple[Part, ...]]:
-    """Renders conversations, and tells what the assistant says in each.
+    """Renders conversations and marks the assistant's answers in each.
 
-    An answer is what the template adds to the messages before it, rendered with `add_generation_prompt`, when that
-    answer is given too: it is what a model that is asked for the answer has to write, its end-of-turn included. This is
-    exact if a rendering begins as the shorter one does; a template for which that isn't so is refused.
+    The messages before an answer are rendered with `add_generation_prompt`, and again with the answer: what the second
+    rendering adds, end-of-turn included, is what the model must write. This is exact if the second rendering begins
+    with the first. Templates that violate this are rejected.
 
-    The template runs in Jinja's `ImmutableSandboxedEnvironment`, in a process of its own with a limit of time and
-    (where the system has it) of memory. It sees `messages`, `add_generation_prompt` and the special tokens, and may
-    call `raise_exception` and `strftime_now`.
+    The template runs in Jinja's `ImmutableSandboxedEnvironment`, in a process with a time limit and, if the system
+    supports it, a memory limit. It sees `messages`, `add_generation_prompt` and the special tokens, and may call
+    `raise_exception` and `strftime_now`.
 
     Args:
-        conversations: of messages with a `role` and a `content`.
-        template: in Jinja; `None` for `DEFAULT_TEMPLATE`.
-        tokens: the texts of special tokens, such as `eos_token`.
-        name: of the data, for messages.
-        numbers: of the conversations' rows in it; `None` for 1, 2, 3, …
-        seconds: that one conversation may take.
+        conversations: Lists of messages, each with a `role` and a `content`.
+        template: Jinja template; `None` for `DEFAULT_TEMPLATE`.
+        tokens: Texts of special tokens, such as `eos_token`.
+        name: Name of the data, for messages.
+        numbers: Row numbers of the conversations; `None` for 1, 2, 3, …
+        seconds: Time limit of one conversation.
 
     Returns:
-        The parts of each; joined they are the rendering.
+        The parts of each conversation; joined, they are its rendering.
 
     Raises:
-        DataError: a template that is no Jinja, does what the sandbox forbids, doesn't end, takes too much memory, or
-            renders earlier messages in another way when more follow. The row is named.
+        DataError: The template is not valid Jinja, does what the sandbox forbids, exceeds a limit, or renders earlier
+            messages differently when more follow. The row is named.
 
     Example:
         >>> talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -83,26 +85,26 @@ def render_conversations(
         >>> parts[:2]
         (Part(text='user:\\nHi\\nassistant:\\n', is_target=False), Part(text='Hello</s>\\n', is_target=True))
 
-    **Deviations.** transformers' `return_assistant_tokens_mask` takes what is between `{% generation %}` tags, which
-    few templates have; here the tags are read over.
+    **Deviations.** transformers' `return_assistant_tokens_mask` uses `{% generation %}` tags, which few templates have;
+    here the tags are ignored.
     """
     return _render(conversations, template, tokens, name, seconds, prompt=False, numbers=numbers)
 
 
 def render_prompts(
-    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    conversations: Sequence[Sequence[Message]],
     *,
     template: str | None,
     tokens: Mapping[str, str],
     name: str,
     seconds: float = _SECONDS,
 ) -> list[str]:
-    """Renders conversations up to where the assistant answers; arguments and errors as `render_conversations`."""
+    """Renders conversations up to where the assistant answers; see `render_conversations`."""
     return [parts[0].text for parts in _render(conversations, template, tokens, name, seconds, prompt=True)]
 
 
 def _render(
-    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    conversations: Sequence[Sequence[Message]],
     template: str | None,
     tokens: Mapping[str, str],
     name: str,
@@ -111,7 +113,7 @@ def _render(
     prompt: bool,
     numbers: Sequence[int] | None = None,
 ) -> list[tuple[Part, ...]]:
-    import jinja2  # noqa: F401, that it is missing is told here, and not by a process that ends
+    import jinja2  # noqa: F401, raises here if it is missing, not in the other process
 
     settings = {
         "template": DEFAULT_TEMPLATE if template is None else template,
@@ -121,7 +123,7 @@ def _render(
         "prompt": prompt,
     }
     lines = [json.dumps(entry) for entry in (settings, *(list(map(dict, talk)) for talk in conversations))]
-    # -P: what lies beside the program can't stand in for a library.
+    # -P: a file beside the program can't shadow a library.
     command = [sys.executable, "-P", str(_PROGRAM)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     over = threading.Event()
@@ -142,14 +144,14 @@ def _answers(
     seconds: float,
     over: threading.Event,
 ) -> list[tuple[Part, ...]]:
-    """The renderings, each waited for no longer than it may take: the process stops Python by itself, and not C."""
+    """The renderings. Each is awaited with a time limit, since the process can interrupt Python code but not C code."""
     assert process.stdin is not None
     assert process.stdout is not None
-    lines: queue.Queue[bytes] = queue.Queue(maxsize=64)  # no more than is read goes into memory
+    lines: queue.Queue[bytes] = queue.Queue(maxsize=64)  # bounded, so that unread output doesn't fill the memory
     threading.Thread(target=_write, args=(process.stdin, request), daemon=True).start()
     threading.Thread(target=_read, args=(process.stdout, lines, over), daemon=True).start()
     with contextlib.suppress(queue.Empty):
-        lines.get(timeout=_START)  # that it has begun
+        lines.get(timeout=_START)  # the process has started
     renderings: list[tuple[Part, ...]] = []
     size = 0
     for row in numbers:
@@ -157,12 +159,14 @@ def _answers(
         try:
             line = lines.get(timeout=_GRACE * seconds)
         except queue.Empty:
-            raise DataError(f"{where}: the base's chat template didn't end within {seconds:g} s. {_WAY_OUT}") from None
+            raise DataError(
+                f"{where}: the base's chat template did not finish within {seconds:g} s. {_WAY_OUT}"
+            ) from None
         if not line.endswith(b"}\n"):
-            raise DataError(f"{where}: the base's chat template takes too much memory or ends the process. {_WAY_OUT}")
+            raise DataError(f"{where}: the base's chat template uses too much memory or ends the process. {_WAY_OUT}")
         size += len(line)
         if size > _MOST_TEXT:
-            raise DataError(f"{where}: the base's chat template makes {size:,} bytes of the rows so far. {_WAY_OUT}")
+            raise DataError(f"{where}: the base's chat template has written {size:,} bytes so far. {_WAY_OUT}")
         answer = json.loads(line)
         _check(answer, where)
         renderings.append(tuple(Part(text, is_target) for text, is_target in answer["parts"]))
@@ -184,7 +188,7 @@ def _read(stream: IO[bytes], lines: queue.Queue[bytes], over: threading.Event) -
 
 
 _WAY_OUT = (
-    "Mend `chat_template.jinja` (or `chat_template` in tokenizer_config.json) in the base's folder, or use a base that "
+    "Fix `chat_template.jinja` (or `chat_template` in tokenizer_config.json) in the base's folder, or use a base that "
     "you trust."
 )
 
@@ -194,7 +198,7 @@ def _check(answer: dict[str, Any], where: str) -> None:
         raise DataError(f"{where}: the base's chat template {answer['error'].rstrip('.'):.400}. {_WAY_OUT}")
     if "unstable" in answer:
         raise DataError(
-            f"{where}: the base's chat template renders the messages before message {answer['unstable']} in another "
-            "way once it, or what follows, is there, so what the assistant says can't be told apart. Write "
-            "conversations of one answer a row, the answer last, or simplify the template."
+            f"{where}: the base's chat template renders the messages before message {answer['unstable']} "
+            "differently when that message or later ones follow, so the assistant's answers can't be found. Give one "
+            "answer per row, as the last message, or simplify the template."
         )

@@ -1,10 +1,10 @@
-"""Texts to token ids: once, in bulk, with what is cut off counted."""
+"""Tokenizes labelled texts in bulk, and counts those that are truncated."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from ..examples import Examples
 
 if TYPE_CHECKING:
     import tokenizers
-_CHARACTERS = 32  # that are read of a text for each token that may be kept; words have some five
+
+_CHARACTERS = 32  # characters read for each token that may be kept; English has some five per token
 _MOST_CHARACTERS = 1 << 20
 
 
@@ -23,10 +24,10 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: int32 `(tokens,)`.
-        types: int32 `(tokens,)`, 1 in the second text of a pair.
+        types: int32 `(tokens,)`; 1 in the second text of a pair.
         offsets: int64 `(rows + 1,)`; row `i` is `ids[offsets[i]:offsets[i + 1]]`.
-        truncated: how many rows were longer than `max_length` and lost their end.
-        max_length: the most tokens of a row.
+        truncated: Number of sequences that were longer than `max_length`.
+        max_length: Most tokens of a sequence.
     """
 
     ids: np.ndarray
@@ -40,11 +41,11 @@ class Encoded(NamedTuple):
         return np.diff(self.offsets)
 
     @property
-    def rows(self) -> int:
+    def num_sequences(self) -> int:
         return len(self.offsets) - 1
 
     def fingerprint(self) -> str:
-        """A hash of the rows: a run resumes on the data that it began with, or not at all."""
+        """A hash: a run only resumes on the data that it began with."""
         digest = hashlib.sha256()
         for array in (self.ids, self.types, self.offsets):
             digest.update(np.ascontiguousarray(array).data)
@@ -52,7 +53,7 @@ class Encoded(NamedTuple):
 
 
 def encode(examples: Examples, tokenizer: tokenizers.Tokenizer, max_length: int) -> Encoded:
-    """Tokenizes every row with its special tokens, cutting the longer text first where a row exceeds `max_length`."""
+    """Tokenizes texts or pairs with special tokens. If a pair exceeds `max_length`, the longer text is cut first."""
     texts = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
     beginnings = encode_beginnings(texts, tokenizer, max_length)
     encodings = [beginning.encoding for beginning in beginnings]
@@ -81,24 +82,23 @@ def encode_beginnings(
     *,
     add_special_tokens: bool = True,
 ) -> list[Beginning]:
-    """What `encode_batch` gives with truncation to `max_length` tokens, at a cost that a long text doesn't set.
+    """The result of `encode_batch` with truncation to `max_length` tokens, at a cost that doesn't grow with the texts.
 
-    Of a text `_CHARACTERS` for each token are read; more, up to `_MOST_CHARACTERS`, where the tokens kept don't end in
-    the first half of these (a word of thousands of characters), and of pairs, whose longer text is cut first. What lies
-    beyond is cut off.
+    The first `_CHARACTERS` per token of a text are read. Up to `_MOST_CHARACTERS` are read if the kept tokens don't end
+    in the first half of these (a word of thousands of characters), and for pairs, whose longer text is cut first.
 
     Args:
         texts: Texts, or pairs of them.
-        tokenizer: Its own truncation and padding are switched off.
-        max_length: The most tokens to keep, special tokens included.
-        add_special_tokens: Whether the tokenizer adds its own.
+        tokenizer: Tokenizer, whose own truncation and padding are switched off.
+        max_length: Most tokens to keep, special tokens included.
+        add_special_tokens: Whether the tokenizer adds its special tokens.
     """
-    # The tokenizer's file may pad every text to a fixed length: batches are padded later, and less.
+    # A tokenizer's file may ask for padding to a fixed length; batches are padded later, and less.
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     limit = _CHARACTERS * max_length
     parts = [(text,) if isinstance(text, str) else text for text in texts]
-    inputs: list[Any] = [_input([part[:limit] for part in each]) for each in parts]
+    inputs = [_input([part[:limit] for part in each]) for each in parts]
     encodings = tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
     beginnings = [Beginning(encoding, bool(encoding.overflowing)) for encoding in encodings]
     for place, each in enumerate(parts):
@@ -107,7 +107,7 @@ def encode_beginnings(
             continue
         encoding = encodings[place]
         if len(each) > 1 or not _is_settled(encoding, limit):
-            cut: Any = _input(_cut(each, tokenizer, max_length))
+            cut = _input(_cut(each, tokenizer, max_length))
             (encoding,) = tokenizer.encode_batch([cut], add_special_tokens=add_special_tokens)
         beginnings[place] = Beginning(encoding, bool(encoding.overflowing) or longest > _MOST_CHARACTERS)
     tokenizer.no_truncation()
@@ -115,9 +115,9 @@ def encode_beginnings(
 
 
 def _cut(parts: tuple[str, ...], tokenizer: tokenizers.Tokenizer, max_length: int) -> list[str]:
-    """The beginning of a text, or of each of a pair, with more than `max_length` tokens where there are more.
+    """The beginning of a text, or of each text of a pair, with more than `max_length` tokens if there are more.
 
-    The longer of a pair stays the longer: the odd token is its own.
+    The longer text of a pair stays the longer one, so that it is still the one to be cut.
     """
     tokenizer.no_truncation()
     encodings = [tokenizer.encode(part[:_MOST_CHARACTERS], add_special_tokens=False) for part in parts]
@@ -141,18 +141,18 @@ def end_of(encoding: tokenizers.Encoding) -> int:
 
 
 def _is_settled(encoding: tokenizers.Encoding, limit: int) -> bool:
-    """Whether a text's first `limit` characters tell its first tokens: a cut changes those beside it alone."""
+    """Whether the first `limit` characters of a text determine its tokens: a cut only changes the tokens next to it."""
     end = end_of(encoding)
     return end <= limit // 2 and any(end_of(other) > end for other in encoding.overflowing)
 
 
 def padding_id(tokenizer: tokenizers.Tokenizer) -> int:
-    """The id that rows are filled up with; masked everywhere, so any known one does."""
+    """The id for padding. It is masked everywhere, so any known id will do."""
     for token in ("[PAD]", "<pad>"):
         if (found := tokenizer.token_to_id(token)) is not None:
             return found
     return 0
 
 
-def _joined(rows: list[list[int]]) -> np.ndarray:
-    return np.concatenate([np.asarray(row, np.int32) for row in rows])
+def _joined(ids: list[list[int]]) -> np.ndarray:
+    return np.concatenate([np.asarray(each, np.int32) for each in ids])

@@ -1,61 +1,62 @@
-"""One line of JSONL: the object that it holds, or why it can't be used."""
+"""Parses one line of JSONL."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Any
+
+from lora_jax.files.json_files import RepeatedNameError, unique_names
 
 from ..errors import DataError
 
-# One that isn't closed goes to the end: every character is looked at once, whatever a line holds.
+# A string that isn't closed goes to the end, so that every character is visited once, whatever a line holds.
 _STRINGS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_LONG = 1 << 20  # characters of a line from which on its values are counted first
+_LONG = 1 << 20  # characters; the values of a longer line are counted before it is parsed
 _MOST_VALUES = 5_000_000
 
 
-def parse_object(line: str, where: str) -> dict[str, Any]:
-    """The object on a line; texts are texts and numbers are numbers, as JSON has them.
+def parse_object(line: str, where: str) -> dict[str, object]:
+    """The object on a line.
 
     Args:
         line: One line of JSONL.
-        where: Its place, for messages.
+        where: Its position, for messages.
 
     Raises:
-        DataError: What is no JSON object, has a name twice, or is nested or long beyond all use.
+        DataError: The line is not a JSON object, has a name twice, or is far too long or too deeply nested.
     """
-    # A list of empty lists takes thirty times the memory of its text.
+    # A list of empty lists takes thirty times as much memory as its text.
     if len(line) > _LONG and (_STRINGS.sub("", line).count(",") > _MOST_VALUES):
-        raise DataError(f"{where} has more than {_MOST_VALUES:,} values: this is no row of texts.")
+        raise DataError(f"{where} has more than {_MOST_VALUES:,} values, too many for a row of texts.")
     try:
-        value: Any = json.loads(line, object_pairs_hook=_once_each)
+        value: object = json.loads(line, object_pairs_hook=unique_names)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where} is not JSON ({error.msg}, column {error.colno}): one object a line is expected."
+            f"{where} is not JSON ({error.msg}, column {error.colno}): each line must be an object."
         ) from None
-    except _RepeatedName as error:
+    except RepeatedNameError as error:
         raise DataError(f"{where} has the name '{error}' more than once in an object.") from None
     except RecursionError:
-        raise DataError(f"{where} is nested too deeply: an object of texts and numbers is expected.") from None
+        raise DataError(f"{where} is nested too deeply.") from None
     except ValueError:
-        raise DataError(f"{where} has a number of thousands of digits, which can't be read.") from None
+        raise DataError(f"{where} has a number with thousands of digits.") from None
     if not isinstance(value, dict):
         raise DataError(
-            f'{where} is a JSON {type(value).__name__}, and an object is expected: {{"text": ..., "label": ...}}.'
+            f'{where} must be a JSON object such as {{"text": ..., "label": ...}}, got a {type(value).__name__}.'
         )
     return value
 
 
-def check_writable(value: Any, where: str, *, allow_nan: bool = False) -> None:
-    """Refuses what can't be written as JSON in UTF-8.
+def check_writable(value: object, where: str, *, allow_nan: bool = False) -> None:
+    """Raises if a value can't be written as JSON in UTF-8.
 
     Args:
-        value: What was read.
-        where: Its place, for messages.
-        allow_nan: Whether NaN and infinities pass, which Python reads and writes, and JSON lacks.
+        value: Any value.
+        where: Its position, for messages.
+        allow_nan: Whether to accept NaN and infinities, which Python writes although JSON lacks them.
 
     Raises:
-        DataError: A lone surrogate, a NaN or an infinity, or a type that JSON lacks.
+        DataError: The value holds a lone surrogate, a NaN, an infinity, or a type that JSON lacks.
     """
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=allow_nan).encode()
@@ -63,21 +64,8 @@ def check_writable(value: Any, where: str, *, allow_nan: bool = False) -> None:
         half = ord(error.object[error.start])
         raise DataError(f"{where} has half a character (the lone surrogate \\u{half:04x}).") from None
     except ValueError:
-        raise DataError(f"{where} has a NaN or an infinity, which JSON lacks: write null.") from None
+        raise DataError(f"{where} has a NaN or an infinity, which JSON lacks: use null.") from None
     except TypeError as error:
         raise DataError(f"{where} can't be written as JSON: {error}.") from None
     except RecursionError:
         raise DataError(f"{where} is nested too deeply.") from None
-
-
-class _RepeatedName(Exception):
-    """No `ValueError`, as which it would pass for a number that can't be read."""
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise _RepeatedName(f"{twice:.80}")
-    return names

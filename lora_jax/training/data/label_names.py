@@ -1,4 +1,4 @@
-"""The names of a classification's labels: how many rows each has, and which of them look like a mistake."""
+"""Notes on the labels of a classification: how many examples each has, and which names look like a mistake."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from lora_jax.text import listed
+
 WARNING = "warning: "
-FEW = 5  # training rows; of fewer, a label is learnt by heart or not at all
+FEW = 5  # examples; a label with fewer is memorized or not learned at all
 _SHOWN = 8
-# A comma stands in prose, too: it counts only where what it separates is found again.
+# Whether a separator alone is suspicious. A comma is common in prose: it counts only if other labels share a part.
 _SEPARATORS = {"|": True, ";": True, ",": False}
 _BRACKETS = re.compile(r"[\s\[\](){}'\"]+")
 
 
 def folded(name: str) -> str:
-    """A name without what a reader overlooks: case, spaces, invisible characters, Unicode's several forms.
+    """A name without what a reader overlooks: case, spaces, invisible characters and the Unicode form.
 
     Example:
         >>> folded(" Positive\\u00a0") == folded("positive"), folded("ﬁne") == folded("FINE")
@@ -31,55 +33,51 @@ def folded(name: str) -> str:
 
 
 def label_notes(labels: Sequence[str], counts: Mapping[str, np.ndarray]) -> list[str]:
-    """How many training rows each label has, and what may be a mistake in them.
+    """How many training examples each label has, and what may be a mistake.
 
     Args:
-        labels: The names, in the order of the counts.
-        counts: Of each split, how many rows each label has; `"train"` among them.
+        labels: Label names, in the order of the counts.
+        counts: Number of examples of each label, for each split; `"train"` is required.
 
     Example:
         >>> labels, counts = ["maybe", "no", "yes"], {"train": np.array([1, 9, 8]), "dev": np.array([0, 2, 3])}
         >>> for note in label_notes(labels, counts):
         ...     print(note)
         labels: 'no' 9, 'yes' 8, 'maybe' 1
-        warning: 1 of 3 labels has fewer than 5 training rows: 'maybe' 1
-        warning: dev has no row of 1 of 3 labels: 'maybe'. Its scores say nothing of them.
+        warning: 1 of 3 labels has fewer than 5 training examples: 'maybe' 1
+        warning: dev has no examples of 1 of 3 labels: 'maybe'. Its scores say nothing about them.
     """
     train = counts["train"]
-    order = sorted(range(len(labels)), key=lambda place: (-train[place], place))
-    notes = [f"labels: {shown([f'{labels[place]!r} {train[place]:,}' for place in order], most=12)}"]
+    order = sorted(range(len(labels)), key=lambda index: (-train[index], index))
+    with_counts = [f"{labels[index]!r} {train[index]:,}" for index in order]
+    notes = [f"labels: {listed(with_counts, 12)}"]
     if alike := _alike(labels):
         notes.append(
-            f"{WARNING}labels that differ only in case, spaces or Unicode form are learnt as different ones: "
-            f"{shown([' and '.join(map(repr, names)) for names in alike])}. Spell them alike if they mean the same."
+            f"{WARNING}labels that differ only in case, spaces or Unicode form are learned as different labels: "
+            f"{listed([' and '.join(map(repr, names)) for names in alike], _SHOWN)}. Use one spelling if they "
+            "mean the same."
         )
     for separator in _SEPARATORS:
         if several := _several(labels, separator):
             verb = "labels hold" if len(several) > 1 else "label holds"
             notes.append(
-                f"{WARNING}{len(several):,} {verb} `{separator}` ({shown(several, most=3, quoted=True)}), as several "
-                "labels of one row would. Each such text is learnt as one label of its own: give each row one label, "
-                "or train once for each."
+                f"{WARNING}{len(several):,} {verb} `{separator}` ({listed(several, 3, form='{!r}')}), which "
+                "may join several labels. Each combination is learned as a label of its own: give each row one label, "
+                "or train one model per label."
             )
-    rare = [f"{labels[place]!r} {train[place]:,}" for place in order if train[place] < FEW]
+    rare = [shown for index, shown in zip(order, with_counts, strict=True) if train[index] < FEW]
     if rare:
         notes.append(
             f"{WARNING}{len(rare):,} of {len(labels):,} labels {'have' if len(rare) > 1 else 'has'} fewer than {FEW} "
-            f"training rows: {shown(rare)}"
+            f"training examples: {listed(rare, _SHOWN)}"
         )
     for split, found in counts.items():
-        if absent := [labels[place] for place in range(len(labels)) if not found[place]]:
+        if absent := [label for label, count in zip(labels, found, strict=True) if not count]:
             notes.append(
-                f"{WARNING}{split} has no row of {len(absent):,} of {len(labels):,} labels: "
-                f"{shown(absent, quoted=True)}. Its scores say nothing of them."
+                f"{WARNING}{split} has no examples of {len(absent):,} of {len(labels):,} labels: "
+                f"{listed(absent, _SHOWN, form='{!r}')}. Its scores say nothing about them."
             )
     return notes
-
-
-def shown(names: Sequence[str], *, most: int = _SHOWN, quoted: bool = False) -> str:
-    """The first of many names, and how many more there are."""
-    first = [repr(name) if quoted else name for name in names[:most]]
-    return ", ".join(first) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _alike(labels: Iterable[str]) -> list[list[str]]:
@@ -90,7 +88,7 @@ def _alike(labels: Iterable[str]) -> list[list[str]]:
 
 
 def _several(labels: Sequence[str], separator: str) -> list[str]:
-    """The labels that look like several, joined by the separator."""
+    """The labels that look like several labels joined by the separator."""
     parts = {label: [_BRACKETS.sub("", part) for part in label.split(separator)] for label in labels}
     joined = [label for label, split in parts.items() if len(split) > 1 and all(split)]
     if _SEPARATORS[separator]:

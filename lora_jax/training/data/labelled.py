@@ -1,4 +1,4 @@
-"""Labelled texts as rows of a run."""
+"""The data of a run on labelled texts: its splits as examples, targets and tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lora_jax as lj
 from ..baseline import Baseline, baseline_of
 from ..config import TrainConfig
 from ..examples import Examples
-from ..task import LabelledTask, make_task
+from ..task import LabelledTask, make_task, training_label_check
 from .base_head import choose_head
 from .batching import Batch, BatchPlan, collate
 from .encoding import Encoded, padding_id
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-class LabelledRows(NamedTuple):
-    """Tokens, and a target for each row; `Rows` of batching."""
+class LabelledSequences(NamedTuple):
+    """Tokens and a target for each example; `Sequences` of `batching`."""
 
     encoded: Encoded
     targets: np.ndarray
@@ -38,8 +38,8 @@ class LabelledRows(NamedTuple):
         return self.encoded.lengths
 
     @property
-    def rows(self) -> int:
-        return self.encoded.rows
+    def num_sequences(self) -> int:
+        return self.encoded.num_sequences
 
     @property
     def max_length(self) -> int:
@@ -66,14 +66,21 @@ class LabelledRows(NamedTuple):
     def notes(self, split: str) -> list[str]:
         if not self.truncated:
             return []
-        return [f"{split}: {self.truncated:,} of {self.rows:,} texts cut at {self.max_length} tokens"]
+        return [f"{split}: {self.truncated:,} of {self.num_sequences:,} texts truncated to {self.max_length} tokens"]
 
     def describe(self) -> str:
-        return f"{self.rows:,}"
+        return f"{self.num_sequences:,}"
 
 
-def read_labelled(config: TrainConfig, source: str, split: str) -> Examples:
-    """The rows of `"train"`, `"dev"` or `"test"`, in the config's columns."""
+def read_labelled(config: TrainConfig, source: str, split: str, *, task: LabelledTask | None = None) -> Examples:
+    """Reads the examples of `"train"`, `"dev"` or `"test"` from the config's columns.
+
+    Args:
+        config: Columns, task, and whether bad rows are skipped.
+        source: A file or a hub data set.
+        split: Name of the split.
+        task: The task whose labels are valid; `None` for training examples, which define it.
+    """
     columns = config.columns
     return read_examples(
         source,
@@ -82,37 +89,48 @@ def read_labelled(config: TrainConfig, source: str, split: str) -> Examples:
         label=columns.label,
         split=HUB_SPLITS[split],
         skip_bad_rows=config.skip_bad_rows,
+        check_label=training_label_check(config.task) if task is None else task.target,
     )
 
 
-class LabelledData:
-    """The splits of a run on labelled texts, read and checked: `Data` of the set-up.
+def read_splits(config: TrainConfig, sources: Mapping[str, str]) -> tuple[LabelledTask, dict[str, Examples]]:
+    """Reads all splits, and the task that the training examples define.
 
     Args:
-        config: its columns and task.
-        sources: by split.
-
-    Attributes:
-        task: What the training rows define, with the labels in the order of the base's head where that is kept.
-        new_head: Whether the base has a head of something else, which is left aside.
-        prior: What the training rows tell of an answer without its text.
-        baselines: By split, what that scores.
+        config: See `read_labelled`.
+        sources: The source of each split, `"train"` among them.
 
     Raises:
-        DataError: a file that can't be used, or a label that can't be one.
+        DataError: See `read_examples`; or there are fewer than two labels.
+    """
+    train = read_labelled(config, sources["train"], "train")
+    task = make_task(config.task, train)
+    others = {name: read_labelled(config, sources[name], name, task=task) for name in sources if name != "train"}
+    return task, {"train": train, **others}
+
+
+class LabelledData:
+    """The splits of a run on labelled texts, read and checked; implements `RunData`.
+
+    Args:
+        config: See `read_labelled`.
+        sources: The source of each split.
+
+    Attributes:
+        task: The task that the training examples define, with its labels in the order of the base's head if it is kept.
+        new_head: Whether the base has a head for something else, which is replaced.
+        prior: What the training targets tell about an answer without its text.
+        baselines: Scores of answering from `prior` alone, for each split but `"train"`.
+
+    Raises:
+        DataError: See `read_splits`.
         FileError: The base isn't found, or is malformed.
     """
 
     def __init__(self, config: TrainConfig, sources: dict[str, str]) -> None:
-        self._examples: dict[str, Examples] = {
-            split: read_labelled(config, source, split) for split, source in sources.items()
-        }
-        task = make_task(config.task, self._examples["train"])
-        for rows in self._examples.values():
-            task.encode(rows)  # an unknown label is told before the base is looked at
-        choice = choose_head(task, lj.models.checkpoint_head(config.base))
-        self.task, self.new_head, self._head_note = choice
-        self._targets = {name: self.task.encode(rows) for name, rows in self._examples.items()}
+        task, self._examples = read_splits(config, sources)
+        self.task, self.new_head, self._head_note = choose_head(task, lj.models.checkpoint_head(config.base))
+        self._targets = {name: self.task.encode(examples) for name, examples in self._examples.items()}
         self._escaped = config.escape_special_tokens
         self._text_notes: list[str] = []
         self.prior = self.task.prior(self._targets["train"])
@@ -122,8 +140,8 @@ class LabelledData:
             if name != "train"
         }
 
-    def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, LabelledRows]:
-        """Each split in tokens."""
+    def sequences(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, LabelledSequences]:
+        """The tokens of each split."""
         tokenizer.encode_special_tokens = self._escaped
         if not self._escaped:
             special = special_texts(tokenizer)
@@ -131,10 +149,8 @@ class LabelledData:
                 texts = [*examples.texts, *(examples.pairs or ())]
                 self._text_notes += [f"{name}: {note}" for note in special_text_note(texts, special)]
         return {
-            name: LabelledRows(
-                encode_cached(examples, tokenizer, max_length),
-                self._targets[name],
-                padding_id(tokenizer),
+            name: LabelledSequences(
+                encode_cached(examples, tokenizer, max_length), self._targets[name], padding_id(tokenizer)
             )
             for name, examples in self._examples.items()
         }
@@ -142,22 +158,26 @@ class LabelledData:
     def fingerprints(self) -> dict[str, str]:
         """A hash of each split's content."""
         return {
-            name: text_fingerprint((rows.texts, rows.pairs), self._targets[name].tobytes())
-            for name, rows in self._examples.items()
+            name: text_fingerprint((examples.texts, examples.pairs), self._targets[name].tobytes())
+            for name, examples in self._examples.items()
         }
 
     def describe(self) -> str:
         return f"{len(self.task.labels)} labels" if self.task.labels else "a number"
 
     def notes(self) -> list[str]:
-        """What was left out, what is known of the answers before anything is learnt, and what may be wrong in them."""
-        left_out = [f"{split}: {rows.left_out}" for split, rows in self._examples.items() if rows.left_out is not None]
+        """Notes on bad rows, the labels, the head, and special tokens in the texts."""
+        left_out = [
+            f"{split}: {examples.left_out}"
+            for split, examples in self._examples.items()
+            if examples.left_out is not None
+        ]
         head = [self._head_note] if self._head_note is not None else []
         return [*left_out, *target_notes(self.task, self._targets), *head, *self._text_notes]
 
 
 def target_notes(task: LabelledTask, targets: Mapping[str, np.ndarray]) -> list[str]:
-    """The labels with their counts, see `label_notes`; of a regression the range of the numbers."""
+    """Notes on the labels, see `label_notes`; for a regression, the range of the training numbers."""
     if task.labels:
         counts = {name: np.bincount(own, minlength=len(task.labels)) for name, own in targets.items()}
         return label_notes(task.labels, counts)

@@ -1,4 +1,4 @@
-"""Texts for a language model as rows of a run: tokens, which of them are to be predicted, several texts a row."""
+"""The data of a run on a language model: its splits as token sequences, with the tokens to be predicted marked."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from .fingerprint import text_fingerprint
 from .sources import HUB_SPLITS
 from .special_text import encode_texts
 from .token_cache import cached
-from .token_rows import TokenRows, make_rows
+from .token_sequences import TokenSequences, make_sequences
 
 if TYPE_CHECKING:
     import tokenizers
 
-_VERSION = 2  # of what `tokenize` does
+_VERSION = 2  # raised when `tokenize` gives other tokens, so that cached ones aren't used
 
 
 class LanguageData:
-    """The splits of a run of a language model, read and checked: `Data` of the set-up.
+    """The splits of a run on a language model, read and checked; implements `RunData`.
 
     Args:
-        config: its columns, base and task.
-        sources: by split.
+        config: Columns, base and task.
+        sources: The source of each split.
 
     Raises:
-        ConfigError: the base is an encoder.
-        DataError: a file that can't be used, see `read_documents`.
-        FileError: the base isn't found, or has no end-of-text.
+        ConfigError: The base is an encoder.
+        DataError: A source can't be used, see `read_documents`.
+        FileError: The base isn't found, or has no end-of-text token.
     """
 
     def __init__(self, config: TrainConfig, sources: dict[str, str]) -> None:
         base = lj.models.read_model_config(lj.models.find_base(config.base))
         if not isinstance(base, DecoderConfig):
             raise ConfigError(
-                f"`base` {config.base} is a {base.model_type}, an encoder: causal-lm needs a decoder "
-                "(GPT-2, Llama, Mistral, Qwen2, Qwen3)."
+                f"`base` must be a decoder (GPT-2, Llama, Mistral, Qwen2, Qwen3) for the task causal-lm, got the "
+                f"{base.model_type} encoder {config.base}."
             )
         self.new_head, self.prior, self.baselines = False, None, {}
         self.task = CausalLM(label_smoothing=config.label_smoothing)
@@ -62,10 +62,12 @@ class LanguageData:
             for split, source in sources.items()
         }
 
-    def rows(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, TokenRows]:
-        """Each split in tokens, packed if the config says so."""
+    def sequences(self, tokenizer: tokenizers.Tokenizer, max_length: int) -> dict[str, TokenSequences]:
+        """The tokens of each split, packed if the config says so."""
         return {
-            name: token_rows(documents, tokenizer, self._special, max_length, packing=self._packing, seed=self._seed)
+            name: token_sequences(
+                documents, tokenizer, self._special, max_length, packing=self._packing, seed=self._seed
+            )
             for name, documents in self._documents.items()
         }
 
@@ -73,16 +75,16 @@ class LanguageData:
         """A hash of each split's content."""
         return {
             name: text_fingerprint(
-                [documents.format, *([(part.text, part.is_target) for part in parts] for parts in documents.rows)]
+                [documents.format, *([(part.text, part.is_target) for part in parts] for parts in documents.texts)]
             )
             for name, documents in self._documents.items()
         }
 
     def describe(self) -> str:
-        return f"loss on {_LEARNT[self._documents['train'].format]}"
+        return f"loss on {_LEARNED[self._documents['train'].format]}"
 
     def notes(self) -> list[str]:
-        """What was left out, and what else a user should know of the texts."""
+        """Notes on skipped rows and on the texts."""
         return [
             f"{split}: {note}"
             for split, texts in self._documents.items()
@@ -91,10 +93,10 @@ class LanguageData:
         ]
 
 
-_LEARNT = {"text": "every token", "completion": "completions", "chat": "the assistant's answers"}
+_LEARNED = {"text": "every token", "completion": "completions", "chat": "the assistant's answers"}
 
 
-def token_rows(
+def token_sequences(
     documents: Documents,
     tokenizer: tokenizers.Tokenizer,
     special: lj.models.SpecialTokens,
@@ -102,52 +104,52 @@ def token_rows(
     *,
     packing: bool,
     seed: int = 0,
-) -> TokenRows:
-    """The rows of a split. Tokens of many texts are kept on disk and found again, see `token_cache`.
+) -> TokenSequences:
+    """The token sequences of a split. The tokens of many texts are cached on disk, see `token_cache`.
 
     Raises:
-        DataError: nothing to be predicted is left.
+        DataError: No token to be predicted is left after truncation.
     """
-    rows = cached(
-        kind=TokenRows,
-        texts=[part.text for parts in documents.rows for part in parts],
+    sequences = cached(
+        kind=TokenSequences,
+        texts=[part.text for parts in documents.texts for part in parts],
         tokenizer=tokenizer,
         settings=(
             f"language {_VERSION} {max_length} {documents.format} {special.end} {special.stops} "
-            + " ".join("".join("01"[part.is_target] for part in parts) for parts in documents.rows)
+            + " ".join("".join("01"[part.is_target] for part in parts) for parts in documents.texts)
         ),
         make=lambda: tokenize(documents, tokenizer, special, max_length),
     )
-    if not rows.rows:
+    if not sequences.num_sequences:
         raise DataError(
-            f"{documents.name}: all that was to be predicted lies beyond `max_length`, {max_length} tokens. Raise it."
+            f"{documents.name}: every token to be predicted lies beyond `max_length`, {max_length} tokens. Increase it."
         )
-    return rows.packed(seed=seed) if packing else rows
+    return sequences.packed(seed=seed) if packing else sequences
 
 
 def tokenize(
     documents: Documents, tokenizer: tokenizers.Tokenizer, special: lj.models.SpecialTokens, max_length: int
-) -> TokenRows:
-    """One row a text; plain texts that are longer are cut into chunks, others lose their end.
+) -> TokenSequences:
+    """One sequence per text. Longer plain texts are cut into chunks, other texts are truncated.
 
-    Each part is tokenized by itself, so that a prompt has the tokens that it will have when a completion is asked for.
-    Before a text stand the special tokens that the tokenizer puts there, after it the end-of-text, to be predicted too;
-    each unless the text has it already. A rendered conversation has its own. In one, what follows the last special
-    token of an answer (a line end, say) is not to be predicted: a model is stopped before.
+    Each part is tokenized by itself, so that a prompt has the same tokens as when a completion is generated. The
+    tokenizer's leading special tokens go before each text and the end-of-text token after it, which is predicted too,
+    unless the text already has them. A rendered conversation has its own special tokens; whatever follows the last one
+    of an answer (a line end, say) is not predicted, since generation stops before it.
     """
     tokenizer.no_padding()
     tokenizer.no_truncation()
     begin = leading_tokens(tokenizer) if documents.is_framed else []
-    pieces = [part.text for parts in documents.rows for part in parts]
-    whole = documents.format == "text"  # whose chunks need all of it
-    # One token more than a row holds, so that it is known which are cut.
+    pieces = [part.text for parts in documents.texts for part in parts]
+    whole = documents.format == "text"  # chunks need all of a text
+    # One token more than a sequence holds tells which texts are truncated.
     starts = iter(encode_texts(tokenizer, pieces, None if whole else max_length + 1))
     specials = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     specials.add(special.end)
     marks = [mark for token in specials if (mark := tokenizer.id_to_token(token))]
     texts: list[tuple[np.ndarray, np.ndarray]] = []
-    short = 0  # texts that were cut, see `encode_texts`, and yet fit
-    for parts in documents.rows:
+    short = 0  # texts that `encode_texts` cut although the tokens it kept fit
+    for parts in documents.texts:
         is_short = False
         ids: list[int] = []
         targets: list[bool] = []
@@ -155,9 +157,9 @@ def tokenize(
             new, rest = next(starts)
             is_short |= rest is not None and len(new) <= max_length
             ends = part.is_target and not documents.is_framed and not (rest and any(mark in rest for mark in marks))
-            learnt = _learnt(new, specials) if ends else len(new)
+            predicted = _predicted(new, specials) if ends else len(new)
             ids += new
-            targets += [part.is_target] * learnt + [False] * (len(new) - learnt)
+            targets += [part.is_target] * predicted + [False] * (len(new) - predicted)
         if documents.is_framed:
             added = missing_start(begin, ids)
             ids, targets = added + ids, [False] * len(added) + targets
@@ -165,8 +167,8 @@ def tokenize(
                 ids, targets = [*ids, special.end], [*targets, True]
         short += is_short and len(ids) <= max_length
         texts.append((np.array(ids, np.int32), np.array(targets, bool)))
-    rows = make_rows(texts, max_length, chunk=whole)
-    return rows._replace(truncated=rows.truncated + short)
+    sequences = make_sequences(texts, max_length, chunk=whole)
+    return sequences._replace(truncated=sequences.truncated + short)
 
 
 def leading_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
@@ -178,10 +180,11 @@ def leading_tokens(tokenizer: tokenizers.Tokenizer) -> list[int]:
 
 
 def missing_start(begin: list[int], ids: list[int]) -> list[int]:
-    """What to put before a text, so that it begins as the tokenizer has it begin: nothing if it does."""
+    """The leading tokens `begin` if a text lacks them, otherwise nothing."""
     return [] if ids[: len(begin)] == begin else begin
 
 
-def _learnt(ids: list[int], specials: set[int]) -> int:
+def _predicted(ids: list[int], specials: set[int]) -> int:
+    """Number of tokens up to the last special one; of all if there is none."""
     last = max((place for place, token in enumerate(ids) if token in specials), default=len(ids) - 1)
     return last + 1

@@ -1,4 +1,4 @@
-"""Several short texts in one row, so that little of a batch is padding: first-fit."""
+"""First-fit packing of several short texts into one sequence."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import numpy as np
 
 
 def first_fit(lengths: Iterable[int], size: int) -> list[list[int]]:
-    """Puts each item, in the order given, into the first row that has room for it, or into a new one.
+    """Puts each item, in the given order, into the first bin that has room for it, or into a new one.
 
     Args:
-        lengths: of the items, from 1 to `size`.
-        size: of a row.
+        lengths: Lengths of the items, from 1 to `size`.
+        size: Size of a bin.
 
     Returns:
-        The items of each row, by their places.
+        The indices of the items in each bin.
 
     Example:
         >>> first_fit([5, 4, 3, 3, 6], size=8)
         [[0, 2], [1, 3], [4]]
     """
-    rows: list[list[int]] = []
-    # Of the rows with so much room, those that come first; and the first of all of them, to be searched at once.
-    open_rows: list[list[int]] = [[] for _ in range(size + 1)]
+    bins: list[list[int]] = []
+    # For each amount of room a heap of the bins that have it, and the first of these, for a vectorized search.
+    by_room: list[list[int]] = [[] for _ in range(size + 1)]
     none = np.iinfo(np.int64).max
     first = np.full(size + 1, none)
     for item, length in enumerate(lengths):
         room = length + int(first[length:].argmin())
         if first[room] == none:
-            row, room = len(rows), size
-            rows.append([])
+            target, room = len(bins), size
+            bins.append([])
         else:
-            row = heapq.heappop(open_rows[room])
-            first[room] = open_rows[room][0] if open_rows[room] else none
-        rows[row].append(item)
+            target = heapq.heappop(by_room[room])
+            first[room] = by_room[room][0] if by_room[room] else none
+        bins[target].append(item)
         left = room - length
-        heapq.heappush(open_rows[left], row)
-        first[left] = open_rows[left][0]
-    return rows
+        heapq.heappush(by_room[left], target)
+        first[left] = by_room[left][0]
+    return bins

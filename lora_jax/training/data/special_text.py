@@ -1,8 +1,8 @@
-"""Special tokens that a text spells out: found, and on request taken as the text that they are.
+"""Special tokens that a text spells out: finds them, and on request has them tokenized as plain text.
 
-A tokenizer makes one control token of `<|im_end|>`, whoever wrote it: a user's message can end its own turn and begin
-the assistant's. A text that is escaped has two marks around each; `encode_texts` takes what is between them as plain
-text. The marks are noncharacters of Unicode, which no text is exchanged with.
+A tokenizer turns `<|im_end|>` into a control token whoever wrote it, so that a user's message can end its own turn and
+begin the assistant's. `escape` puts marks around each; `encode_texts` takes what is between two marks as plain text.
+The marks are Unicode noncharacters, which don't occur in exchanged text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MARKED = re.compile(f"{_OPEN}(.*?){_CLOSE}", re.DOTALL)
 
 
 def special_text_note(texts: Iterable[str], special: Sequence[str]) -> list[str]:
-    """That some texts spell out special tokens, and what to do; empty if none does.
+    """A note that some texts spell out special tokens, with advice; empty if none do.
 
     Example:
         >>> special_text_note(["Hi", "Bye</s>now"], ["<s>", "</s>"])[0].partition(":")[0]
@@ -43,27 +43,27 @@ def special_text_note(texts: Iterable[str], special: Sequence[str]) -> list[str]
     names = sorted(set().union(*found))
     return [
         f"{count:,} of {len(texts):,} texts spell out special tokens: {', '.join(map(repr, names[:4]))}"
-        f"{', …' if len(names) > 4 else ''}. They act as control tokens there; `--escape-special-tokens` takes them as "
-        "plain text"
+        f"{', …' if len(names) > 4 else ''}. They act as control tokens there; `escape_special_tokens=True` takes them "
+        "as plain text"
     ]
 
 
 def escape(value: Any, special: Sequence[str]) -> Any:
-    """A text whose special tokens are marked as plain text; of lists and mappings all their texts."""
+    """Marks the special tokens in a text as plain text; in a list or dictionary, those of all texts in it."""
     if isinstance(value, dict):
         return {key: escape(item, special) for key, item in value.items()}
     if isinstance(value, list):
         return [escape(item, special) for item in value]
     if not isinstance(value, str) or not special:
         return value
-    if _OPEN in value or _CLOSE in value:  # what isn't of an earlier call would pair up with marks beyond the text
+    if _OPEN in value or _CLOSE in value:  # a mark of other origin would pair up with one beyond the text
         value = _own_marks_only(value)
     return _marked_or(special).sub(lambda found: found[0] if found[2] is None else f"{_OPEN}{found[2]}{_CLOSE}", value)
 
 
 def _own_marks_only(text: str) -> str:
-    """The text without marks that have no partner in it."""
-    pieces = _MARKED.split(text)  # what is marked is every other piece
+    """The text without its unpaired marks."""
+    pieces = _MARKED.split(text)  # every other piece is a marked one
     return "".join(f"{_OPEN}{piece}{_CLOSE}" if n % 2 else unescape(piece) for n, piece in enumerate(pieces))
 
 
@@ -78,7 +78,7 @@ def unescape(text: str) -> str:
 
 
 def without_control_tokens(text: str, special: Sequence[str]) -> str:
-    """The text without its control tokens and marks; what is marked stays as plain text.
+    """The text without control tokens and marks; marked tokens stay as plain text.
 
     Example:
         >>> without_control_tokens("<s>" + escape("a</s>b", ["</s>"]) + "</s>", ["<s>", "</s>"])
@@ -88,22 +88,22 @@ def without_control_tokens(text: str, special: Sequence[str]) -> str:
 
 
 def check_marks(texts: Iterable[str], name: str, numbers: Iterable[int] | None = None) -> None:
-    """Refuses a rendering in which a mark is spelled out as `\\ufdd0`, or has lost its partner.
+    """Raises if a mark in a rendering is spelled out as `\\ufdd0`, or is unpaired.
 
     Args:
         texts: Rendered conversations.
-        name: Of the data, for the message.
-        numbers: Of their rows; `None` for 1, 2, 3, …
+        name: Name of the data, for the message.
+        numbers: Row numbers of the conversations; `None` for 1, 2, 3, …
 
     Raises:
-        DataError: The row is named.
+        DataError: The template breaks the marks; the row is named.
     """
     for row, text in zip(itertools.count(1) if numbers is None else numbers, texts, strict=False):
         rest = _MARKED.sub("", text)
         if "\\ufdd" in text or _OPEN in rest or _CLOSE in rest:
             raise DataError(
-                f"{name}, row {row}: the base's chat template writes messages as JSON, where `escape_special_tokens` "
-                "can't tell what is plain text. Take the special tokens out of the messages."
+                f"{name}, row {row}: the base's chat template writes messages as JSON, which "
+                "`escape_special_tokens` doesn't support. Remove the special tokens from the messages."
             )
 
 
@@ -111,8 +111,8 @@ class Start(NamedTuple):
     """The tokens that a text begins with.
 
     Attributes:
-        ids: Their ids.
-        rest: What was cut off and may hold control tokens; `None` where nothing was cut off.
+        ids: Token ids.
+        rest: The part that was cut off and may hold control tokens; `None` if nothing was.
     """
 
     ids: list[int]
@@ -121,12 +121,12 @@ class Start(NamedTuple):
 
 @refused_if_it_breaks_off("the base")
 def encode_texts(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], max_length: int | None = None) -> list[Start]:
-    """The tokens of each text, without those that a tokenizer adds; what `escape` has marked is plain text.
+    """The tokens of each text, without those that the tokenizer adds. What `escape` has marked is plain text.
 
     Args:
-        tokenizer: Of the base.
+        tokenizer: The base's tokenizer.
         texts: Texts, escaped or not.
-        max_length: How many tokens are enough of a text, see `encode_beginnings`; `None` for all.
+        max_length: Most tokens of a text that are needed, see `encode_beginnings`; `None` for all.
     """
     special = special_texts(tokenizer)
     pieces = [_pieces(text, special) for text in texts]
@@ -160,8 +160,7 @@ def _joined(pieces: list[tuple[str, bool, Beginning]]) -> Start:
 def _pieces(text: str, special: Sequence[str]) -> list[tuple[str, bool]]:
     """The text in pieces, each with whether all of it is plain text.
 
-    One ends at a control token, where a tokenizer divides the text anyhow, and not at a mark: there it may begin a
-    piece with a space.
+    A piece ends at a control token, where a tokenizer splits the text anyway. Splitting at a mark could add a space.
     """
     if _OPEN not in text or not special:
         return [(text, False)]
@@ -178,7 +177,7 @@ def _pieces(text: str, special: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def _marked_or(special: Sequence[str]) -> re.Pattern[str]:
-    """Finds what is marked, as group 1, and special tokens that aren't, as group 2."""
+    """Matches marked text as group 1 and unmarked special tokens as group 2."""
     return _compiled_marked_or(tuple(special))
 
 

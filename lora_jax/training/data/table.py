@@ -1,4 +1,4 @@
-"""The columns asked for of a data source, row by row, and what is wrong with rows."""
+"""A data source as columns, read row by row, and the rows that can't be used."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_jax.text import listed
+
 from ..errors import DataError
 
-_SHOWN = 20  # bad rows that a message names
-_MOST = 1000  # bad rows after which reading stops, where they aren't left out
-_SHOWN_NAMES = 20
+Column = list[Any]  # anything as it is read; texts or labels once it is converted
+
+_SHOWN = 20  # bad rows named in a message
+_MOST = 1000  # bad rows after which reading stops, unless they are skipped
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
 
 class BadRows:
-    """What is wrong with the rows of a source: told of all rows at once, or counted where they are left out.
+    """The rows of a source that can't be used: reported all at once, or counted if they are skipped.
 
     Args:
         source: The file or data set.
-        skip: Whether bad rows are left out.
+        skip: Whether bad rows are skipped.
     """
 
     def __init__(self, source: str, *, skip: bool = False) -> None:
@@ -36,10 +39,10 @@ class BadRows:
         return row in self._rows
 
     def add(self, row: int, fault: str) -> None:
-        """Notes what is wrong with a row, in words that begin with its number; the first fault of a row counts.
+        """Records what is wrong with a row, in words that begin with its number. A row's first fault counts.
 
         Raises:
-            DataError: Bad rows aren't left out, and there are so many that the rest is not looked at.
+            DataError: There are so many bad rows that reading on is pointless, and they aren't skipped.
         """
         if row in self._rows:
             return
@@ -49,30 +52,34 @@ class BadRows:
         if not self.skip and len(self) >= _MOST:
             self._refuse(f"{len(self):,} bad rows or more")
 
-    def check(self, rows: int) -> None:
-        """Refuses what can't be used of a source of so many rows.
+    def check(self, total: int) -> None:
+        """Raises if the source can't be used as it is.
+
+        Args:
+            total: Number of rows in the source, bad ones included.
 
         Raises:
-            DataError: Bad rows that aren't to be left out, all of them told of; or no other rows.
+            DataError: There are bad rows and they aren't skipped (all are reported), or there are no good ones.
         """
         if not self._rows:
             return
         if not self.skip:
             self._refuse(f"{len(self):,} bad rows")
-        if len(self) >= rows:
-            raise DataError(f"{self.source} has no row that can be used: {self._shown()}.")
+        if len(self) >= total:
+            raise DataError(f"{self.source} has no usable row: {self._shown()}.")
 
-    def describe(self, rows: int) -> str:
-        """How many of so many rows are left out, and which."""
-        return f"{len(self):,} of {rows:,} rows left out: {self._shown()}"
+    def describe(self, total: int) -> str:
+        """How many of the source's `total` rows were skipped, and which."""
+        return f"{len(self):,} of {total:,} rows skipped: {self._shown()}"
 
     def _refuse(self, count: str) -> None:
         if len(self) == 1:
             raise DataError(
-                f"{self.source}, {self._shown()}. Fix or remove the row, or leave it out with `--skip-bad-rows`."
+                f"{self.source}, {self._shown()}. Fix or remove the row, or leave it out with `skip_bad_rows=True`."
             )
         raise DataError(
-            f"{self.source} has {count}: {self._shown()}. Fix or remove them, or leave them out with `--skip-bad-rows`."
+            f"{self.source} has {count}: {self._shown()}. Fix or remove them, or leave them out with "
+            "`skip_bad_rows=True`."
         )
 
     def _shown(self) -> str:
@@ -82,20 +89,20 @@ class BadRows:
 
 
 class Table:
-    """Rows of a source in the columns asked for.
+    """The requested columns of a source.
 
     Args:
         name: The file or data set, for messages.
-        columns: `{column: values}`, the values as the source holds them.
-        rows: The number of each row in the source, from 1 on; those that could not be parsed aren't among them.
-        lines: The line of the file that each row begins at; `None` where there are no lines.
+        columns: `{column: values}`, with the values as the source holds them.
+        rows: Number of each row in the source, from 1. Rows that could not be parsed aren't included.
+        lines: Line of the file on which each row begins; `None` if the source has no lines.
         bad: Rows that can't be used.
     """
 
     def __init__(
         self,
         name: str,
-        columns: dict[str, list[Any]],
+        columns: dict[str, Column],
         *,
         rows: Sequence[int],
         lines: Sequence[int] | None = None,
@@ -103,49 +110,49 @@ class Table:
     ) -> None:
         self.name, self.columns, self.rows, self.lines, self.bad = name, columns, rows, lines, bad
 
-    def convert(self, column: str, make: Callable[[Any, str], Any]) -> None:
-        """Puts `make(value, where)` in the place of each value; a row of which it raises `DataError` is bad."""
+    def convert(self, column: str, make: Callable[[object, str], object]) -> None:
+        """Replaces each value by `make(value, where)`. A row for which that raises `DataError` is bad."""
         values = self.columns[column]
-        for place, (row, value) in enumerate(zip(self.rows, values, strict=True)):
+        for index, (row, value) in enumerate(zip(self.rows, values, strict=True)):
             try:
-                values[place] = make(value, f"row {row}")
+                values[index] = make(value, f"row {row}")
             except DataError as error:
-                line = f" (line {self.lines[place]})" if self.lines is not None else ""
+                line = f" (line {self.lines[index]})" if self.lines is not None else ""
                 self.bad.add(row, f"{str(error).rstrip('.')}{line}")
 
     def good(self) -> Table:
         """The rows that can be used.
 
         Raises:
-            DataError: Bad rows that aren't to be left out, or no others.
+            DataError: See `BadRows.check`.
         """
         self.bad.check(self.total)
         if not self.bad:
             return self
-        kept = [place for place, row in enumerate(self.rows) if row not in self.bad]
-        columns = {name: [values[place] for place in kept] for name, values in self.columns.items()}
-        return Table(self.name, columns, rows=[self.rows[place] for place in kept], bad=self.bad)
+        kept = [index for index, row in enumerate(self.rows) if row not in self.bad]
+        columns = {name: [values[index] for index in kept] for name, values in self.columns.items()}
+        return Table(self.name, columns, rows=[self.rows[index] for index in kept], bad=self.bad)
 
     @property
     def total(self) -> int:
-        """How many rows the source has, bad ones included."""
+        """Number of rows in the source, bad ones included."""
         unparsed = len(self.bad) - sum(row in self.bad for row in self.rows) if self.bad else 0
         return len(self.rows) + unparsed
 
     @property
     def left_out(self) -> str | None:
-        """What was left out, in words."""
+        """Which rows were skipped, in words."""
         return self.bad.describe(self.total) if self.bad else None
 
 
 def require_columns(source: str, wanted: Mapping[str, str | None], names: Iterable[str], *, hint: str = "") -> None:
-    """Refuses a source that lacks a column, or has it twice.
+    """Raises if a source lacks a column, or has it twice.
 
     Args:
         source: The file or data set.
-        wanted: `{flag: column}`; `None` for a column that isn't asked for.
-        names: The columns that there are.
-        hint: More to say where one is missing.
+        wanted: `{flag: column}`; `None` for a column that isn't requested.
+        names: The columns of the source.
+        hint: More advice if one is missing.
     """
     names = list(names)
     for column in dict.fromkeys(wanted.values()):
@@ -157,18 +164,11 @@ def require_columns(source: str, wanted: Mapping[str, str | None], names: Iterab
         if not count:
             *flags, last = (f"`{flag}`" for flag in wanted)
             raise DataError(
-                f"{source} has no column '{column}'; its columns are {some_names(names)}.{hint} Choose with "
+                f"{source} has no column '{column}'; its columns are {listed(names, 20)}.{hint} Choose with "
                 f"{', '.join(flags)}{' and ' if flags else ''}{last}."
             )
 
 
-def some_names(names: Sequence[str]) -> str:
-    """Column names for a message, which neither their number nor their length floods."""
-    shown = ", ".join(name if len(name) <= 80 else f"{name[:80]}…" for name in names[:_SHOWN_NAMES])
-    more = len(names) - _SHOWN_NAMES
-    return shown + (f" and {more:,} more" if more > 0 else "")
-
-
-def shown(value: Any) -> str:
-    """A value for a message: cut before it is written out, however large or deep it is."""
+def short_repr(value: object) -> str:
+    """A value for a message, cut before it is written out, however large or deep it is."""
     return _repr.repr(value)

@@ -1,4 +1,4 @@
-"""Token ids on disk, by content: the same texts are tokenized once, whichever run needs them."""
+"""A cache of token ids on disk, keyed by content: texts are tokenized once for all runs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lora_jax import files
 
 from ..examples import Examples
 from .encoding import Encoded, encode
+from .token_sequences import TokenSequences
 
 if TYPE_CHECKING:
     import tokenizers
 
-# Below so many characters tokenizing takes less than about a tenth of a second, and nothing is written.
-_LEAST = 200_000
-_VERSION = 1  # of what `encode` does and the file holds
+_LEAST = 200_000  # characters; fewer are tokenized in a tenth of a second and aren't cached
+_VERSION = 1  # raised when `encode` gives other tokens or the file's format changes
 
-Tokens = TypeVar("Tokens", bound=Any)
+Tokens = TypeVar("Tokens", Encoded, TokenSequences)
 
 
 def cache_folder() -> Path:
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def encode_cached(examples: Examples, tokenizer: tokenizers.Tokenizer, max_length: int) -> Encoded:
-    """As `encode`; the result of many texts is kept, see `cached`."""
+    """`encode`, with the result for many texts cached; see `cached`."""
     return cached(
         kind=Encoded,
         texts=[*examples.texts, *(examples.pairs or ())],
@@ -53,20 +53,20 @@ def cached(
     settings: str,
     make: Callable[[], Tokens],
 ) -> Tokens:
-    """What `make` gives of the texts; that of many texts is kept in `cache_folder()` and found again by a hash.
+    """The result of `make`, cached in `cache_folder()` if there are many texts.
 
-    The hash covers the texts, the tokenizer and the settings: a change of any of them is another entry. A file that
-    cannot be read, or a folder that cannot be written, changes nothing but the time.
+    The key is a hash of the texts, the tokenizer and the settings. If the cache can't be read or written, the only loss
+    is time.
 
     Args:
-        kind: a named tuple of arrays and numbers, with `offsets` into the others.
-        texts, tokenizer: what tokens are made of.
-        settings: all else that the result depends on.
-        make: makes it.
+        kind: Type of the result, a named tuple of arrays and numbers with `offsets` into the arrays.
+        texts, tokenizer: Texts and tokenizer that the tokens come from.
+        settings: Everything else that the result depends on.
+        make: Computes the result.
     """
     if sum(map(len, texts)) < _LEAST:
         return make()
-    # What an earlier call left set is no part of the tokenizer's content.
+    # Truncation and padding set by an earlier call must not change the key.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     path = cache_folder() / "tokens" / f"{_digest(texts, tokenizer, settings)}.safetensors"
@@ -82,7 +82,7 @@ def _digest(texts: Sequence[str], tokenizer: tokenizers.Tokenizer, settings: str
     digest = hashlib.sha256(f"{settings}\0".encode())
     digest.update(tokenizer.to_str().encode())
     for text in texts:
-        # Lengths, so that no two lists of texts join to the same bytes.
+        # With the lengths, no two lists of texts give the same bytes.
         data = text.encode("utf-8", "surrogatepass")
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
@@ -93,7 +93,7 @@ def _read(path: Path, kind: type[Tokens]) -> Tokens | None:
         held = files.read_safetensors(path)
         if files.read_metadata(path).get(files.CHECKSUM) != _checksum(path, held):
             return None
-        fields = {name: int(value) if value.ndim == 0 else value for name, value in held.items()}
+        fields: dict[str, Any] = {name: int(value) if value.ndim == 0 else value for name, value in held.items()}
         tokens = kind(**fields)
         lengths = {len(value) for name, value in held.items() if value.ndim and name != "offsets"}
         return tokens if lengths == {int(tokens.offsets[-1])} else None
@@ -101,12 +101,12 @@ def _read(path: Path, kind: type[Tokens]) -> Tokens | None:
         return None
 
 
-def _write(path: Path, tokens: Any) -> None:
+def _write(path: Path, tokens: Encoded | TokenSequences) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.asarray(value) for name, value in tokens._asdict().items()}
     files.write_safetensors(path, arrays, {files.CHECKSUM: _checksum(path, arrays)})
 
 
 def _checksum(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
-    """Of an entry's content, and of what it is the entry of."""
+    """A checksum of an entry's content and key."""
     return f"{path.stem} {files.array_checksum(arrays)}"

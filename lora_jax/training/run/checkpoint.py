@@ -1,8 +1,7 @@
-"""Best and last checkpoints of a run, through Orbax: trainable leaves and what training needs to go on, never the base.
+"""Best and last checkpoints of a run, through Orbax: trainable leaves and what resuming needs, never the base.
 
-A checkpoint is written under a temporary name and renamed when it is whole, so a process that is killed, or a disk
-that is full, leaves the earlier ones as they were. One that was damaged since is told by its checksums, and there is
-another to go on from.
+A checkpoint is written under a temporary name and renamed when it is complete, so a kill or a full disk leaves the
+earlier ones as they were. One that was damaged later is detected by its checksums, and there is another to resume from.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -22,30 +21,52 @@ import orbax.checkpoint as ocp
 from lora_jax import files
 from lora_jax.errors import ArgumentError
 from lora_jax.masters import Masters
+from lora_jax.text import error_line
+from lora_jax.types import PyTree
 
 from ..errors import CheckpointError, DamagedCheckpointError, NotFiniteError
+from .meter import MeterState
 from .step import TrainState
+
+# Arrays by name in a plain nested dictionary, which any Orbax can read.
+Arrays = dict[str, Any]
+
+
+class RunProgress(TypedDict):
+    """The progress of a run in plain values.
+
+    Attributes:
+        iterator: Position in the data.
+        meter: Counts and times so far.
+        data: Hash of the training tokens.
+        dev: Metrics on dev; `None` without it.
+    """
+
+    iterator: dict[str, int]
+    meter: MeterState
+    data: str
+    dev: dict[str, float | None] | None
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds.
+    """Content of a checkpoint.
 
     Attributes:
-        state: trainable leaves, optimizer state and step.
-        key: the run's random key.
-        progress: plain values: the data's position, the best metric so far, tokens seen, …
+        state: Trainable leaves, optimizer state and step.
+        key: Random key of the run.
+        progress: Progress of the run in plain values.
     """
 
     state: TrainState
     key: jax.Array
-    progress: dict[str, Any]
+    progress: RunProgress
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the last, and the best by `score`; where that is one, the one before too.
+    """The checkpoints in a folder: the last and the best by `score`; where these are one, the one before it too.
 
     Args:
-        folder: made if it doesn't exist. Unfinished checkpoints in it are removed.
+        folder: Folder of the checkpoints, made if it doesn't exist. Unfinished checkpoints in it are removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +100,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Of the checkpoints there are, ascending."""
+        """Steps of the checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     @property
@@ -88,27 +109,27 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the largest score, the later of equals; `None` where none has a score."""
+        """Step with the largest score, the later of equals; `None` if none has a score."""
         scores = {step: self._score(step) for step in self._manager.all_steps()}
         scored = [(score, step) for step, score in scores.items() if score is not None]
         return max(scored)[1] if scored else None
 
     def save(self, checkpoint: Checkpoint, *, score: float | None) -> None:
-        """Writes a checkpoint, then deletes those that are not kept. One of this step, if there is any, is replaced.
+        """Writes a checkpoint, in place of one of the same step, then deletes those that are no longer needed.
 
         Args:
-            checkpoint: what to write.
-            score: larger is better; `None` where nothing was evaluated.
+            checkpoint: Content of the checkpoint.
+            score: Score, the larger the better; `None` if nothing was evaluated.
 
         Raises:
-            NotFiniteError: a trainable leaf holds NaN or infinity; nothing is written.
-            CheckpointError: a full disk, or another failure to write. The earlier checkpoints are whole.
+            NotFiniteError: A trainable leaf holds NaN or infinity; nothing is written.
+            CheckpointError: The disk is full, or writing failed otherwise. The earlier checkpoints are intact.
         """
         arrays = jax.device_get(_arrays(checkpoint.state) | {"key": jax.random.key_data(checkpoint.key)})
         step = int(checkpoint.state.step)
         for name, value in arrays["trainable"].items():
             if not np.isfinite(value).all():
-                raise NotFiniteError(f"{name} isn't finite at step {step}: no checkpoint of it is kept.", step=step)
+                raise NotFiniteError(f"{name} isn't finite at step {step}: no checkpoint is written.", step=step)
         sealed = files.with_checksum(
             {"progress": checkpoint.progress, "score": score, "arrays": files.array_checksum(_flat(arrays))}
         )
@@ -124,20 +145,20 @@ class Checkpoints:
         except Exception as error:  # tensorstore's and Orbax's own kinds, for a full disk too
             self._remove_unfinished()
             earlier = self.last_step
-            kept = f"the one of step {earlier} is whole" if earlier is not None else "there is no earlier one"
+            kept = f"That of step {earlier} is intact" if earlier is not None else "There is no earlier checkpoint"
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk (or the quota) is full" if full or "space" in str(error).lower() else _short(error)
+            reason = "the disk (or the quota) is full" if full or "space" in str(error).lower() else error_line(error)
             raise CheckpointError(
-                f"The checkpoint of step {step} can't be written to {self.folder}: {reason}. Of the checkpoints, "
-                f"{kept}; free some space and start the same command again."
+                f"The checkpoint of step {step} can't be written to {self.folder}: {reason}. {kept}; free some space "
+                "and start the run again."
             ) from error
 
     def restore(self, step: int, template: TrainState) -> Checkpoint:
-        """Reads a checkpoint back, onto the shapes and dtypes of `template`.
+        """Reads a checkpoint into the structure, shapes and dtypes of `template`.
 
         Raises:
-            DamagedCheckpointError: the checkpoint can't be read, or isn't as it was written.
-            CheckpointError: the checkpoint is of another run.
+            DamagedCheckpointError: The checkpoint can't be read, or isn't as it was written.
+            CheckpointError: The checkpoint belongs to another run.
         """
         expected = _arrays(template) | {"key": jax.random.key_data(jax.random.key(0))}
         abstract = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
@@ -151,14 +172,14 @@ class Checkpoints:
                 raise CheckpointError(
                     f"The checkpoint of step {step} in {self.folder} is of an earlier lora_jax, which trained leaves "
                     "of fewer bits than float32 without float32 copies, and so lost small updates. Choose another "
-                    "`--output`."
+                    "`output`."
                 ) from error
-            raise self._damaged(step, _short(error)) from error
+            raise self._damaged(step, error_line(error)) from error
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), abstract)
         if jax.tree.map(lambda x: (x.shape, str(x.dtype)), loaded["arrays"]) != shapes:
             raise CheckpointError(
-                f"The checkpoint of step {step} in {self.folder} is of another model or method: its leaves have other "
-                "shapes. Choose another `--output`."
+                f"The checkpoint of step {step} in {self.folder} belongs to another model or method: its leaves have "
+                "other shapes. Choose another `output`."
             )
         if int(loaded["arrays"]["step"]) != step:
             raise self._damaged(step, f"it is of step {int(loaded['arrays']['step'])}")
@@ -170,21 +191,21 @@ class Checkpoints:
         return Checkpoint(_state(arrays, template), key, progress["progress"])
 
     def _opened(self, step: int, content: Any) -> dict[str, Any]:
-        """What is kept beside the arrays; an earlier version kept the progress alone."""
+        """What is stored beside the arrays, where an earlier version stored only the progress."""
         if not isinstance(content, dict):
             raise self._damaged(step, "its progress is no JSON object")
         try:
             content = files.without_checksum(content, "its progress")
         except files.FileError as error:
-            raise self._damaged(step, _short(error)) from None
+            raise self._damaged(step, error_line(error)) from None
         return content if {"progress", "arrays"} <= content.keys() else {"progress": content, "arrays": None}
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
         others = [other for other in self.steps if other != step]
-        way = f"go on from that of step {others[-1]}" if others else "begin anew"
+        way = f"resume from that of step {others[-1]}" if others else "start again"
         return DamagedCheckpointError(
             f"The checkpoint of step {step} in {self.folder} can't be read: {reason}. Delete its folder step_{step} to "
-            f"{way}, or choose another `--output`.",
+            f"{way}, or choose another `output`.",
             reason=reason,
         )
 
@@ -195,8 +216,8 @@ class Checkpoints:
             return True  # damaged in another way
 
     def _score(self, step: int) -> float | None:
-        """As it is kept under a checksum; what Orbax keeps beside it, where there is none."""
-        with contextlib.suppress(Exception):  # what is damaged is refused when it is restored
+        """The score under the checksum, or what Orbax stores beside the checkpoint where there is none."""
+        with contextlib.suppress(Exception):  # a damaged checkpoint is refused when it is restored
             args = ocp.args.Composite(progress=ocp.args.JsonRestore())
             content = self._opened(step, self._manager.restore(step, args=args)["progress"])
             if "score" in content:
@@ -204,8 +225,8 @@ class Checkpoints:
         metrics = self._manager.metrics(step)
         if metrics and not isinstance(metrics.get("score"), int | float):
             raise CheckpointError(
-                f"The checkpoint of step {step} in {self.folder} has no score in its `metrics`: delete its folder to "
-                "go on from the other one."
+                f"The checkpoint of step {step} in {self.folder} has no score in its metrics: delete its folder to "
+                "resume from the other one."
             )
         return metrics["score"] if metrics else None
 
@@ -216,9 +237,9 @@ class Checkpoints:
 
 
 class _BestAndLast:
-    """Orbax asks this which checkpoints to keep, two at least; they come in the order of their steps."""
+    """Orbax's policy of which checkpoints to keep, at least two; they are given in the order of their steps."""
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
         scores = [info.metrics["score"] if info.metrics else None for info in checkpoints]
         scored = [(score, place) for place, score in enumerate(scores) if score is not None]
         kept = {len(checkpoints) - 1, *([max(scored)[1]] if scored else [])}
@@ -227,8 +248,8 @@ class _BestAndLast:
         return [place in kept for place in range(len(checkpoints))]
 
 
-def _arrays(state: TrainState) -> dict[str, Any]:
-    """The leaves by name: a plain nested dictionary that any Orbax can read, without our node types or `None`s."""
+def _arrays(state: TrainState) -> Arrays:
+    """The leaves by name, without our node types and `None`s."""
     return {
         "trainable": _by_name(state.trainable),
         "optimizer": _by_name(state.optimizer),
@@ -236,18 +257,18 @@ def _arrays(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _flat(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _flat(arrays: Arrays) -> dict[str, np.ndarray]:
     return {
         f"{group}{name}": np.asarray(value) for group, tree in arrays.items() for name, value in _by_name(tree).items()
     }
 
 
-def _by_name(tree: Any) -> dict[str, Any]:
+def _by_name(tree: PyTree) -> Arrays:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _state(arrays: Mapping[str, Any], template: TrainState) -> TrainState:
-    def filled(tree: Any, by_name: Mapping[str, Any]) -> Any:
+def _state(arrays: Arrays, template: TrainState) -> TrainState:
+    def filled(tree: PyTree, by_name: Arrays) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(tree), [by_name[name] for name in _by_name(tree)])
 
     return TrainState(
@@ -255,8 +276,3 @@ def _state(arrays: Mapping[str, Any], template: TrainState) -> TrainState:
         filled(template.optimizer, arrays["optimizer"]),
         arrays["step"],
     )
-
-
-def _short(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + " …"

@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it."""
+"""Events of a run, which its callback receives."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..baseline import Baseline
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A sentence worth reading once: what is trained, what was cut, where a run goes on."""
+    """A remark worth reading once: what is trained, what was cut, where a run resumes."""
 
     message: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsRead:
-    """So many bytes of the base's weights are read, of so many."""
+    """Bytes of the base's weights that have been read, and their total."""
 
     done: int
     total: int
@@ -28,13 +28,13 @@ class StepDone:
     """One optimizer step.
 
     Attributes:
-        step, steps: done, and in all.
-        epoch: in epochs, as a fraction.
-        loss: the batch's mean.
-        accuracy: the share of the batch that was right; `None` in a regression.
-        grad_norm: before clipping.
-        tokens_per_second: tokens of the batches' own rows, over the last steps.
-        seconds_left: at the pace of the last steps, evaluations not counted; `None` before there is a pace.
+        step, steps: Steps done, and their total.
+        epoch: Epochs done, as a fraction.
+        loss: Mean loss of the batch.
+        accuracy: Share of the batch's targets that were predicted right; `None` in a regression.
+        grad_norm: Global norm of the gradient before clipping.
+        tokens_per_second: Tokens per second over the last steps, without padding; `None` before it is known.
+        seconds_left: Seconds left at the pace of the last steps, without evaluations; `None` before it is known.
     """
 
     step: int
@@ -49,13 +49,14 @@ class StepDone:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """A data set was scored.
+    """A split was scored.
 
     Attributes:
+        step: Step of the checkpoint.
         split: `"dev"` or `"test"`.
-        metrics: as `Task.measure` gives them.
-        best: whether this is the best checkpoint so far; `None` for `test`.
-        baseline: What one answer to all texts scores there; `None` of a language model.
+        metrics: Metrics, see `Task.measure`.
+        best: Whether this is the best checkpoint so far; `None` for `test`.
+        baseline: Scores of one answer to all texts; `None` for a language model.
     """
 
     step: int

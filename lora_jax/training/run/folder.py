@@ -1,12 +1,12 @@
-"""The folder of a run: what is in it, whether it may be gone on with, and its log.
+"""The folder of a run: its files, whether the run may resume in it, and its log.
 
 ```
-config.yaml      the resolved options
-run.json         hashes of all that the result depends on
-metrics.jsonl    one row a log or evaluation
-checkpoints/     best and last
-adapter/         the adapter, with task.json
-results.json     final metrics, counts, seconds; there when the run is complete
+config.yaml      settled options
+run.json         hashes of everything that the result depends on
+metrics.jsonl    losses and metrics by step
+checkpoints/     best and last checkpoints
+adapter/         adapter, with task.json
+results.json     final metrics, counts, times; there when the run is complete
 tensorboard/     scalars, on request
 ```
 """
@@ -22,25 +22,32 @@ from typing import Any, Self
 from lora_jax import files
 from lora_jax.files.locks import BusyError, locked
 
-from ..config import TrainConfig, read_yaml, write_yaml
+from ..config import RunConfig, TrainConfig
+from ..config_file import read_yaml, write_yaml
 from ..errors import ConfigError, RunFolderError
 from .inputs import RunInputs, describe_differences, read_inputs, source_sums, write_inputs
+
+# A row of `metrics.jsonl`: step, split and numbers.
+LogRow = Mapping[str, Any]
 
 LOCK = ".lora_jax.lock"
 _LARGEST_LOG = 2**30
 
 
 class RunFolder:
-    """`config.output`, checked to be free for this run or to hold its beginning; nothing is written before `start`.
+    """`config.output`, checked to be free or to hold the beginning of this run; nothing is written before `start`.
 
-    As a context manager it is this process's alone: at once where it exists, from `start` on where it doesn't.
+    As a context manager it locks the folder: at once where it exists, from `start` on where it doesn't.
+
+    Args:
+        config: Settled options of the run.
 
     Raises:
-        RunFolderError: the folder holds another run (the options that differ are shown) or other files, or another
-            process is at work in it.
+        RunFolderError: The folder holds another run (the options that differ are shown) or other files, or is in use
+            by another process.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.output)
         self._options = config
         self._held: contextlib.ExitStack | None = None
@@ -52,7 +59,7 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.tensorboard = self.path / "tensorboard"
         if self.path.exists():
-            self._check(config)
+            self._check()
 
     def __enter__(self) -> Self:
         if self.path.exists():
@@ -66,26 +73,26 @@ class RunFolder:
     def _hold(self) -> None:
         self._held = contextlib.ExitStack()
         self._held.enter_context(held_alone(self.path))
-        self._check(self._options)  # another may have begun since
+        self._check()  # another run may have started here since
 
-    def start(self, config: TrainConfig) -> None:
-        """Makes the folder and writes the resolved options into it."""
+    def start(self) -> None:
+        """Makes the folder and writes the settled options into it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"`output` {self.path} can't be made: {error.strerror}.") from error
         if self._held is None:
             self._hold()
-        write_yaml(self.config, config)
+        write_yaml(self.config, self._options)
 
     def require_inputs(self, inputs: RunInputs) -> list[str]:
-        """Refuses to go on with a run that was begun on other inputs.
+        """Refuses to resume a run that began with other inputs.
 
         Returns:
-            The packages whose versions have changed, which may change the last bits.
+            Packages whose versions have changed, which may change the last bits.
 
         Raises:
-            RunFolderError: what has changed is named.
+            RunFolderError: An input has changed; it is named.
         """
         if not self.inputs.exists():  # a new run, or one of an earlier version
             return []
@@ -93,8 +100,8 @@ class RunFolder:
         if differences := begun.differences(inputs):
             changed = describe_differences(self._options, differences)
             raise RunFolderError(
-                f"`output` {self.path} holds a run on {changed}. Choose another folder, or put back what it was to go "
-                "on with that run."
+                f"`output` {self.path} holds a run on {changed}. Choose another folder, or restore what has changed to "
+                "resume that run."
             )
         names = {**begun.versions, **inputs.versions}
         return [
@@ -104,20 +111,20 @@ class RunFolder:
         ]
 
     def keep_inputs(self, inputs: RunInputs) -> None:
-        """Writes `run.json` where it isn't yet."""
+        """Writes `run.json` if it doesn't exist."""
         if not self.inputs.exists():
             write_inputs(self.inputs, inputs)
 
     def has_its_sources(self) -> bool:
-        """Whether no data file that is here has changed since the run began, byte for byte."""
+        """Whether the data files that exist are those the run began with, byte for byte."""
         if not self.inputs.exists():
             return True
         begun = read_inputs(self.inputs).sources
         return all(begun.get(name, found) == found for name, found in source_sums(self._options).items())
 
-    def _check(self, config: TrainConfig) -> None:
+    def _check(self) -> None:
         if not self.path.is_dir():
-            raise RunFolderError(f"`output` {self.path} is a file, and a folder is expected.")
+            raise RunFolderError(f"`output` must be a folder, and {self.path} is a file.")
         if not self.config.exists():
             # A hidden file may be what a killed process was about to rename to `config.yaml`.
             if held := sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")):
@@ -126,20 +133,20 @@ class RunFolder:
                 )
             return
         try:
-            earlier = TrainConfig.from_dict({**read_yaml(self.config), "output": config.output})
+            earlier = TrainConfig.from_dict({**read_yaml(self.config), "output": str(self.path)})
         except ConfigError as error:
             where = "" if str(self.config) in str(error) else f"{self.config}: "
-            raise RunFolderError(f"{where}{error} Mend the file, or choose another folder.") from error
-        if differences := earlier.differences(config):
+            raise RunFolderError(f"{where}{error} Fix the file, or choose another folder.") from error
+        if differences := earlier.differences(self._options):
             shown = "; ".join(
                 f"`{key}` is {theirs!r} there and {mine!r} here" for key, (theirs, mine) in differences.items()
             )
             raise RunFolderError(
-                f"`output` {self.path} holds another run: {shown}. Choose another folder, or the same options to go on "
-                "with that run."
+                f"`output` {self.path} holds another run: {shown}. Choose another folder, or the same options to "
+                "resume that run."
             )
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: LogRow) -> None:
         """Adds a row to `metrics.jsonl`."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
@@ -147,15 +154,15 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{self.metrics} can't be written: {error.strerror}.") from error
 
-    def history(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`; a last one that was cut off by an interruption is left out.
+    def history(self) -> list[LogRow]:
+        """The rows of `metrics.jsonl`, without a last one that an interruption cut off.
 
         Raises:
-            RunFolderError: a line that is no row: that is no interruption's.
+            RunFolderError: A line isn't a row, and no interruption can explain it.
         """
         if not self.metrics.exists():
             return []
-        rows: list[dict[str, Any]] = []
+        rows: list[LogRow] = []
         *lines, rest = files.read_bytes(self.metrics, max_bytes=_LARGEST_LOG).split(b"\n")
         for number, line in enumerate([*lines, rest], start=1):
             try:
@@ -171,11 +178,11 @@ class RunFolder:
 
     def _no_log(self, reason: str | None) -> RunFolderError:
         return RunFolderError(
-            f"{self.metrics} isn't the log of a run: {reason}. Put it back, or remove it to go on without."
+            f"{self.metrics} isn't the log of a run: {reason}. Restore it, or remove it to resume without."
         )
 
     def rewind_log(self, step: int) -> None:
-        """Drops rows after `step`: those steps are done again."""
+        """Drops the rows after `step`, as those steps are repeated."""
         if self.metrics.exists():
             kept = [row for row in self.history() if row["step"] <= step]
             files.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
@@ -183,16 +190,16 @@ class RunFolder:
 
 @contextlib.contextmanager
 def held_alone(folder: Path) -> Iterator[None]:
-    """Keeps a folder that exists to this process and thread, for the block.
+    """Locks an existing folder for this process and thread.
 
     Raises:
-        RunFolderError: another is at work in it; the message says who.
+        RunFolderError: The folder is in use by another; the message says by which.
     """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / LOCK))
         except BusyError as holder:
             raise RunFolderError(
-                f"`output` {folder} is in use by {holder}: wait for it to end, or choose another folder."
+                f"`output` {folder} is in use by {holder}: wait until it ends, or choose another folder."
             ) from None
         yield

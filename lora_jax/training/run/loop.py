@@ -1,54 +1,55 @@
-"""A whole run: steps, evaluations, checkpoints, adapter. Interrupted anywhere, it goes on where it was."""
+"""A whole run: steps, evaluations, checkpoints, adapter. An interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 import lora_jax as lj
 from lora_jax.host_memory import memory_first
+from lora_jax.types import PyTree
 
-from ..config import TrainConfig
+from ..config import TrainConfig, resolve
 from ..data.batching import AnyBatch, padding_share
 from ..errors import DamagedCheckpointError, NotFiniteError, RunFolderError
 from ..metrics import better
-from ..task_file import TaskFile, write_task
-from .checkpoint import Checkpoint, Checkpoints
+from ..task_file import TaskFile, save_task_adapter
+from .checkpoint import Checkpoint, Checkpoints, RunProgress
 from .evaluate import make_forward, predict_outputs
 from .events import Evaluated, Event, Listener, Note, StepDone
 from .folder import RunFolder
 from .meter import Meter
 from .result import RunResult, read_result, write_result
-from .setup import Run, prepare
+from .setup import Run, prepare_run
 from .step import Step, StepOutput, make_step
 from .tensorboard import Scalars
 
 
 def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunResult:
-    """Fine-tunes a bundled model as `config` says, and saves the adapter.
+    """Fine-tunes a bundled model and saves the adapter.
 
-    A run that was interrupted, by a kill at any moment, goes on from its last checkpoint when it is called again with
-    the same config, and ends with the same trainable leaves, bit for bit (on the same machine and JAX). It goes on only
-    with the data, the base and the tokenizer that it began with, and from the last checkpoint that is whole. One that
-    is complete is not done again; what was lost of it since is made anew.
+    A run that was interrupted, even by a kill, resumes from its last intact checkpoint when `train` is called again
+    with the same config, and ends with the same trainable leaves, bit for bit (on the same machine and JAX version).
+    It resumes only with the data, the base and the tokenizer that it began with. A complete run isn't repeated; files
+    that it has lost since are made anew.
 
     Args:
-        config: what to train, on what, and where to.
-        on_progress: called with every `Event`; `LiveProgress` draws them.
+        config: Options of the run: what to train, on what, and where to save it.
+        on_progress: Callback for every `Event`; `LiveProgress` draws them.
 
     Returns:
-        Metrics, counts, times, and where the adapter is.
+        Metrics, counts, times, and the adapter's folder.
 
     Raises:
-        DataError: a data file that can't be used.
-        RunFolderError: `config.output` holds another run or other files, or another process is at work in it; or what
-            the run depends on has changed since it began.
-        NotFiniteError: the loss or its gradient became NaN or infinite; the last good checkpoint is kept.
-        CheckpointError, lora_jax.files.FileError: a full disk; what was saved before is whole.
+        DataError: A data file can't be used.
+        RunFolderError: `config.output` holds another run or other files, or is in use by another process; or what the
+            run depends on has changed since it began.
+        NotFiniteError: The loss or its gradient became NaN or infinite; the last good checkpoint is kept.
+        CheckpointError, lora_jax.files.FileError: The disk is full; what was saved before is intact.
 
     Example:
         result = train(TrainConfig(train="train.tsv", dev="dev.tsv", output="out"))
@@ -59,38 +60,40 @@ def train(config: TrainConfig, *, on_progress: Listener | None = None) -> RunRes
         if on_progress is not None:
             on_progress(event)
 
-    with RunFolder(config) as folder:
+    settled = resolve(config)
+    with RunFolder(settled) as folder:
         finished = read_result(folder, listen)
         if finished is not None and folder.has_its_sources():
             return _complete(finished, listen)
-        run = prepare(config, listen)
+        run = prepare_run(settled, listen)
         changed = folder.require_inputs(run.inputs)
         if not folder.inputs.exists() and folder.checkpoints.exists() and run.numbers_labels_anew:
             raise RunFolderError(
                 f"`output` {folder.path} holds a run of an earlier version, which had the labels in another order or "
                 "kept another head. Choose another folder."
             )
-        if finished is not None:  # the files have changed, and their rows haven't
+        if finished is not None:  # the files have changed, but not their content
             return _complete(finished, listen)
         if changed:
             listen(
-                Note(message=f"this run began with other versions, so its last bits may differ: {', '.join(changed)}")
+                Note(message=f"this run began with other versions, so the last bits may differ: {', '.join(changed)}")
             )
-        folder.start(config)
+        folder.start()
         with Checkpoints(folder.checkpoints) as checkpoints:
-            progress = _Progress(run, config, folder, checkpoints, listen)
+            training = _Training(run, folder, checkpoints, listen)
             folder.keep_inputs(run.inputs)
-            progress.run_steps()
-            return progress.finish()
+            training.run_steps()
+            return training.finish()
 
 
 def _complete(result: RunResult, listen: Listener) -> RunResult:
-    listen(Note(message=f"{result.output} holds this run, and it is complete: nothing is done again."))
+    listen(Note(message=f"{result.output} holds this run, and it is complete: there is nothing left to do."))
     return result
 
 
-def step_of(run: Run, config: TrainConfig) -> Step:
+def step_of(run: Run) -> Step:
     """The jitted step that `train` takes."""
+    config = run.config
     return make_step(
         run.apply,
         run.task,
@@ -102,13 +105,11 @@ def step_of(run: Run, config: TrainConfig) -> Step:
     )
 
 
-class _Progress:
-    """A run under way: the state that changes from step to step, and all that is done with it."""
+class _Training:
+    """A run under way: the state that changes from step to step, and what is done with it."""
 
-    def __init__(
-        self, run: Run, config: TrainConfig, folder: RunFolder, checkpoints: Checkpoints, listen: Listener
-    ) -> None:
-        self.run, self.config, self.folder, self.checkpoints, self.listen = run, config, folder, checkpoints, listen
+    def __init__(self, run: Run, folder: RunFolder, checkpoints: Checkpoints, listen: Listener) -> None:
+        self.run, self.config, self.folder, self.checkpoints, self.listen = run, run.config, folder, checkpoints, listen
         self.state, self.meter, self.position = run.state, Meter(), 0
         self.resumed_from: int | None = None
         for step in reversed(checkpoints.steps):
@@ -118,7 +119,7 @@ class _Progress:
                 if step == checkpoints.steps[0]:
                     raise
                 self.listen(
-                    Note(message=f"an earlier checkpoint is taken: that of step {step:,} is damaged, {error.reason}")
+                    Note(message=f"an earlier checkpoint is used: that of step {step:,} is damaged, {error.reason}")
                 )
                 continue
             self.resumed_from = step
@@ -132,8 +133,8 @@ class _Progress:
         position = _position(progress)
         if position != step:
             raise RunFolderError(
-                f"The checkpoint of step {step} in {self.checkpoints.folder} was changed: it says that it is at batch "
-                f"{position!r:.50}. Put it back, or choose another folder."
+                f"The checkpoint of step {step} in {self.checkpoints.folder} was changed: its position in the data is "
+                f"{position!r:.50}. Restore it, or choose another folder."
             )
         if progress["data"] != self.run.fingerprint:
             raise RunFolderError(
@@ -142,11 +143,11 @@ class _Progress:
             )
         self.state, self.meter, self.position = checkpoint.state, Meter(**progress["meter"]), step
         if step < self.run.steps:
-            self.listen(Note(message=f"going on from step {step:,} of {self.run.steps:,}"))
+            self.listen(Note(message=f"resuming from step {step:,} of {self.run.steps:,}"))
 
     def run_steps(self) -> None:
         run, config = self.run, self.config
-        step = step_of(run, config)
+        step = step_of(run)
         if self.position >= run.steps:
             return
         batches = run.batches.iterator(self.position)
@@ -161,7 +162,7 @@ class _Progress:
                 self.state, output = step(self.state, run.frozen, batch, run.key)
                 pending.append(_Pending(number, batch, output))
                 if number % eval_every and number < run.steps:
-                    # The output before this one: the device is at work on the next step while the host reads.
+                    # Read the output before this one, so that the device works on the next step meanwhile.
                     if len(pending) > 1:
                         self._settle(pending.popleft())
                     continue
@@ -173,7 +174,7 @@ class _Progress:
             self.meter.stop()
 
     def _settle(self, pending: _Pending) -> None:
-        """Reads what a step gave, and tells of it."""
+        """Reads a step's output and reports it."""
         number, batch, output = pending
         loss, correct, count, norm = (float(value) for value in jax.device_get(output))
         for what, value in (("loss", loss), ("gradient's norm", norm)):
@@ -202,17 +203,17 @@ class _Progress:
                 row["tokens_per_second"] = speed
             self._log(number, "train", row)
 
-    def _evaluate_and_save(self, number: int, iterator_state: dict[str, Any]) -> None:
+    def _evaluate_and_save(self, number: int, iterator_state: dict[str, int]) -> None:
         metrics, score = None, None
         if "dev" in self.run.splits:
             metrics = self._evaluate(self.state.trainable, "dev")
             value = metrics[self.run.metric]
-            assert value is not None  # `prepare` has chosen a metric that dev defines
+            assert value is not None  # `prepare_run` has chosen a metric that dev defines
             score = better(self.run.metric, value)
             if not math.isfinite(score):
                 self._refuse(number, f"The dev set's {self.run.metric} became {score}")
             self._log(number, "dev", metrics)
-        progress = {
+        progress: RunProgress = {
             "iterator": iterator_state,
             "meter": self.meter.state(),
             "data": self.run.fingerprint,
@@ -224,7 +225,7 @@ class _Progress:
             baseline = self.run.baselines.get("dev")
             self.listen(Evaluated(step=number, split="dev", metrics=metrics, best=best, baseline=baseline))
 
-    def _evaluate(self, trainable: Any, split: str) -> dict[str, float | None]:
+    def _evaluate(self, trainable: PyTree, split: str) -> dict[str, float | None]:
         run = self.run
         rows = run.splits[split]
         params = lj.combine(trainable, run.frozen)
@@ -236,15 +237,15 @@ class _Progress:
 
     def _refuse(self, number: int, what: str) -> None:
         last = self.checkpoints.last_step
-        kept = f"the checkpoint of step {last:,} is kept" if last is not None else "there is no checkpoint before it"
+        kept = f"the checkpoint of step {last:,} is kept" if last is not None else "there is no earlier checkpoint"
         raise NotFiniteError(
             f"{what} at step {number:,} of {self.run.steps:,}, and training stopped; {kept} in {self.folder.path}. "
-            f"Start again in another folder with a lower `lr` (it is {self.config.lr}) or a longer `warmup`.",
+            f"Start again in another folder with a lower `lr` than {self.config.lr} or a longer `warmup`.",
             step=number,
         )
 
     def finish(self) -> RunResult:
-        """Saves the adapter of the chosen checkpoint, and scores it."""
+        """Saves the adapter of the chosen checkpoint, and scores it on the test set."""
         run, config, folder = self.run, self.config, self.folder
         best = self.checkpoints.best_step
         step = best if best is not None else self.checkpoints.last_step
@@ -258,10 +259,11 @@ class _Progress:
             baseline = run.baselines.get("test")
             self.listen(Evaluated(step=step, split="test", metrics=metrics["test"], baseline=baseline))
 
-        params = lj.combine(chosen.state.trainable, run.frozen)
-        lj.save_adapter(folder.adapter, *config.method.folded(params))
-        write_task(
+        params, method = config.method.folded(lj.combine(chosen.state.trainable, run.frozen))
+        save_task_adapter(
             folder.adapter,
+            params,
+            method,
             TaskFile(
                 base=config.base,
                 task=run.task,
@@ -301,15 +303,15 @@ class _Progress:
         return result
 
 
-def _position(progress: Mapping[str, Any]) -> Any:
+def _position(progress: RunProgress) -> int | None:
     try:
         return progress["iterator"]["next_index"]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError):  # a checkpoint that was changed
         return None
 
 
 class _Pending(NamedTuple):
-    """A step that was dispatched and not yet read."""
+    """A step that was dispatched and whose output isn't read yet."""
 
     number: int
     batch: AnyBatch

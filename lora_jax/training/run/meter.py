@@ -1,4 +1,4 @@
-"""Keeps time and counts while a run goes on."""
+"""Timing and counts of a run under way."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 from ..data.batching import AnyBatch
 
-_WINDOW = 20  # steps that pace and throughput are taken over
+_WINDOW = 20  # steps that pace and throughput are measured over
+
+
+class MeterState(TypedDict):
+    """Arguments of a meter that continues this one."""
+
+    seconds: float
+    waiting: float
+    tokens: int
+    slots: int
+    window: list[float]
 
 
 class Meter:
     """Time, tokens and means of a run.
 
     Args:
-        seconds, waiting, tokens, slots, window: what an earlier part of the run had counted; of the window that its
-            last checkpoint fell into, the sums of losses, of right answers and of targets.
+        seconds, waiting, tokens, slots: Counts of an earlier part of the run.
+        window: Sums of losses, right answers and targets since the last row of the log.
     """
 
     def __init__(
@@ -40,7 +50,7 @@ class Meter:
         self._step_times: list[float] = []
         self._seen_shapes: set[tuple[int, ...]] = set()
         self._compiled = False
-        # Sums rather than a list, so that a run that goes on adds up in the order of one that was never interrupted.
+        # Sums rather than a list, so that a resumed run adds up in the order of one that was never interrupted.
         self._window = tuple(window)
 
     @property
@@ -56,19 +66,19 @@ class Meter:
         self._seconds, self._started, self._last = self.seconds, None, None
 
     def wait_for(self, batches: Iterator[AnyBatch]) -> AnyBatch:
-        """The next batch; the time that it takes to come is time in which the device may run dry."""
+        """The next batch; the time spent on waiting for it is time in which the device may be idle."""
         start = time.perf_counter()
         batch = next(batches)
         self.waiting += time.perf_counter() - start
         return batch
 
     def dispatch(self, shape: tuple[int, ...]) -> None:
-        """A step goes to the device. One of a new shape is compiled first, and that time says nothing of a step."""
+        """Notes that a step is dispatched; one of a new shape compiles first and isn't timed as a step."""
         self._compiled |= shape not in self._seen_shapes
         self._seen_shapes.add(shape)
 
     def count(self, *, tokens: int, slots: int, loss: float, correct: float, count: float) -> None:
-        """A step is done."""
+        """Counts a step that is done."""
         now = time.perf_counter()
         self.tokens += tokens
         self.slots += slots
@@ -85,17 +95,17 @@ class Meter:
         return sum(tokens for _, tokens in self._recent) / seconds if seconds else None
 
     def seconds_left(self, steps: int) -> float | None:
-        """For so many more steps."""
+        """Seconds that `steps` more steps take at the current pace; `None` before it is known."""
         return steps * sum(seconds for seconds, _ in self._recent) / len(self._recent) if self._recent else None
 
     @property
     def waiting_share(self) -> float:
-        """Of the run's time, that in which the loop waited for a batch."""
+        """Share of the run's time that the loop waited for batches."""
         return self.waiting / self.seconds if self.seconds else 0.0
 
     @property
     def step_ms(self) -> float | None:
-        """The median step, of those that compiled nothing."""
+        """Median time of the steps that compiled nothing."""
         return 1000 * statistics.median(self._step_times) if self._step_times else None
 
     def take_means(self) -> dict[str, float]:
@@ -104,8 +114,8 @@ class Meter:
         self._window = (0.0, 0.0, 0.0)
         return {"loss": loss / count, "accuracy": correct / count}
 
-    def state(self) -> dict[str, Any]:
-        """The arguments of a meter that counts on."""
+    def state(self) -> MeterState:
+        """The counts so far, as arguments of a meter that continues."""
         return {
             "seconds": self.seconds,
             "waiting": self.waiting,

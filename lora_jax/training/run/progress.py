@@ -1,10 +1,10 @@
-"""Shows a run in a terminal: one live line; in a file or a pipe, a plain line now and then."""
+"""Progress of a run: one live line in a terminal; in a file or a pipe, a plain line every few seconds."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -16,18 +16,20 @@ from ..baseline import Baseline
 from .events import Evaluated, Event, Note, StepDone
 
 _PLAIN_SECONDS = 10.0
-_WINDOW = 20  # steps that the shown loss and accuracy are means of
+_WINDOW = 20  # steps that the shown loss and accuracy are averaged over
 _RATES = ("accuracy", "token_accuracy", "macro_f1", "matthews", "pearson", "spearman")
 
 
 class LiveProgress:
-    """A listener for `train(config, on_progress=...)` and a context manager.
+    """A callback for `train(config, on_progress=...)` and a context manager.
 
     Args:
-        console: where to draw; standard error by default, so that results can be piped on.
+        console: Console to draw on; standard error by default, so that results can be piped.
+        reword: Function that every remark passes through; a command puts its flags for the names of arguments.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, reword: Callable[[str], str] = str) -> None:
+        self._reword = reword
         self._console = console or Console(stderr=True, highlight=False)
         self._live = Live(console=self._console, refresh_per_second=8, transient=True)
         self._losses: deque[float] = deque(maxlen=_WINDOW)
@@ -52,7 +54,7 @@ class LiveProgress:
             beside = f"  ({format_baseline(event.baseline)})" if event.baseline is not None else ""
             self._print(f"step {event.step:,}  {event.split}: {format_metrics(event.metrics)}{beside}{mark}")
         elif isinstance(event, Note):
-            self._print(event.message)
+            self._print(self._reword(event.message))
         elif event.done and self._console.is_terminal:
             line = f"weights  {format_bytes(event.done)} of {format_bytes(event.total)}"
             self._live.update(literal(line if event.done < event.total else "", style="cyan"))
@@ -73,7 +75,7 @@ class LiveProgress:
 
 
 def format_step(event: StepDone, *, loss: float | None, accuracy: float | None) -> str:
-    """The line of a step.
+    """Formats a step as one line.
 
     Example:
         >>> event = StepDone(step=5, steps=80, epoch=0.25, loss=1.5, accuracy=0.5, grad_norm=2.0,
@@ -94,7 +96,7 @@ def format_step(event: StepDone, *, loss: float | None, accuracy: float | None) 
 
 
 def format_metrics(metrics: Mapping[str, float | None]) -> str:
-    """Rates in percent, the loss as it is; `None` is a metric that is undefined on such rows.
+    """Formats metrics: rates in percent, losses as numbers, `None` as undefined.
 
     Example:
         >>> format_metrics({"accuracy": 0.9, "loss": 0.25})
@@ -110,7 +112,7 @@ def _format_value(metric: str, value: float | None) -> str:
 
 
 def format_baseline(baseline: Baseline, *, metric: str | None = None) -> str:
-    """What one answer to all scores: in one metric, the task's first.
+    """Formats the score of one answer to all texts, in one metric, by default the task's first.
 
     Example:
         >>> format_baseline(Baseline("'no'", {"accuracy": 0.9, "loss": 0.25}))
@@ -121,7 +123,7 @@ def format_baseline(baseline: Baseline, *, metric: str | None = None) -> str:
 
 
 def verdict(baseline: Baseline, metric: str, value: float | None) -> str | None:
-    """That a score is no better than one answer to all; `None` where it is.
+    """A warning that a score is no better than one answer to all texts; `None` where it is better.
 
     Example:
         >>> verdict(Baseline("'no'", {"accuracy": 0.9}), "accuracy", 0.8)
@@ -138,14 +140,14 @@ def verdict(baseline: Baseline, metric: str, value: float | None) -> str | None:
 
 
 def format_seconds(seconds: float) -> str:
-    """`m:ss`, or `h:mm:ss`."""
+    """Formats a duration as `m:ss` or `h:mm:ss`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def format_bytes(count: float) -> str:
-    """In units of 1,000.
+    """Formats a size in decimal units.
 
     Example:
         >>> format_bytes(1_336_344)

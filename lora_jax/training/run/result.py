@@ -1,4 +1,4 @@
-"""What a run gives back."""
+"""The result of a run, and `results.json`."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ from ..baseline import Baseline
 from ..errors import RunFolderError, TrainingError
 from ..task_file import TASK_FILE, read_task
 from .events import Listener, Note
-from .folder import RunFolder
+from .folder import LogRow, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """A finished run; `results.json` holds the same, without the paths and the history.
+    """The result of a finished run; `results.json` holds the same without the paths and the history.
 
     Attributes:
-        output: the run's folder.
-        adapter: the adapter's.
-        metrics: `{"dev": {...}, "test": {...}}` of the chosen checkpoint, as far as there is such data.
-        metric: That chooses the checkpoint; `None` of a run made before this was kept.
-        baselines: What one answer to all texts scores, by split; empty of a language model, and of a run made before
-            this was measured.
-        chosen: how the checkpoint was chosen: `"best accuracy on dev"` or `"last"`.
-        chosen_step, steps: its step, and how many there were.
-        labels: the label names; empty in a regression.
-        trainable, total, percent: parameters, the adapter's own included in the total.
-        adapter_bytes: size of `adapter.safetensors`.
-        train_seconds: of the steps, compiling included, evaluations and checkpoints not.
-        step_ms: the median time of a step, compiling not included; `None` of a run too short to tell.
-        waiting_share: of `train_seconds`, in which the loop waited for a batch; `None` of a run made before that was
-            measured.
-        padding_share: of the places in training batches that held no token.
-        truncated: `{split: texts cut at max_length}`.
-        dropped: `{split: texts left out}`, as all that was to be predicted lay beyond that.
-        resumed_from: the step that this call went on from; `None` of a run done in one go.
-        history: the rows of `metrics.jsonl`.
+        output: Folder of the run.
+        adapter: Folder of the adapter.
+        metrics: Metrics of the chosen checkpoint by split, `{"dev": {...}, "test": {...}}`.
+        metric: Metric that the checkpoint was chosen by; `None` for a run of an earlier version.
+        baselines: Scores of one answer to all texts, by split; empty for a language model or an earlier version.
+        chosen: How the checkpoint was chosen: `"best accuracy on dev"` or `"last"`.
+        chosen_step: Step of the chosen checkpoint.
+        steps: Number of steps.
+        labels: Names of the labels; empty in a regression.
+        trainable, total, percent: Parameter counts; the total includes the adapter's own.
+        adapter_bytes: Size of `adapter.safetensors`.
+        train_seconds: Time of the steps, with compiling and without evaluations and checkpoints.
+        step_ms: Median time of a step without compiling; `None` for a run that is too short to tell.
+        waiting_share: Share of `train_seconds` spent on waiting for batches; `None` for an earlier version.
+        padding_share: Share of padding in the training batches.
+        truncated: Number of texts cut at `max_length`, by split.
+        dropped: Number of texts left out because all of their targets lie beyond `max_length`, by split.
+        resumed_from: Step that this call resumed from; `None` for a run without interruption.
+        history: Sequences of `metrics.jsonl`.
     """
 
     output: Path
@@ -65,16 +64,18 @@ class RunResult:
     truncated: dict[str, int]
     dropped: dict[str, int]
     resumed_from: int | None
-    history: list[dict[str, Any]]
+    history: list[LogRow]
     metric: str | None = None
     baselines: dict[str, Baseline] = dataclasses.field(default_factory=dict)
 
 
 _NOT_IN_FILE = ("output", "adapter", "history")
 
+Check = Callable[[object], bool]
+
 
 def write_result(folder: RunFolder, result: RunResult) -> None:
-    """Writes `results.json`, which also says that the run is complete."""
+    """Writes `results.json`, which marks the run as complete."""
     fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result) if f.name not in _NOT_IN_FILE}
     baselines = {split: baseline._asdict() for split, baseline in result.baselines.items()}
     content = fields | {"labels": list(result.labels), "baselines": baselines}
@@ -83,14 +84,14 @@ def write_result(folder: RunFolder, result: RunResult) -> None:
 
 
 def read_result(folder: RunFolder, listen: Listener) -> RunResult | None:
-    """The result of a run that is complete; `None` of one that isn't, be it that its results or its adapter are lost.
+    """The result of a complete run; `None` if the run isn't complete, or its results or its adapter are damaged.
 
     Args:
-        folder: the run's.
-        listen: told of what is lost, and made anew from the checkpoint.
+        folder: Folder of the run.
+        listen: Callback that is told what is damaged and will be made anew from the checkpoint.
 
     Raises:
-        RunFolderError: an adapter that isn't the run's is in its place.
+        RunFolderError: The folder holds the adapter of another run.
     """
     if not folder.results.exists():
         return None
@@ -99,40 +100,38 @@ def read_result(folder: RunFolder, listen: Listener) -> RunResult | None:
         expected = saved.pop("adapter_checksum", None)
         fields = _checked({**_YOUNGER, **saved}, folder.results)
     except files.FileError as error:
-        listen(
-            Note(
-                message=f"{folder.results} is no longer that of the run, and is made anew from the checkpoint: {error}"
-            )
-        )
+        listen(Note(message=f"{folder.results} was damaged or changed, and is made anew from the checkpoint: {error}"))
         return None
     try:
         history = folder.history()
     except RunFolderError as error:
-        listen(Note(message=f"the log of this run is left out: {error}"))
+        listen(Note(message=f"the log of this run can't be read: {error}"))
         history = []
     result = RunResult(output=folder.path, adapter=folder.adapter, history=history, **fields)
     try:
         found = _adapter_checksum(folder.adapter)
     except (files.FileError, AdapterError, TrainingError) as error:
-        listen(Note(message=f"the adapter of this run is lost, and is made anew from the checkpoint: {error}"))
+        listen(
+            Note(message=f"the adapter of this run is lost or damaged, and is made anew from the checkpoint: {error}")
+        )
         return None
     if expected is not None and found != expected:
         raise RunFolderError(
-            f"{folder.adapter} holds another adapter than that of the run in {folder.path}. Move it elsewhere and "
-            "start the same command again: the run's is made anew."
+            f"{folder.adapter} isn't the adapter of the run in {folder.path}. Move it elsewhere and start the run "
+            "again: its own adapter is made anew."
         )
     return result
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, object]:
     content = files.read_json(path)
     if not isinstance(content, dict):
-        raise files.FileError(f"{path} must hold an object, and holds a {type(content).__name__}.")
+        raise files.FileError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content
 
 
 def _adapter_checksum(folder: Path) -> str:
-    """Of the adapter and its task, both found to be whole."""
+    """Checksum of the adapter and its task file, once both are found to be intact."""
     read_task(folder)
     task = _read_object(folder / TASK_FILE)
     content = {"adapter": verify_adapter(folder), "task": files.with_checksum(task)[files.CHECKSUM]}
@@ -140,7 +139,7 @@ def _adapter_checksum(folder: Path) -> str:
 
 
 def _checked(saved: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of a result, if each is what it can be."""
+    """The fields of a result, if each has a possible value."""
     for name, fits in _FITS.items():
         if name not in saved:
             raise files.FileError(f"{path} lacks `{name}`.")
@@ -152,23 +151,23 @@ def _checked(saved: dict[str, Any], path: Path) -> dict[str, Any]:
     return saved | {"labels": tuple(saved["labels"]), "baselines": baselines}
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _or_none(fits: Check) -> Check:
     return lambda value: value is None or fits(value)
 
 
-def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _table_of(fits: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
 
 
-def _is_baseline(value: Any) -> bool:
+def _is_baseline(value: object) -> bool:
     return (
         isinstance(value, dict)
         and value.keys() == set(Baseline._fields)
@@ -177,9 +176,9 @@ def _is_baseline(value: Any) -> bool:
     )
 
 
-# What an earlier version's file lacks.
-_YOUNGER: dict[str, Any] = {"waiting_share": None, "dropped": {}, "baselines": {}, "metric": None}
-_FITS: dict[str, Callable[[Any], bool]] = {
+# Fields that the file of an earlier version may lack.
+_YOUNGER: dict[str, object] = {"waiting_share": None, "dropped": {}, "baselines": {}, "metric": None}
+_FITS: dict[str, Check] = {
     "metrics": _table_of(_table_of(_or_none(_is_number))),
     "baselines": _table_of(_is_baseline),
     "chosen": lambda value: isinstance(value, str),

@@ -1,17 +1,17 @@
-"""AdamW with a learning-rate schedule, one for each label where they differ."""
+"""The optimizer of a run: AdamW with a learning-rate schedule, one per label."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import optax
 
 import lora_jax as lj
+from lora_jax.types import PyTree
 
-from ..config import TrainConfig
+from ..config import RunConfig
 from ..errors import ConfigError
 
 
@@ -37,23 +37,22 @@ def make_schedule(kind: str, *, peak: float, steps: int, warmup: float) -> optax
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
 
 
-def make_optimizer(config: TrainConfig, labels: Any, *, steps: int) -> optax.GradientTransformation:
+def adamw_by_label(config: RunConfig, labels: PyTree[str], *, steps: int) -> optax.GradientTransformation:
     """AdamW (β₁ 0.9, β₂ 0.999, ε 1e-8) by `lj.make_optimizer`; frozen leaves get neither state nor update.
 
-    The peak rate is a number in the state, so runs that differ in it alone are one compiled program; so are those of
-    LoRA+, `lora_plus_ratio`, which is why it is in the rate rather than in `lj.make_optimizer`'s `rate_ratios`.
+    The peak rate is a number in the state, so runs that differ only in it share a compiled program. That is also why
+    LoRA+'s ratio, `lora_plus_ratio`, multiplies the rate here and isn't passed as `rate_ratios`.
     """
     present = sorted({label for label in jax.tree.leaves(labels) if label != "frozen"})
-    for name in ("lr", "weight_decay"):
-        value = getattr(config, name)
+    for name, value in (("lr", config.lr), ("weight_decay", config.weight_decay)):
         if isinstance(value, Mapping) and (wrong := sorted(set(value).symmetric_difference(present))):
             raise ConfigError(
-                f"`{name}` has the labels {', '.join(value)}, and this method trains {', '.join(present)}: "
-                f"'{wrong[0]}' is {'missing' if wrong[0] in present else 'not among them'}."
+                f"`{name}` must have the labels that the method trains, {', '.join(present)}, got {', '.join(value)}: "
+                f"'{wrong[0]}' is {'missing' if wrong[0] in present else 'not trained'}."
             )
 
     def adamw(label: str) -> optax.GradientTransformation:
-        peak, decay = (_of(getattr(config, name), label) for name in ("lr", "weight_decay"))
+        peak, decay = _of(config.lr, label), _of(config.weight_decay, label)
         if label == "lora_b" and config.lora_plus_ratio is not None:
             peak *= config.lora_plus_ratio
         shape = make_schedule(config.schedule, peak=1.0, steps=steps, warmup=config.warmup)
@@ -67,8 +66,5 @@ def make_optimizer(config: TrainConfig, labels: Any, *, steps: int) -> optax.Gra
     return lj.make_optimizer({label: adamw(label) for label in present}, labels)
 
 
-def _of(value: float | Mapping[str, float] | None, label: str) -> float:
-    if isinstance(value, Mapping):
-        return value[label]
-    assert value is not None  # resolved when the config was made
-    return value
+def _of(value: float | Mapping[str, float], label: str) -> float:
+    return value[label] if isinstance(value, Mapping) else value

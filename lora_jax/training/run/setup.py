@@ -1,39 +1,38 @@
-"""From a config to everything that its steps need: rows, batches, model, optimizer."""
+"""From a config to everything that its steps need: sequences, batches, model, optimizer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import lora_jax as lj
 from lora_jax.files import FileError
+from lora_jax.masks import ParamCount
 from lora_jax.models.model import Model, skeleton
+from lora_jax.types import PyTree
 
 from ..baseline import Baseline
-from ..config import TrainConfig
-from ..data.batching import Rows, TrainingBatches
+from ..config import RunConfig, TrainConfig, resolve
+from ..data.batching import Sequences, TrainingBatches
 from ..data.buckets import choose_buckets
-from ..data.labelled import LabelledData, LabelledRows
+from ..data.labelled import LabelledData, LabelledSequences
 from ..data.language import LanguageData
-from ..data.splits import Data
+from ..data.run_data import RunData
 from ..errors import ConfigError
 from ..metrics import is_undefined
 from ..task import Task, sorted_labels
 from .events import Listener, Note, WeightsRead
 from .inputs import RunInputs, run_inputs
-from .schedule import make_optimizer
-from .step import TrainState
+from .schedule import adamw_by_label
+from .step import ModelApply, TrainState
 
-if TYPE_CHECKING:
-    pass
-
-
-_DATA: dict[str, Callable[[TrainConfig, dict[str, str]], Data]] = {
+_DATA: dict[str, Callable[[RunConfig, dict[str, str]], RunData]] = {
     "classification": LabelledData,
     "regression": LabelledData,
     "causal-lm": LanguageData,
@@ -41,24 +40,30 @@ _DATA: dict[str, Callable[[TrainConfig, dict[str, str]], Data]] = {
 
 
 class Run(NamedTuple):
-    """Everything that follows from a config, and is the same whenever its run is taken up.
+    """Everything that follows from a config; the same whenever the run is started or resumed.
 
     Attributes:
-        task, splits, metric: what is learnt, from what, and what chooses the checkpoint.
-        new_head, prior, baselines: see `Data`.
-        max_length, buckets, batches: how texts become batches.
-        apply: the model's, adapted.
-        state: before the first step.
-        frozen: the other part of `lj.partition`.
-        counts: of `lj.count_params`.
-        tx: the optimizer.
-        key: folded with the step for dropout.
-        fingerprint: of the training rows' tokens.
-        inputs: what all of it was made of.
+        config: Settled options.
+        task: Task that is learnt.
+        splits: Sequences of each split.
+        metric: Metric on dev that the checkpoint is chosen by.
+        new_head, prior, baselines: See `Data`.
+        max_length: Maximum length of a sequence in tokens.
+        buckets: Lengths that batches are padded to.
+        batches: Training batches of all steps.
+        apply: The model's function, adapted.
+        state: State before the first step.
+        frozen: Frozen part of `lj.partition`.
+        counts: Parameter counts.
+        tx: Optimizer.
+        key: Random key of dropout, folded with the step.
+        fingerprint: Hash of the training tokens.
+        inputs: Hashes of everything that the result depends on.
     """
 
+    config: RunConfig
     task: Task
-    splits: Mapping[str, Rows]
+    splits: Mapping[str, Sequences]
     metric: str
     new_head: bool
     prior: np.ndarray | None
@@ -66,11 +71,11 @@ class Run(NamedTuple):
     max_length: int
     buckets: tuple[int, ...]
     batches: TrainingBatches
-    apply: Any
+    apply: ModelApply
     state: TrainState
-    frozen: Any
-    counts: Any
-    tx: Any
+    frozen: PyTree
+    counts: ParamCount
+    tx: optax.GradientTransformation
     key: jax.Array
     fingerprint: str
     inputs: RunInputs
@@ -85,10 +90,10 @@ class Run(NamedTuple):
         return self.new_head or self.task.labels != sorted_labels(self.task.labels)
 
 
-def prepare(config: TrainConfig, listen: Listener) -> Run:
+def prepare_run(config: TrainConfig, listen: Listener) -> Run:
     """Reads the data, loads the base and attaches the method. Nothing is written."""
-    sources = {"train": config.train, "dev": config.dev, "test": config.test}
-    data = _DATA[config.task](config, {name: source for name, source in sources.items() if source is not None})
+    config = resolve(config)
+    data = _DATA[config.task](config, config.sources)
     task = data.task
     task.check_metric(config.metric)
 
@@ -104,13 +109,12 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
         progress=lambda done, total: listen(WeightsRead(done=done, total=total)),
     )
     tokenizer = lj.models.load_tokenizer(config.base)
-    assert config.max_length is not None  # resolved when the config was made
     max_length = min(config.max_length, model.config.max_length)
-    splits = data.rows(tokenizer, max_length)
+    splits = data.sequences(tokenizer, max_length)
     _check_token_types(splits, model, config.base)
     rows = splits["train"]
     metric = choose_metric(task, config.metric, splits["dev"].targets if "dev" in splits else None)
-    steps = config.steps or config.epochs * math.ceil(rows.rows / config.batch_size)
+    steps = config.steps or config.epochs * math.ceil(rows.num_sequences / config.batch_size)
     buckets = choose_buckets(rows.lengths, count=config.buckets, max_length=max_length, steps=steps)
     batches = TrainingBatches(rows, buckets=buckets, batch_size=config.batch_size, seed=config.seed, steps=steps)
 
@@ -119,12 +123,13 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     labels = lj.label_params(params, config.method)
     trainable, frozen = lj.partition(params, lj.trainable_mask(params, config.method))
     counts = lj.count_params(params, labels)
-    tx = make_optimizer(config, labels, steps=steps)
+    tx = adamw_by_label(config, labels, steps=steps)
     if config.metric is None and metric != task.metrics[0]:
-        listen(Note(message=f"dev: {task.metrics[0]} is undefined, as all rows have one target: {metric} chooses"))
+        listen(Note(message=f"dev: {task.metrics[0]} is undefined, as all targets are equal; {metric} is used instead"))
     for note in _notes(config, data, splits, counts, buckets, max_length):
         listen(Note(message=note))
     return Run(
+        config=config,
         task=task,
         splits=splits,
         metric=metric,
@@ -145,8 +150,13 @@ def prepare(config: TrainConfig, listen: Listener) -> Run:
     )
 
 
-def choose_metric(task: Task, name: str | None, dev: Any) -> str:
-    """What dev chooses the checkpoint by: `name`, or the task's first metric, or the loss where that is undefined.
+def choose_metric(task: Task, name: str | None, dev: np.ndarray | None) -> str:
+    """The metric that the checkpoint is chosen by: `name`, or the task's first, or the loss where that is undefined.
+
+    Args:
+        task: Task with the metrics.
+        name: Metric that was asked for; `None` for the default.
+        dev: Targets of the dev set; `None` without one.
 
     Raises:
         ConfigError: `name` is undefined on dev, or no metric of the task.
@@ -156,28 +166,28 @@ def choose_metric(task: Task, name: str | None, dev: Any) -> str:
         return metric
     if name is not None:
         raise ConfigError(
-            f"`metric` is {name!r}, which is undefined on `dev`: all its rows have one target. Choose `loss`, or give "
-            "dev rows that differ."
+            f"`metric` {name} is undefined on `dev`, where all targets are equal: choose `loss`, or give dev data "
+            "whose targets differ."
         )
     return "loss"
 
 
-def _check_token_types(splits: Mapping[str, Rows], model: Model, base: str) -> None:
-    """A type that the embeddings have no row for would be looked up all the same, and make NaN of the text."""
+def _check_token_types(splits: Mapping[str, Sequences], model: Model, base: str) -> None:
+    """A token type without an embedding would be looked up all the same, and give NaN."""
     known = getattr(model.config, "type_vocab_size", None)
-    for rows in splits.values():
-        if known is not None and isinstance(rows, LabelledRows) and (most := int(rows.encoded.types.max())) >= known:
+    for own in splits.values():
+        if known is not None and isinstance(own, LabelledSequences) and (most := int(own.encoded.types.max())) >= known:
             raise FileError(
-                f"{base}: tokenizer.json gives the second text of a pair the type {most}, and the model has {known} "
-                f"(`type_vocab_size` in config.json). Take the tokenizer that belongs to the model."
+                f"{base}: tokenizer.json gives the second text of a pair the token type {most}, and the model has "
+                f"{known} types (`type_vocab_size` in config.json). Use the tokenizer that belongs to the model."
             )
 
 
 def _notes(
-    config: TrainConfig,
-    data: Data,
-    splits: Mapping[str, Rows],
-    counts: Any,
+    config: RunConfig,
+    data: RunData,
+    splits: Mapping[str, Sequences],
+    counts: ParamCount,
     buckets: tuple[int, ...],
     max_length: int,
 ) -> list[str]:
@@ -187,14 +197,14 @@ def _notes(
         *data.notes(),
         f"trainable: {counts.trainable:,} of {counts.total:,} parameters ({counts.percent:.3g} %)",
     ]
-    if max_length < (config.max_length or 0):
-        notes.append(f"`max_length` {config.max_length} is more than the base's positions: {max_length} are used")
+    if max_length < config.max_length:
+        notes.append(f"`max_length` {config.max_length} is more than the base's positions: {max_length} is used")
     for split, rows in splits.items():
         notes += rows.notes(split)
     return notes
 
 
-def _with_dropout_rate(config: TrainConfig, model: Model, num_labels: int | None) -> Any:
+def _with_dropout_rate(config: RunConfig, model: Model, num_labels: int | None) -> ModelApply:
     """The model's function with `config.dropout` in place of the base's own rates."""
     if config.dropout is None:
         return model.apply

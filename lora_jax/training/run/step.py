@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 
 import lora_jax as lj
 from lora_jax.masters import widened
+from lora_jax.types import PyTree
 
 from ..data.batching import AnyBatch
 from ..task import Task
@@ -21,24 +22,24 @@ class TrainState(NamedTuple):
     """What a step changes; a pytree.
 
     Attributes:
-        trainable: the trainable part of `lj.partition`.
-        optimizer: the optimizer's state.
-        step: int32 `()`, how many steps are done.
+        trainable: Trainable part of `lj.partition`.
+        optimizer: State of the optimizer.
+        step: Number of steps done, int32 `()`.
     """
 
-    trainable: Any
-    optimizer: Any
+    trainable: PyTree
+    optimizer: PyTree
     step: jax.Array
 
 
 class StepOutput(NamedTuple):
-    """Scalars of a step, on the device: reading them is the caller's to time.
+    """Scalars of a step, on the device: the caller decides when to wait for them.
 
     Attributes:
-        loss: the mean over the batch's targets, before the update: one of each row, or its tokens to be predicted.
-        correct: how many of them were right.
-        count: how many there are.
-        grad_norm: the global norm of the gradient, before clipping.
+        loss: Mean loss over the batch's targets before the update; a target is a label, a number or a token.
+        correct: Number of targets that were predicted right.
+        count: Number of targets.
+        grad_norm: Global norm of the gradient before clipping.
     """
 
     loss: jax.Array
@@ -47,9 +48,19 @@ class StepOutput(NamedTuple):
     grad_norm: jax.Array
 
 
-# A model's, see `lj.models.Model`: `apply(params, **batch.inputs, dropout_key=None)`.
+# A model's function, see `lj.models.Model`: `apply(params, **batch.inputs, dropout_key=None)`.
 ModelApply = Callable[..., Any]
-Step = Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, StepOutput]]
+# Sums over a batch: losses, right answers, gradients.
+Sums = tuple[jax.Array, jax.Array, PyTree]
+
+
+class Step(Protocol):
+    """A jitted training step."""
+
+    def __call__(
+        self, state: TrainState, frozen: PyTree, batch: AnyBatch, key: jax.Array
+    ) -> tuple[TrainState, StepOutput]: ...
+    def lower(self, state: TrainState, frozen: PyTree, batch: AnyBatch, key: jax.Array) -> jax.stages.Lowered: ...
 
 
 def make_step(
@@ -68,21 +79,21 @@ def make_step(
     Sums over parts, its norm and its clipping are float32 whatever the leaves.
 
     Args:
-        apply: the model's function, wrapped by `lj.adapt`.
-        task: its loss.
-        tx: acts on the trainable part.
-        clip_norm: cuts the gradient's global norm.
-        accumulate: the parts that a batch is computed in, one after the other in a scan. Their sum is what one part
-            would give, up to rounding (and, with dropout, other draws).
-        model_dropout: whether the model gets a key. LoRA's dropout follows from its own rate.
-        compiler_options: as for `jax.jit`.
+        apply: The model's function, wrapped by `lj.adapt`.
+        task: Task with the loss.
+        tx: Optimizer of the trainable part.
+        clip_norm: Largest global norm of the gradient; `None` for no clipping.
+        accumulate: Number of parts that a batch is computed in, one after the other in a scan. Their sum is what a
+            single part would give, up to rounding (and, with dropout, other draws).
+        model_dropout: Whether the model gets a dropout key. LoRA's dropout follows from its own rate.
+        compiler_options: Options for `jax.jit`.
 
     Returns:
         The jitted function. `state` is donated; `frozen` is an argument, so the base isn't built into the program;
-        `key` is the run's, folded here with the step. One program a batch shape.
+        `key` is the run's, folded here with the step. One program is compiled per batch shape.
     """
 
-    def summed_loss(trainable: Any, frozen: Any, batch: AnyBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def summed_loss(trainable: PyTree, frozen: PyTree, batch: AnyBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         lora_key, model_key = jax.random.split(key)
         params = lj.with_dropout(lj.combine(trainable, frozen), lora_key)
         model = functools.partial(apply, params, **batch.inputs, dropout_key=model_key if model_dropout else None)
@@ -92,23 +103,21 @@ def make_step(
 
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
-    def sums(trainable: Any, frozen: Any, batch: AnyBatch, key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+    def sums(trainable: PyTree, frozen: PyTree, batch: AnyBatch, key: jax.Array) -> Sums:
         (loss, correct), grads = value_and_grad(trainable, frozen, batch, key)
         return loss, correct, widened(grads)
 
-    def accumulated_sums(
-        trainable: Any, frozen: Any, batch: AnyBatch, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, Any]:
+    def accumulated_sums(trainable: PyTree, frozen: PyTree, batch: AnyBatch, key: jax.Array) -> Sums:
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
 
-        def add(total: Any, part: tuple[AnyBatch, jax.Array]) -> tuple[Any, None]:
+        def add(total: Sums, part: tuple[AnyBatch, jax.Array]) -> tuple[Sums, None]:
             return jax.tree.map(jnp.add, total, sums(trainable, frozen, *part)), None
 
         zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, widened(trainable)))
         return jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))[0]
 
     @functools.partial(jax.jit, donate_argnames="state", compiler_options=dict(compiler_options or {}))
-    def step(state: TrainState, frozen: Any, batch: AnyBatch, key: jax.Array) -> tuple[TrainState, StepOutput]:
+    def step(state: TrainState, frozen: PyTree, batch: AnyBatch, key: jax.Array) -> tuple[TrainState, StepOutput]:
         key = jax.random.fold_in(key, state.step)
         total = accumulated_sums if accumulate > 1 else sums
         loss, correct, grads = total(state.trainable, frozen, batch, key)

@@ -1,31 +1,36 @@
-"""Scalars for TensorBoard, where they are asked for."""
+"""Scalars for TensorBoard, on request."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
 
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
 
 class Scalars:
-    """Writes scalars into `folder`; does nothing if that is `None`.
+    """Writer of scalars, and a context manager.
 
     Args:
-        folder: for TensorBoard's event files.
-        start: the step that a run goes on from; what was written of later ones is hidden.
+        folder: Folder of TensorBoard's event files; `None` to write nothing.
+        start: Step that the run resumes from; scalars of later steps that were written before are hidden.
     """
 
     def __init__(self, folder: Path | None, *, start: int = 0) -> None:
-        self._writer: Any = None
+        self._writer: SummaryWriter | None = None
         if folder is None:
             return
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise TrainingError("`tensorboard` needs tensorboardX: pip install 'lora_jax[tensorboard]'.") from error
+            raise TrainingError(
+                "`tensorboard` needs tensorboardX, which isn't installed: pip install 'lora_jax[tensorboard]'."
+            ) from error
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def __enter__(self) -> Scalars:
@@ -38,7 +43,7 @@ class Scalars:
             self._writer.close()
 
     def write(self, prefix: str, values: Mapping[str, float | None], step: int) -> None:
-        """One point of each curve `prefix/name`."""
+        """Adds a point to each curve `prefix/name`."""
         if self._writer is not None:
             for name, value in values.items():
                 if value is not None:
