@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeGuard, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from .registry import Registry
 from .types import DTypeLike, PyTree
 
 IN, OUT, STACK = "i", "o", "s"
+# Default of an array that a node needs at work, but may lack until `regrown` or `dataclasses.replace` sets it.
+ABSENT: Any = None
 
 
 class Unfactorable(Exception):
@@ -347,7 +349,7 @@ class MergedOnEntry(AdaptedWeight):
     """An adapted weight that can't compute with its parts: `adapt` gives functions the merged array."""
 
     @classmethod
-    def merge_all(cls, nodes: Sequence[Self]) -> list[jax.Array]:
+    def merge_all(cls, nodes: Sequence[MergedOnEntry]) -> list[jax.Array]:
         """The arrays that the nodes of this class in a tree stand for, in tree order; they may share something."""
         return [node.merge() for node in nodes]
 
@@ -370,6 +372,7 @@ class InsertedNode(MergedOnEntry):
 
 
 Node = TypeVar("Node", bound=AdaptedWeight)
+Rule = TypeVar("Rule", bound=Callable[..., jax.Array])
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -383,6 +386,12 @@ def register(cls: type[Node]) -> type[Node]:
     if cls.saved_as:
         AdaptedWeight.registry.add(cls.saved_as, cls)
     return jax.tree_util.register_dataclass(cls, data_fields=children, meta_fields=static)
+
+
+def own_function(rule: Rule) -> Rule:
+    """Makes a `dot_general` a function of its own in the program: traced, differentiated and lowered once for all
+    weights of equal shapes."""
+    return cast(Rule, jax.jit(rule, static_argnames=("spec", "run")))
 
 
 def is_adapted(node: object) -> TypeGuard[AdaptedWeight]:

@@ -207,7 +207,7 @@ def _trained(
 ) -> dict[str, Leaf]:
     """Adapted weights, and leaves that were trained in full, by path."""
     trained: dict[str, Leaf] = {}
-    shared: dict[Hashable, object] = {}
+    shared: dict[Hashable, jax.Array] = {}
     for path, content in description["adapted"].items():
         cls = node_class(path, content, folder)
         inserted = issubclass(cls, InsertedNode)

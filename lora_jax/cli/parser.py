@@ -6,7 +6,8 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from lora_jax.text import clipped, nearest_name
 
@@ -18,7 +19,7 @@ _WIDEST = 120
 class CommandParser(argparse.ArgumentParser):
     """A parser that names the nearest flag or command for one that doesn't exist, under that command's usage."""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         given = list(sys.argv[1:] if args is None else args)
         commands = next((a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)), None)
         if commands is None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..weights import (
+    ABSENT,
     IN,
     OUT,
     STACK,
@@ -20,6 +21,7 @@ from ..weights import (
     FactoredWeight,
     RaggedDotSpec,
     TakeSpec,
+    own_function,
     register,
     wider,
 )
@@ -46,7 +48,7 @@ class DoRAWeight(LowRankWeight):
     saved: ClassVar[tuple[str, ...]] = (*LowRankWeight.saved, "magnitude")
     starts_from_weight: ClassVar[tuple[str, ...]] = ("magnitude",)
 
-    magnitude: jax.Array = dataclasses.field(kw_only=True)
+    magnitude: jax.Array = ABSENT
 
     def merge(self) -> jax.Array:
         whole = self.sum()
@@ -140,8 +142,7 @@ class _ScaledWeight(LowRankWeight):
     def merge(self) -> jax.Array:
         return scaled(self.sum(), self.ratio, vector_axes(self, OUT)).astype(self.base.dtype)
 
-    # One function in the program, like LoRA's.
-    @functools.partial(jax.jit, static_argnames=("spec", "run"))
+    @own_function
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:

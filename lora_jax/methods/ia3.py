@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
@@ -24,6 +23,7 @@ from ..weights import (
     RaggedDotSpec,
     TakeSpec,
     labelled,
+    own_function,
     register,
 )
 from .base import Leaves, flag, require, require_selector, rooted
@@ -66,8 +66,7 @@ class IA3Weight(FactoredWeight):
     def times(self, factor: jax.Array) -> Self:
         return self.with_base(self.base * factor.astype(self.base.dtype))
 
-    # One function in the program, like LoRA's.
-    @functools.partial(jax.jit, static_argnames=("spec", "run"))
+    @own_function
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, Self
+from typing import ClassVar, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import ArgumentError
 from ..paths import flatten_with_paths, path_key
 from ..types import LeafPath, Params, Uses
-from ..weights import AdaptedWeight, InsertedNode, register
+from ..weights import ABSENT, AdaptedWeight, InsertedNode, MergedOnEntry, register
 from .base import Leaves, flag, require_positive
 from .inserting_method import InsertedArray, InsertingMethod, Sublayer, sublayers
 
@@ -49,11 +49,11 @@ class ReparametrizedPrefix(InsertedNode):
     saved: ClassVar[tuple[str, ...]] = tuple(fields)
     optional: ClassVar[tuple[str, ...]] = _SHARED
 
-    table: jax.Array | None
-    hidden_kernel: Any
-    hidden_bias: Any
-    kernel: jax.Array
-    bias: jax.Array
+    table: jax.Array | None = None
+    hidden_kernel: jax.Array = ABSENT
+    hidden_bias: jax.Array = ABSENT
+    kernel: jax.Array = ABSENT
+    bias: jax.Array = ABSENT
     length: int = dataclasses.field(kw_only=True)
 
     @property
@@ -65,10 +65,11 @@ class ReparametrizedPrefix(InsertedNode):
         return self.bias.dtype
 
     @classmethod
-    def merge_all(cls, nodes: Sequence[Self]) -> list[jax.Array]:
+    def merge_all(cls, nodes: Sequence[MergedOnEntry]) -> list[jax.Array]:
         merged: list[jax.Array] = []
         hidden = None
         for node in nodes:
+            assert isinstance(node, cls)
             if node.table is not None:  # the first of its tree; several trees may be given
                 hidden = jnp.tanh(node.table @ node.hidden_kernel + node.hidden_bias[None])
             if hidden is None:

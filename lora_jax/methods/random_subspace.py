@@ -15,7 +15,7 @@ from jax import lax
 from ..draws import leaf_seed
 from ..errors import ArgumentError
 from ..types import LeafPath, Uses
-from ..weights import OUT, AdaptedWeight, labelled, register, wider
+from ..weights import OUT, AdaptedWeight, MergedOnEntry, labelled, register, wider
 from .base import Leaves, flag, is_trainable, require, require_positive
 from .fastfood import fastfood, padded_length
 from .seeded_method import SeededMethod, SeededWeight, bases
@@ -38,22 +38,23 @@ class SubspaceWeight(SeededWeight):
     saved: ClassVar[tuple[str, ...]] = ("z", "gain")
     optional: ClassVar[tuple[str, ...]] = ("z", "gain")
 
-    z: jax.Array | None
-    gain: jax.Array | None
+    z: jax.Array | None = None
+    gain: jax.Array | None = None
     scale: float = dataclasses.field(kw_only=True)
     offset: int = dataclasses.field(kw_only=True)
 
     @classmethod
-    def merge_all(cls, nodes: Sequence[Self]) -> list[jax.Array]:
+    def merge_all(cls, nodes: Sequence[MergedOnEntry]) -> list[jax.Array]:
         merged: list[jax.Array] = []
-        firsts = [index for index, node in enumerate(nodes) if node.z is not None]
+        own = [node for node in nodes if isinstance(node, cls)]
+        firsts = [index for index, node in enumerate(own) if node.z is not None]
         require(
             firsts[:1] == [0],
             "this part of the tree lacks the vector that all its adapted weights share: the tree's first one holds it, "
             "so pass or merge the whole tree",
         )
-        for first, end in itertools.pairwise([*firsts, len(nodes)]):
-            merged += _merged(nodes[first:end])
+        for first, end in itertools.pairwise([*firsts, len(own)]):
+            merged += _merged(own[first:end])
         return merged
 
     def merge(self) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from ..types import LeafPath
 from ..weights import (
+    ABSENT,
     IN,
     OUT,
     STACK,
@@ -24,6 +25,7 @@ from ..weights import (
     RaggedDotSpec,
     TakeSpec,
     labelled,
+    own_function,
     register,
     wider,
 )
@@ -57,10 +59,10 @@ class VeRAWeight(FactoredWeight):
     fields: ClassVar[dict[str, str]] = {"a": "ri", "b": "ro", "lambda_d": "sr", "lambda_b": "so", "key": "s"}
     saved: ClassVar[tuple[str, ...]] = ("lambda_d", "lambda_b")
 
-    a: jax.Array
-    b: jax.Array
-    lambda_d: jax.Array
-    lambda_b: jax.Array
+    a: jax.Array = ABSENT
+    b: jax.Array = ABSENT
+    lambda_d: jax.Array = ABSENT
+    lambda_b: jax.Array = ABSENT
     key: jax.Array | None = None
     seed: int = dataclasses.field(kw_only=True)
     dropout: float = dataclasses.field(default=0.0, kw_only=True)
@@ -115,8 +117,7 @@ class VeRAWeight(FactoredWeight):
     def for_use(self, number: int | jax.Array) -> Self:
         return dataclasses.replace(self, key=key_for_use(self.key, number))
 
-    # One function in the program, like LoRA's.
-    @functools.partial(jax.jit, static_argnames=("spec", "run"))
+    @own_function
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:

@@ -136,7 +136,7 @@ def test_neither_packing_nor_accumulating_changes_loss_and_gradient(options, tmp
     # As many rows as divide evenly, whose targets don't.
     for other, settings in ((all_rows(apart, 8), {}), (all_rows(apart, 8), {"accumulate": 4})):
         theirs, their_grads = gradient(apart, other, **settings)
-        assert float(theirs.count) == float(output.count)
+        assert float(theirs.targets) == float(output.targets)
         assert float(theirs.loss) == pytest.approx(float(output.loss), rel=1e-5)
         for mine, their in zip(jax.tree.leaves(grads), jax.tree.leaves(their_grads), strict=True):
             np.testing.assert_allclose(mine, their, atol=1e-5 * max(1, np.abs(their).max()))

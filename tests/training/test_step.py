@@ -81,7 +81,7 @@ def test_loss_and_count_are_means_over_the_batch():
     _, output = run(batch=data)
     np.testing.assert_allclose(output.loss, TASK.losses(logits, jnp.asarray(data.targets)).mean(), rtol=1e-5)
     assert float(output.correct) == float((logits.argmax(-1) == data.targets).sum())
-    assert float(output.count) == 8
+    assert float(output.targets) == 8
 
 
 def test_update_is_the_gradient_of_the_mean_loss():

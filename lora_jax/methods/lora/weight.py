@@ -25,6 +25,7 @@ from lora_jax.weights import (
     TakeSpec,
     Unfactorable,
     labelled,
+    own_function,
     register,
     summed,
     wider,
@@ -148,8 +149,7 @@ class LoRAWeight(LowRankWeight):
     def prepared(self) -> FactoredWeight:
         return self.one_pair()
 
-    # A function of its own in the program: traced, differentiated and lowered once for all weights of equal shapes.
-    @functools.partial(jax.jit, static_argnames=("spec", "run"))
+    @own_function
     def dot_general(
         self, other: jax.Array, spec: DotSpec, run: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:

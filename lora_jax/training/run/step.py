@@ -38,13 +38,13 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: Mean loss over the batch's targets before the update; a target is a label, a number or a token.
         correct: Number of targets that were predicted right.
-        count: Number of targets.
+        targets: Number of targets.
         grad_norm: Global norm of the gradient before clipping.
     """
 
     loss: jax.Array
     correct: jax.Array
-    count: jax.Array
+    targets: jax.Array
     grad_norm: jax.Array
 
 
