@@ -57,13 +57,14 @@ from .state import StateWarning as StateWarning
 
 if TYPE_CHECKING:
     from . import interop as interop
+    from . import losses as losses
     from . import models as models
     from . import training as training
 
 __version__ = "0.1.0"
 
 # Imported on first use: `models` and `training` need Flax and more, which the core does without.
-_OPTIONAL = ("interop", "models", "training")
+_OPTIONAL = ("interop", "losses", "models", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,14 @@ from typing import Any
 
 # Set before JAX starts.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute. For processes that tests start, too: all round alike.
+# Tests compile far more than they compute. For processes that tests start, too: all round alike. On the CPU
+# alone: with JAX_PLATFORMS=cuda,cpu the tests run on a GPU, as its compiler is.
 # A module split into parts costs more than its parts save when it is tiny. XLA's fusion emitters take half of the time;
 # jaxlib 0.11 and newer refuse to start with the flag that leaves them out.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
+        *(["--xla_backend_optimization_level=0"] if os.environ["JAX_PLATFORMS"] == "cpu" else []),
         "--xla_cpu_parallel_codegen_split_count=1",
         *(["--xla_cpu_use_fusion_emitters=false"] if metadata.version("jaxlib").startswith("0.10.") else []),
     ]

@@ -350,7 +350,11 @@ def test_tensors_of_another_adapter(folder: Path) -> None:
             "AdaLoRA",
             "no method .AdaLoRA., only BitFit, BottleneckAdapter, DoRA, Frozen, FullFineTune",
         ),
-        (("method", "rank"), 0, "the description of the method LoRA is not usable: `rank` must be an integer"),
+        (
+            ("method", "rank"),
+            0,
+            "the description of the method LoRA is not usable: `rank` must be a positive integer, got 0",
+        ),
         (("method", "surprise"), 1, "the description of the method LoRA is not usable: .*surprise"),
         (("method", "also_train"), "(h+)+x", "`also_train` of the method must be a list of leaf paths"),
         (

@@ -14,6 +14,10 @@ from . import jax_compat
 from .jax_compat import Body, Equation, param, program
 from .walk import Traced, Value, Walker
 
+# The name of a jitted function that is all there is in the body of a `custom_jvp`: the custom derivative is the body's
+# own, computed in another way, so an adapted weight may enter. `lora_jax.losses` has such a function.
+WALKABLE = "lora_jax_walkable"
+
 
 class _Entry:
     """Operands of a body as one list of pytrees, adapted weights as their nodes, and the way back."""
@@ -88,6 +92,15 @@ def jit_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value
     )
     with jax_compat.context(eqn):
         return passed.back_among(jitted(*(array for arrays in leaves for array in arrays)))
+
+
+def custom_jvp_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:
+    """Walks into the body where its author says that its own derivative is the custom one, see `WALKABLE`."""
+    body = program(param(eqn, "call_jaxpr"))
+    if [inner.params.get("name") for inner in body.jaxpr.eqns] != [WALKABLE]:
+        raise Unfactorable("it has a custom derivative, which its factors would not have")
+    with jax_compat.context(eqn):
+        return walker.inlined(eqn).run(body, operands)
 
 
 def remat_rule(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]:

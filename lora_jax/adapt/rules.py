@@ -357,6 +357,7 @@ RULES: dict[str, RuleEntry] = {
         "jaxpr name in_shardings out_shardings in_layouts out_layouts donated_invars compiler_options_kvs ctx_mesh "
         "inline keep_unused",
     ),
+    "custom_jvp_call": _rule(control_flow.custom_jvp_rule, "call_jaxpr jvp_jaxpr_fun num_consts symbolic_zeros"),
     "remat2": _rule(control_flow.remat_rule, "jaxpr policy prevent_cse differentiated"),
     "scan": _rule(control_flow.scan_rule, "jaxpr length num_consts num_carry ft_in ft_out reverse unroll"),
     "while": _rule(control_flow.while_rule, "cond_jaxpr body_jaxpr cond_nconsts body_nconsts"),

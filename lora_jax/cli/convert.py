@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lora_jax.text import listed
 
 from .method_flags import preset_or_names
+from .parser import in_flags
 
 if TYPE_CHECKING:
     from lora_jax.tools.convert import Conversion
@@ -98,10 +100,10 @@ def run(args: argparse.Namespace) -> None:
         result = extract_adapter(
             args.base, args.tuned, args.output, targets=targets, rest=args.rest or "train", **options
         )
-    print_json(result) if args.json else _show(result)
+    print_json(result) if args.json else _show(result, args.flags)
 
 
-def _show(result: Conversion) -> None:
+def _show(result: Conversion, flags: Mapping[str, str]) -> None:
     from lora_jax.training.run.progress import format_bytes
 
     from .output import print_facts, print_groups, print_line, print_table
@@ -128,4 +130,4 @@ def _show(result: Conversion) -> None:
         facts["left out"] = f"{listed(result.dropped)}: changed in the tuned model, and as the base has them here"
     print_facts(facts)
     for notice in result.notices:
-        print_line(f"note: {notice}")
+        print_line(f"note: {in_flags(notice, flags)}")

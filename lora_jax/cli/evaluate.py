@@ -17,6 +17,7 @@ from .options import (
     given_columns,
     refuse_generation,
 )
+from .parser import in_flags
 
 if TYPE_CHECKING:
     from lora_jax.inference.classify import Prediction
@@ -126,7 +127,7 @@ def _score_labelled(args: argparse.Namespace, saved: TaskFile, columns: Columns)
         )
     if not predictor.escape_special_tokens:
         for note in special_text_note([*examples.texts, *(examples.pairs or ())], predictor.special_texts):
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {in_flags(note, args.flags)}", file=sys.stderr)
     encoded = predictor.encode(examples.texts, examples.pairs)
     counts = {"rows": encoded.num_sequences, "truncated": encoded.truncated, "max_length": predictor.max_length}
     counts |= {"skipped": examples.skipped}
@@ -174,7 +175,7 @@ def _score_language(args: argparse.Namespace, saved: TaskFile, columns: Columns)
         args.test, columns, special=special, split="test", skip_bad_rows=skip, escape_special_tokens=escaped
     )
     for note in documents.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {in_flags(note, args.flags)}", file=sys.stderr)
     if not args.generate and (args.predictions is not None or args.limit is not None):
         raise ConfigError("`predictions` and `limit` are for generated completions: pass `generate=True` too.")
     prompts = with_references(pairs_of(documents))[: args.limit] if args.generate else []

@@ -85,11 +85,13 @@ def _help(options: Sequence[_Option]) -> str:
     for option in options:
         default = option.default
         shown = " ".join(default) if isinstance(default, tuple) else default
-        text = option.field.metadata["help"] + ("" if default is None or default is False else f" Default: {shown}.")
+        text = f"{option.field.metadata['help']}."
+        if default is not None and default is not False:
+            text += f" Default: {shown}."
         names.setdefault(text, []).append(option.method.name)
     if len(names) == 1 and len(options) == len(Method.by_name):
         return next(iter(names)).replace("%", "%%")
-    return ".\n".join(f"{', '.join(methods)}: {text}" for text, methods in names.items()).replace("%", "%%")
+    return "\n".join(f"{', '.join(methods)}: {text}" for text, methods in names.items()).replace("%", "%%")
 
 
 def _argument(option: _Option) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from .options import (
     given_columns,
     refuse_generation,
 )
+from .parser import in_flags
 
 if TYPE_CHECKING:
     from lora_jax.inference.classify import Prediction
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
             print(json_line(row))
         sys.stdout.flush()
     for note in left.notes():
-        print(f"lora-jax predict: {note}", file=sys.stderr)
+        print(f"lora-jax predict: {in_flags(note, args.flags)}", file=sys.stderr)
 
 
 @dataclasses.dataclass
@@ -115,7 +116,7 @@ def _label(
     from lora_jax.inference.classify import load_predictor
     from lora_jax.training.data.special_text import special_text_note
 
-    note = _tell_once()
+    note = _tell_once(args.flags)
     refuse_generation(args, saved.task.kind)
     text, pair = columns.text, columns.text_pair
 
@@ -150,7 +151,7 @@ def _complete(
     from lora_jax.training.data.special_text import special_text_note
     from lora_jax.training.errors import ConfigError
 
-    note = _tell_once()
+    note = _tell_once(args.flags)
     if args.all:
         raise ConfigError("`all` is for adapters with labels, and this one is of a causal-lm.")
     options = generation_options(args)
@@ -176,14 +177,14 @@ def _complete(
     return _rows(args, column, None, left, conversations=columns.messages is not None), load
 
 
-def _tell_once() -> Callable[[list[str]], None]:
+def _tell_once(flags: Mapping[str, str]) -> Callable[[list[str]], None]:
     """Prints the first note that it is given, beside the answers."""
     told: list[str] = []
 
     def tell(notes: list[str]) -> None:
         if notes and not told:
             told.append(notes[0])
-            print(f"note: {notes[0]}", file=sys.stderr)
+            print(f"note: {in_flags(notes[0], flags)}", file=sys.stderr)
 
     return tell
 

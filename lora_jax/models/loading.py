@@ -24,9 +24,10 @@ from .family import HEAD, WORDS, Family, Task
 from .leaf_reader import read_leaves
 from .model import Model, check_options, difference, skeleton
 from .model_config import ModelConfig
+from .nn.attention import ATTENTION_FORMS, AttentionForm
 from .nn.decoder import DecoderConfig
-from .nn.encoder import Remat
 from .nn.heads import Pooling
+from .nn.rematerialization import Remat
 from .stacking import is_stacked, layer_path
 
 
@@ -40,6 +41,7 @@ def load(
     pooling: Pooling = "first",
     remat: Remat | None = None,
     scan_layers: bool = False,
+    attention: AttentionForm = "auto",
     zero_biases: bool = False,
     tie_word_embeddings: bool | None = None,
     new_head: bool = False,
@@ -61,12 +63,18 @@ def load(
             `...ForSequenceClassification`), or `"mean"` for the mean over the tokens that aren't padding.
         remat: Rematerialization policy, a name in `jax.checkpoint_policies`, to save memory in training.
             `"nothing_saveable"` keeps only each layer's input and computes the layer twice, `"dots_saveable"` keeps
-            the results of all matmuls, `"dots_with_no_batch_dims_saveable"` those of matmuls with weights. `None`
-            keeps everything.
+            the results of all matmuls, `"dots_with_no_batch_dims_saveable"` those of matmuls with weights.
+            `"products_saveable"`, which isn't among JAX's, keeps the result of each matmul with a weight once, its
+            low-rank path added, and what fused attention gave, so that no matmul is computed twice. `None` keeps
+            everything.
         scan_layers: Whether to stack a decoder's layers into one tree, `layers/…` with a leading axis, and run them in
             a `lax.scan`: compiling eighty layers then takes as long as compiling one. `stack_layers` and
             `unstack_layers` convert between the two forms. `lj.LoRA` then needs
             `uses=lj.trace_weights(model.apply, params, input_ids)`.
+        attention: Form of the attention. `"xla"` is written out; `"cudnn"` is the fused kernel of NVIDIA GPUs, in
+            bfloat16 and float16, and `"splash"` that of TPUs (on several devices, within `jax.set_mesh`). `"auto"` is
+            the kernel of the platform that the program is compiled for, if it can compute the case, from 128 tokens on
+            (512 in float32), and `"xla"` otherwise. Fused kernels have no forward mode (`jax.jvp`).
         zero_biases: Whether to add a bias of zeros to every linear layer of a Llama, Mistral, Qwen2 or Qwen3 that has
             none, for `lj.BitFit` to train. This leaves the output unchanged. `save_pretrained` reports which of them
             transformers can load once they are trained.
@@ -95,7 +103,7 @@ def load(
     A BERT without a pooler gets a new one, with a warning: it is random, so train it
     (`also_train=("pooler", "classifier")`) or use `pooling="mean"` instead.
     """
-    _check_arguments(task, num_labels, pooling, remat)
+    _check_arguments(task, num_labels, pooling, remat, attention)
     if new_head and task not in ("classification", "regression"):
         raise ArgumentError(f"`new_head` applies to classification and regression, and `task` is {task!r}: omit it.")
     dtype = _float_dtype(dtype)
@@ -117,7 +125,14 @@ def load(
         names.setdefault(family.names.tensor(HEAD), names[words])
     outputs = _count_outputs(family, task, num_labels, tensors, names, folder)
     apply, shapes = skeleton(
-        config, task=task, num_labels=outputs, pooling=pooling, dtype=dtype, remat=remat, scan_layers=scan_layers
+        config,
+        task=task,
+        num_labels=outputs,
+        pooling=pooling,
+        dtype=dtype,
+        remat=remat,
+        scan_layers=scan_layers,
+        attention=attention,
     )
     expected = leaves_by_path(shapes)
     parts = {path: _parts(path, leaf) for path, leaf in expected.items()}
@@ -149,13 +164,15 @@ def load(
     )
 
 
-def _check_arguments(task: object, num_labels: object, pooling: object, remat: object) -> None:
+def _check_arguments(task: object, num_labels: object, pooling: object, remat: object, attention: object) -> None:
     if task is not None and task not in ("classification", "regression", "causal-lm"):
         raise ArgumentError(f'`task` must be "classification", "regression", "causal-lm" or None, got {task!r}.')
     if pooling not in get_args(Pooling):
         raise ArgumentError(f'`pooling` must be "first" or "mean", got {pooling!r}.')
     if remat is not None and remat not in get_args(Remat):
         raise ArgumentError(f"`remat` must be one of {', '.join(get_args(Remat))} or None, got {remat!r}.")
+    if attention not in ATTENTION_FORMS:
+        raise ArgumentError(f"`attention` must be one of {', '.join(ATTENTION_FORMS)}, got {attention!r}.")
     if num_labels is None:
         return
     if task == "classification" and (type(num_labels) is not int or num_labels < 2):

@@ -21,12 +21,13 @@ from ..weights import is_adapted, is_traced
 from .families.registry import family_of
 from .family import Family, Task
 from .model_config import ModelConfig
+from .nn.attention import AttentionForm
 from .nn.cache import Cache, empty_cache
-from .nn.decoder import Decoder, DecoderConfig
-from .nn.encoder import Remat
+from .nn.decoder import Decoder, DecoderConfig, WithHead
 from .nn.heads import Pooling
 from .nn.insertion import insert, split_inserted
 from .nn.layers import wide
+from .nn.rematerialization import Remat
 
 # A function that generates texts: its two positional arguments are parameters and tokens.
 Apply = Callable[Concatenate[PyTree[Array], Int[ArrayLike, "batch time"], ...], Any]
@@ -57,7 +58,7 @@ class Model:
             float32 or wider. Dropout is applied if and only if there is a `dropout_key`.
 
             A decoder's is `apply(params, input_ids, attention_mask=None, *, position_ids=None, segments=None,
-            cache=None, last_only=False, dropout_key=None)`. It returns hidden states, or logits
+            cache=None, last_only=False, with_head=None, dropout_key=None)`. It returns hidden states, or logits
             `(batch, time, vocabulary)` in float32 or wider; with `last_only`, only the last token's, `(batch, 1, …)`.
             Without `position_ids`, positions count every token, padding included, as transformers' models do: this
             makes no difference to rotary positions, but a GPT-2 needs `position_ids` for padding on the left. With
@@ -65,6 +66,9 @@ class Model:
             attends within its run, positions restart there, and the result is the same as for one sequence a row.
             With a `cache` (initially a number of slots, see `Cache`) the tokens follow the cached ones,
             `attention_mask` covers the new tokens only, and the result is `(output, cache)`.
+            `with_head(hidden, head, tied)` takes the place of the logits: it receives the hidden states
+            `(batch, time, d)` and the head, `(d, vocabulary)` or, if `tied`, the table `(vocabulary, d)`, and its
+            result is the output; see `lj.losses.chunked_cross_entropy`.
         params: Nested dict of arrays with string keys. With `scan_layers`, each leaf below `layers` holds all layers.
         config: Sizes and settings: a `BertConfig`, `LlamaConfig`, …, according to the kind of model.
         names: The Hugging Face module of every leaf: `encoder/layers/0/attention/query/kernel` belongs to
@@ -103,6 +107,7 @@ def skeleton(
     dtype: jnp.dtype = np.dtype("float32"),  # noqa: B008, immutable
     remat: Remat | None = None,
     scan_layers: bool = False,
+    attention: AttentionForm = "auto",
 ) -> Skeleton:
     """A model's apply function and the shapes of its parameters, without allocating any.
 
@@ -123,11 +128,19 @@ def skeleton(
     check_options(family, task=task, pooling=pooling, scan_layers=scan_layers)
     if isinstance(config, DecoderConfig):
         build = functools.partial(
-            family.module, config, head=task == "causal-lm", dtype=dtype, remat=remat, scan=scan_layers
+            family.module,
+            config,
+            head=task == "causal-lm",
+            dtype=dtype,
+            remat=remat,
+            scan=scan_layers,
+            attention=attention,
         )
         return _decoder(config, task, dtype, build)
     outputs = {None: None, "classification": num_labels, "regression": 1}[task]
-    build = functools.partial(family.module, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat)
+    build = functools.partial(
+        family.module, config, pooling=pooling, outputs=outputs, dtype=dtype, remat=remat, attention=attention
+    )
     return _encoder(config, task, build)
 
 
@@ -198,8 +211,9 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
         segments: ArrayLike | None = None,
         cache: Cache | int | None = None,
         last_only: bool = False,
+        with_head: WithHead | None = None,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "batch time _"] | tuple[Float[Array, "batch time _"], Cache]:
+    ) -> Any:
         tokens, mask, positions, runs = _check_tokens(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, segments=segments
         )
@@ -207,12 +221,16 @@ def _decoder(config: DecoderConfig, task: Task, dtype: jnp.dtype, build: Callabl
             raise ArgumentError(f"`segments` must be integers, got {runs.dtype}.")
         if runs is not None and cache is not None:
             raise ArgumentError("`segments` and `cache` can't be combined: omit one of them.")
+        if with_head is not None and task is None:
+            raise ArgumentError('`with_head` needs a model with a head: load it with `task="causal-lm"`.')
         cache = _check_cache(config, tokens, cache, dtype)
         if dropout_key is not None:
             require_key(dropout_key, "dropout_key")
         model = _with_params(graph, params, expected)
-        result, cache = model(tokens, mask, positions, cache, dropout_key, segments=runs, last_only=last_only)
-        result = result if task is None else result.astype(wide(result.dtype))
+        result, cache = model(
+            tokens, mask, positions, cache, dropout_key, segments=runs, last_only=last_only, with_head=with_head
+        )
+        result = result if task is None or with_head is not None else result.astype(wide(result.dtype))
         return result if cache is None else (result, cache)
 
     return Skeleton(apply, shapes)

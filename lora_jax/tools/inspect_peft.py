@@ -58,7 +58,7 @@ def inspect_peft(folder: str | Path, *, base: str | None = None, max_lora_rank: 
     Args:
         folder: Folder with an `adapter_config.json`.
         base: Folder or name of its base, to check names and shapes; the one that it names if `None`.
-        max_lora_rank: vLLM's `max_lora_rank`.
+        max_lora_rank: Highest rank that vLLM is set to serve.
 
     Raises:
         FileError: A file is missing, corrupt or too large to be honest.

@@ -7,13 +7,14 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lora_jax.losses import token_scores
 from lora_jax.text import listed, nearest_name
 
 from .data.table import BadRows, short_repr
@@ -22,6 +23,8 @@ from .examples import Examples
 from .metrics import classification_metrics, language_metrics, regression_metrics
 from .options import TASKS, TaskKind
 
+# Tokens whose logits are there at once: the head is read once a chunk, and fewer keep a GPU waiting for it.
+_CHUNK = 512
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -58,6 +61,15 @@ class Task(abc.ABC):
         """What `measure` needs of a batch, `(batch, …)`: the outputs themselves, unless they are large."""
         del targets, weights
         return outputs
+
+    def score(self, model: Callable[..., Any], targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`losses` and `correct` of a model that is given its inputs: `model()` gives its outputs."""
+        outputs = model()
+        return self.losses(outputs, targets), self.correct(outputs, targets)
+
+    def summarize_model(self, model: Callable[..., Any], targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """`summarize` of a model that is given its inputs: `model()` gives its outputs."""
+        return self.summarize(model(), targets, weights)
 
     @abc.abstractmethod
     def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
@@ -223,6 +235,22 @@ class CausalLM(Task):
         """Sums over the target tokens of each row, `(batch, 3)`; see `language_metrics`."""
         parts = (_token_losses(outputs, targets), self.correct(outputs, targets), jnp.ones_like(weights))
         return jnp.stack([(weights * part).sum(axis=1) for part in parts], axis=1)
+
+    def score(self, model: Callable[..., Any], targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `losses` and `correct`, chunk by chunk: no logits of all tokens are formed."""
+        return model(with_head=self._with_head(targets, self.label_smoothing))
+
+    def summarize_model(self, model: Callable[..., Any], targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """As `summarize`, chunk by chunk."""
+        losses, correct = model(with_head=self._with_head(targets, 0.0))
+        return jnp.stack([(weights * part).sum(axis=1) for part in (losses, correct, jnp.ones_like(weights))], axis=1)
+
+    @staticmethod
+    def _with_head(targets: jax.Array, label_smoothing: float) -> Callable[[jax.Array, jax.Array, bool], Any]:
+        def score(hidden: jax.Array, head: jax.Array, tied: bool) -> tuple[jax.Array, jax.Array]:
+            return token_scores(hidden, head, targets, tied=tied, chunk=_CHUNK, label_smoothing=label_smoothing)
+
+        return score
 
     def measure(self, summaries: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
         del targets  # the sums know them

@@ -155,14 +155,6 @@ def test_a_row_of_nothing_but_padding_is_finite_and_so_is_its_gradient(pooling: 
     assert all(jnp.isfinite(grad).all() for grad in jax.tree.leaves(grads))
 
 
-def test_attention_is_jax_nn_dot_product_attention():
-    q, k, v = (jax.random.normal(key, (3, 4, 6, 8)) for key in jax.random.split(jax.random.key(0), 3))
-    ours = layers.attend(q, k, v, jnp.asarray(MASK, bool), 0.1, None)
-    by_time = [array.transpose(0, 2, 1, 3) for array in (q, k, v)]
-    theirs = jax.nn.dot_product_attention(*by_time, mask=jnp.asarray(MASK, bool)[:, None, None, :])  # pyright: ignore[reportArgumentType]
-    np.testing.assert_allclose(ours, theirs.transpose(0, 2, 1, 3), atol=1e-6)
-
-
 def test_the_mean_is_over_tokens_that_are_no_padding():
     hidden, _ = tiny()
     apply, params = tiny("regression", pooling="mean")

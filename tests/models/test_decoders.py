@@ -16,7 +16,7 @@ from lora_jax import models
 from lora_jax.models.families import gpt2
 from lora_jax.models.families.registry import config_from_dict
 from lora_jax.models.model import skeleton
-from lora_jax.models.nn import causal
+from lora_jax.models.nn import attention
 from lora_jax.models.nn.layers import RMSNorm
 from lora_jax.paths import leaf_paths, leaves_by_path
 from tests.jaxprs import equations
@@ -528,7 +528,7 @@ def test_dropout_draws_anew_at_every_layer_and_use(family: str, rates: list[floa
         seen.append((tuple(np.asarray(jax.random.key_data(key))), rate))
         return x
 
-    for module in (gpt2, causal):
+    for module in (gpt2, attention):
         monkeypatch.setattr(module, "dropout", record)
     given = (
         {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.3} if family == "gpt2" else {"attention_dropout": 0.4}

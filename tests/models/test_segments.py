@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.models.nn.causal import runs, visible
 from tests.models.test_decoders import IDS, tiny
 
 # Longer than the windows of Mistral (5) and Qwen2 (4); no token occurs in two of the texts. The last two numbers are
@@ -93,12 +92,6 @@ def test_adapted_weights_stay_factored(family: str):
     found = jax.jit(lj.adapt(apply, on_materialize="error"))(adapted, ROW, segments=SEGMENTS)
     np.testing.assert_allclose(found, apply(lj.merge_params(adapted), ROW, segments=SEGMENTS), atol=3e-5)
     assert np.abs(np.asarray(found - apply(params, ROW, segments=SEGMENTS))).max() > 1e-2
-
-
-def test_the_mask_is_a_window_in_each_run():
-    number, _ = runs(jnp.array([[3, 3, 3, 8, 8]]))
-    seen = visible(None, 5, slots=5, window=2, segments=number)[0].astype(int).tolist()
-    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ from lora_jax.errors import ArgumentError
 from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, encoder_architectures
 from ..model_config import ModelConfig
-from ..nn.encoder import Embeddings, Encoder, Remat
+from ..nn.attention import AttentionForm
+from ..nn.encoder import Embeddings, Encoder
 from ..nn.heads import Pooling
 from ..nn.layers import ACTIVATIONS, dropout, key_for, linear, masked_mean
+from ..nn.rematerialization import Remat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ class Bert(nnx.Module):
         dtype: Dtype of the computation. Parameters are cast to it where they are used, so trained leaves may be float32
             in a bfloat16 model. Norms and softmax are computed in float32 or wider.
         remat: Policy that decides which values of a layer are kept for the backward pass; `None` keeps all of them.
+        attention: Form of the attention, see `attend`.
         rngs: Random streams for the initial values.
     """
 
@@ -111,12 +114,13 @@ class Bert(nnx.Module):
         outputs: int | None,
         dtype: jax.typing.DTypeLike,
         remat: Remat | None = None,
+        attention: AttentionForm = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         width, deviation = config.hidden_size, config.initializer_range
         self.dropout = config.head_dropout
         self.embeddings = Embeddings(config, token_types=config.type_vocab_size, dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(config, dtype=dtype, remat=remat, rngs=rngs)
+        self.encoder = Encoder(config, dtype=dtype, remat=remat, attention=attention, rngs=rngs)
         pooled = outputs and pooling == "first"
         self.pooler = linear(width, width, deviation=deviation, dtype=dtype, rngs=rngs) if pooled else None
         self.classifier = linear(width, outputs, deviation=deviation, dtype=dtype, rngs=rngs) if outputs else None

@@ -17,9 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, encoder_architectures
 from ..model_config import ModelConfig
-from ..nn.encoder import Embeddings, Encoder, Remat
+from ..nn.attention import AttentionForm
+from ..nn.encoder import Embeddings, Encoder
 from ..nn.heads import DenseHead, Pooling, pool
 from ..nn.layers import ACTIVATIONS
+from ..nn.rematerialization import Remat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class DistilBert(nnx.Module):
         pooling: Input of the head: the `"first"` token's last hidden state, as in transformers'
             `DistilBertForSequenceClassification`, or the `"mean"` of the hidden states over the tokens that aren't
             padding.
-        outputs, dtype, remat, rngs: See `Bert`.
+        outputs, dtype, remat, attention, rngs: See `Bert`.
     """
 
     def __init__(
@@ -125,11 +127,12 @@ class DistilBert(nnx.Module):
         outputs: int | None,
         dtype: jax.typing.DTypeLike,
         remat: Remat | None = None,
+        attention: AttentionForm = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         self.pooling: Pooling = pooling
         self.embeddings = Embeddings(config, token_types=None, dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(config, dtype=dtype, remat=remat, rngs=rngs)
+        self.encoder = Encoder(config, dtype=dtype, remat=remat, attention=attention, rngs=rngs)
         self.classifier = (
             DenseHead(
                 config.dim,

@@ -6,7 +6,7 @@ Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -19,12 +19,12 @@ from lora_jax.errors import ArgumentError
 
 from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, decoder_architectures
+from ..nn.attention import AttentionForm, Scope, attend
 from ..nn.cache import Cache
-from ..nn.causal import attend_visible
 from ..nn.decoder import Context, Decoder, DecoderConfig, Place, join_heads, make_layers, remembered, split_heads
-from ..nn.encoder import Remat
 from ..nn.insertion import InsertedAdapter, InsertedPrefix, adapted, with_prefix
 from ..nn.layers import ACTIVATIONS, Norm, Table, dropout, key_for, linear
+from ..nn.rematerialization import Remat, kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,7 @@ class Gpt2(Decoder):
         dtype: Dtype of the parameters and of the computation, see `Bert`.
         remat: Policy of rematerialization, see `Encoder`.
         scan: Whether to stack the layers and run them in a scan.
+        attention: Form of the attention, see `attend`.
         rngs: Random streams for the initial values.
     """
 
@@ -105,12 +106,14 @@ class Gpt2(Decoder):
         dtype: jax.typing.DTypeLike,
         remat: Remat | None = None,
         scan: bool = False,
+        attention: AttentionForm = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         width, deviation = config.n_embd, config.initializer_range
         self.config = config
         self.has_head = head
         self.remat = remat
+        self.attention: AttentionForm = attention
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
         self.layers = make_layers(
             lambda rngs: Layer(config, dtype=dtype, rngs=rngs), config.n_layer, scan=scan, rngs=rngs
@@ -126,9 +129,9 @@ class Gpt2(Decoder):
     def embed(self, input_ids: jax.Array, positions: jax.Array, key: jax.Array | None) -> jax.Array:
         return self.embeddings(input_ids, positions, key)
 
-    def context(self, look: Callable[..., jax.Array], positions: jax.Array) -> Context:
+    def context(self, scope: Scope, positions: jax.Array) -> Context:
         del positions  # the embeddings include them
-        return Context(look())
+        return Context(scope, attention=self.attention)
 
     def settings(self) -> np.ndarray | None:
         """Divisor of each layer's scores, besides `√h`."""
@@ -178,14 +181,23 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, place: Place, cache: Cache | None, key: jax.Array | None
     ) -> tuple[jax.Array, Cache | None]:
-        parts = jnp.split(self.query_key_value(self.norm(x)), 3, axis=-1)
+        parts = jnp.split(kept(self.query_key_value(self.norm(x))), 3, axis=-1)
         q, k, v = (split_heads(part, self.heads) for part in parts)
         k, v, cache = remembered(cache, place, k, v)
-        k, v, seen = with_prefix(self.prefix, k, v, context.seen)
+        k, v, length = with_prefix(self.prefix, k, v)
         scale = self.scale if place.setting is None else self.scale / place.setting
         probs_key = key_for(key, "attention/probs")
-        y = attend_visible(q, k, v, seen, scale=scale, rate=self.probs_dropout, dropout_key=probs_key)
-        y = dropout(self.output(join_heads(y)), self.dropout, key_for(key, "attention/output"))
+        y = attend(
+            q,
+            k,
+            v,
+            context.scope._replace(prefix=length),
+            scale=scale,
+            rate=self.probs_dropout,
+            dropout_key=probs_key,
+            attention=context.attention,
+        )
+        y = dropout(kept(self.output(join_heads(y))), self.dropout, key_for(key, "attention/output"))
         return x + adapted(self.adapter, y), cache
 
 
@@ -201,7 +213,7 @@ class MLP(nnx.Module):
         self.adapter: InsertedAdapter | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        y = self.down(self.activation(self.up(self.norm(x))))
+        y = self.down(self.activation(kept(self.up(self.norm(x)))))
         return x + adapted(self.adapter, dropout(y, self.dropout, key_for(key, "mlp/down")))
 
 

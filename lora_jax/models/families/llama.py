@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -25,12 +24,12 @@ from lora_jax.errors import ArgumentError
 
 from ..checkpoint.tensor_names import TensorNames
 from ..family import Family, decoder_architectures
+from ..nn.attention import AttentionForm, Scope, attend
 from ..nn.cache import Cache
-from ..nn.causal import attend_visible
 from ..nn.decoder import Context, Decoder, DecoderConfig, Place, join_heads, make_layers, remembered, split_heads
-from ..nn.encoder import Remat
 from ..nn.insertion import InsertedAdapter, InsertedPrefix, adapted, with_prefix
 from ..nn.layers import ACTIVATIONS, RMSNorm, Table, key_for, linear
+from ..nn.rematerialization import Remat, kept
 from ..nn.rope import Rope, rotate, rotation
 
 _ATTENTION = tuple(f"attention/{name}" for name in ("query", "key", "value", "output"))
@@ -272,12 +271,14 @@ class Llama(Decoder):
         dtype: jax.typing.DTypeLike,
         remat: Remat | None = None,
         scan: bool = False,
+        attention: AttentionForm = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         width, deviation = config.hidden_size, config.initializer_range
         self.config = config
         self.has_head = head
         self.remat = remat
+        self.attention: AttentionForm = attention
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
         self.layers = make_layers(
             lambda rngs: Layer(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, scan=scan, rngs=rngs
@@ -294,13 +295,12 @@ class Llama(Decoder):
         del positions, key  # the rotation includes the positions; there is no dropout
         return self.embeddings.word(input_ids)
 
-    def context(self, look: Callable[..., jax.Array], positions: jax.Array) -> Context:
+    def context(self, scope: Scope, positions: jax.Array) -> Context:
         turn = rotation(positions, self.config.rope.frequencies(self.config.head_width))
         windows = set(self.config.windows)
-        if len(windows) == 1:
-            return Context(look(window=windows.pop()), rotation=turn)
-        (window,) = windows - {None}
-        return Context(look(), look(window=window), turn)
+        # One window there is at most: of all layers, or of those that `settings` say.
+        (window,) = windows if len(windows) == 1 else windows - {None}
+        return Context(scope._replace(window=window), turn, self.attention)
 
     def settings(self) -> np.ndarray | None:
         """Whether each layer has the window, if only some have it."""
@@ -357,15 +357,20 @@ class Attention(nnx.Module):
         q = q if self.query_norm is None else self.query_norm(q)
         k = k if self.key_norm is None else self.key_norm(k)
         assert context.rotation is not None
-        q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        q, k, v = kept(rotate(q, context.rotation)), kept(rotate(k, context.rotation)), kept(v)
         k, v, cache = remembered(cache, place, k, v)
-        seen = context.seen
-        if place.setting is not None and context.windowed is not None:
-            seen = jnp.where(place.setting, context.windowed, seen)
-        k, v, seen = with_prefix(self.prefix, k, v, seen)
-        probs_key = key_for(key, "attention/probs")
-        y = attend_visible(q, k, v, seen, scale=self.scale, rate=self.dropout, dropout_key=probs_key)
-        return x + adapted(self.adapter, self.output(join_heads(y))), cache
+        k, v, length = with_prefix(self.prefix, k, v)
+        y = attend(
+            q,
+            k,
+            v,
+            context.scope._replace(windowed=True if place.setting is None else place.setting, prefix=length),
+            scale=self.scale,
+            rate=self.dropout,
+            dropout_key=key_for(key, "attention/probs"),
+            attention=context.attention,
+        )
+        return x + adapted(self.adapter, kept(self.output(join_heads(y)))), cache
 
 
 class MLP(nnx.Module):
@@ -381,7 +386,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm(x)
-        return x + adapted(self.adapter, self.down(self.activation(self.gate(y)) * self.up(y)))
+        return x + adapted(self.adapter, self.down(self.activation(kept(self.gate(y))) * kept(self.up(y))))
 
 
 LLAMA = Family(

@@ -19,8 +19,10 @@ from lora_jax.errors import ArgumentError
 
 from ..checkpoint.tensor_names import TensorNames
 from ..family import encoder_architectures
-from ..nn.encoder import Embeddings, Encoder, Remat
+from ..nn.attention import AttentionForm
+from ..nn.encoder import Embeddings, Encoder
 from ..nn.heads import DenseHead, Pooling, pool
+from ..nn.rematerialization import Remat
 from .bert import BERT, ENCODER_MODULES, BertConfig
 
 
@@ -68,7 +70,7 @@ class Roberta(nnx.Module):
         pooling: Input of the head: the `"first"` token's last hidden state, as in transformers'
             `RobertaForSequenceClassification`, or the `"mean"` of the hidden states over the tokens that aren't
             padding.
-        outputs, dtype, remat, rngs: See `Bert`.
+        outputs, dtype, remat, attention, rngs: See `Bert`.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class Roberta(nnx.Module):
         outputs: int | None,
         dtype: jax.typing.DTypeLike,
         remat: Remat | None = None,
+        attention: AttentionForm = "auto",
         rngs: nnx.Rngs,
     ) -> None:
         self.pooling: Pooling = pooling
         self.padding = config.pad_token_id
         self.embeddings = Embeddings(config, token_types=config.type_vocab_size, dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(config, dtype=dtype, remat=remat, rngs=rngs)
+        self.encoder = Encoder(config, dtype=dtype, remat=remat, attention=attention, rngs=rngs)
         self.classifier = (
             DenseHead(
                 config.hidden_size,

@@ -6,7 +6,6 @@ Pre-norm layers, causal attention. Shapes: `batch` sequences of `time` tokens, `
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -18,10 +17,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from ..model_config import ModelConfig
+from .attention import AttentionForm, Scope
 from .cache import Cache
-from .causal import runs, visible
-from .encoder import Remat
+from .causal import runs
 from .layers import Table, key_for
+from .rematerialization import Remat, policy
 from .rope import Rotation
 
 
@@ -39,18 +39,22 @@ class DecoderConfig(ModelConfig):
         """Numbers of layers, of heads of keys and values, and of features per head."""
 
 
+# `with_head(hidden, head, tied)`: what takes the place of the logits.
+WithHead = Callable[[jax.Array, jax.Array, bool], Any]
+
+
 class Context(NamedTuple):
     """Inputs that all layers share.
 
     Attributes:
-        seen: Which slots each token attends to; the leading axis is the batch, or 1.
-        windowed: The same within a sliding window, if only some layers have one.
+        scope: Slots that each token attends to. If only some layers have its window, `settings` tells which.
         rotation: Rotation of queries and keys; `None` if the embeddings include the positions.
+        attention: Form of the attention, see `attend`.
     """
 
-    seen: Bool[Array, "batch_or_1 time slots"]
-    windowed: Bool[Array, "batch_or_1 time slots"] | None = None
+    scope: Scope
     rotation: Rotation | None = None
+    attention: AttentionForm = "auto"
 
 
 class Place(NamedTuple):
@@ -77,6 +81,7 @@ class Decoder(nnx.Module):
         lm_head: Untied head; `None` if the head is tied to `word` or there is none.
         has_head: Whether the result is logits.
         remat: Policy of rematerialization, see `Encoder`.
+        attention: Form of the attention, see `attend`.
     """
 
     embeddings: Any  # the families' modules, of which only `word` is common
@@ -85,6 +90,7 @@ class Decoder(nnx.Module):
     lm_head: nnx.Linear | None
     has_head: bool
     remat: Remat | None
+    attention: AttentionForm
 
     def embed(
         self,
@@ -95,11 +101,11 @@ class Decoder(nnx.Module):
         """Computes the input of the first layer."""
         raise NotImplementedError
 
-    def context(self, look: Callable[..., jax.Array], positions: Int[Array, "batch_or_1 time"]) -> Context:
+    def context(self, scope: Scope, positions: Int[Array, "batch_or_1 time"]) -> Context:
         """Makes the inputs that the layers share.
 
         Args:
-            look: Function `look(window=None)` that calls `visible` for these tokens.
+            scope: Slots that these tokens attend to, without a window.
             positions: Positions of the tokens; the leading axis is the batch, or 1.
         """
         raise NotImplementedError
@@ -118,7 +124,8 @@ class Decoder(nnx.Module):
         *,
         segments: Int[Array, "batch time"] | None = None,
         last_only: bool = False,
-    ) -> tuple[Float[Array, "batch out_time features"], Cache | None]:
+        with_head: WithHead | None = None,
+    ) -> tuple[Any, Cache | None]:
         """Computes hidden states or logits, and the cache with these tokens.
 
         Args:
@@ -130,6 +137,8 @@ class Decoder(nnx.Module):
             segments: Segment numbers: each run of equal numbers is a sequence of its own. `None` for one sequence a
                 row. Can't be combined with a cache.
             last_only: Whether to compute the result only for the last token of each row.
+            with_head: Function that is called with the hidden states and the head in place of computing logits; its
+                result is the model's.
         """
         time = input_ids.shape[1]
         start: jax.Array | int = 0 if cache is None else cache.used
@@ -140,9 +149,7 @@ class Decoder(nnx.Module):
         if cache is not None:
             cache = cache.with_tokens(mask, time)
             mask = cache.mask
-        slots = time if cache is None else cache.slots
-        look = functools.partial(visible, mask, time, start=start, slots=slots, segments=segments)
-        context = self.context(look, positions)
+        context = self.context(Scope(mask=mask, segments=segments, start=start), positions)
         x = self.embed(input_ids, positions, key)
         x, cache = run_layers(
             self.layers, x, context, cache, key_for(key, "layers"), settings=self.settings(), remat=self.remat
@@ -150,7 +157,11 @@ class Decoder(nnx.Module):
         x = self.norm(x[:, -1:] if last_only else x)
         if self.has_head:
             word: Table = self.embeddings.word
-            x = word.attend(x) if self.lm_head is None else self.lm_head(x)
+            if with_head is not None:
+                head = word.embedding if self.lm_head is None else self.lm_head.kernel
+                x = with_head(x, head[...], self.lm_head is None)
+            else:
+                x = word.attend(x) if self.lm_head is None else self.lm_head(x)
         return x, None if cache is None else cache._replace(used=cache.used + jnp.int32(time))
 
 
@@ -186,8 +197,7 @@ def run_layers(
 
     if remat is not None:
         # A scan needs no protection against common-subexpression elimination.
-        policy = getattr(jax.checkpoint_policies, remat)
-        run = jax.checkpoint(run, policy=policy, prevent_cse=not scanned, static_argnums=0)
+        run = jax.checkpoint(run, policy=policy(remat), prevent_cse=not scanned, static_argnums=0)
     if not scanned:
         for number, layer in enumerate(layers):
             place = Place(number, None if settings is None else jnp.asarray(settings[number]))

@@ -7,19 +7,17 @@ Post-norm, learned absolute positions. Shapes: `batch` sequences of `time` token
 from __future__ import annotations
 
 import functools
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from .attention import AttentionForm, Scope, attend
 from .insertion import InsertedAdapter, InsertedPrefix, adapted, with_prefix
-from .layers import ACTIVATIONS, Norm, Table, attend, dropout, key_for, linear
-
-# Names in `jax.checkpoint_policies`. The backward pass recomputes, in turn: the whole layer, all but the matmuls, all
-# but the matmuls with weights.
-Remat = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"]
+from .layers import ACTIVATIONS, Norm, Table, dropout, key_for, linear
+from .rematerialization import Remat, kept, policy
 
 
 @runtime_checkable
@@ -89,29 +87,40 @@ class Encoder(nnx.Module):
         config: Sizes and settings.
         dtype: Dtype of the parameters and of the computation.
         remat: Policy that decides which values of a layer are kept for the backward pass; `None` keeps all of them.
+        attention: Form of the attention, see `attend`.
         rngs: Random streams for the initial values.
     """
 
     def __init__(
-        self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, remat: Remat | None = None, rngs: nnx.Rngs
+        self,
+        config: EncoderConfig,
+        *,
+        dtype: jax.typing.DTypeLike,
+        remat: Remat | None = None,
+        attention: AttentionForm = "auto",
+        rngs: nnx.Rngs,
     ) -> None:
         self.remat = remat
-        self.layers = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List(
+            [Layer(config, dtype=dtype, attention=attention, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        )
 
     def __call__(
         self, x: Float[Array, "batch time d"], mask: Bool[Array, "batch time"] | None, key: PRNGKeyArray | None
     ) -> Float[Array, "batch time d"]:
         run = Layer.__call__
         if self.remat is not None:
-            run = nnx.remat(run, policy=getattr(jax.checkpoint_policies, self.remat))
+            run = nnx.remat(run, policy=policy(self.remat))
         for index, layer in enumerate(self.layers):
             x = run(layer, x, mask, key_for(key, f"encoder/layers/{index}"))
         return x
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, attention: AttentionForm = "auto", rngs: nnx.Rngs
+    ) -> None:
+        self.attention = Attention(config, dtype=dtype, form=attention, rngs=rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None) -> jax.Array:
@@ -119,9 +128,12 @@ class Layer(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: EncoderConfig, *, dtype: jax.typing.DTypeLike, form: AttentionForm = "auto", rngs: nnx.Rngs
+    ) -> None:
         width = config.hidden_size
         square = functools.partial(linear, width, width, deviation=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.form: AttentionForm = form
         self.heads = config.num_attention_heads
         self.dropout = config.attention_output_dropout_prob
         self.probs_dropout = config.attention_probs_dropout_prob
@@ -137,13 +149,22 @@ class Attention(nnx.Module):
         batch, time, width = x.shape
 
         def heads(layer: nnx.Linear) -> jax.Array:
-            return layer(x).reshape(batch, time, self.heads, width // self.heads).transpose(0, 2, 1, 3)
+            return kept(layer(x)).reshape(batch, time, self.heads, width // self.heads).transpose(0, 2, 1, 3)
 
         probs_key = key_for(key, "attention/probs")
-        k, v, mask = with_prefix(self.prefix, heads(self.key), heads(self.value), mask)
-        context = attend(heads(self.query), k, v, mask, self.probs_dropout, probs_key)
+        k, v, length = with_prefix(self.prefix, heads(self.key), heads(self.value))
+        context = attend(
+            heads(self.query),
+            k,
+            v,
+            Scope(mask=mask, causal=False, prefix=length),
+            scale=(width // self.heads) ** -0.5,
+            rate=self.probs_dropout,
+            dropout_key=probs_key,
+            attention=self.form,
+        )
         context = context.transpose(0, 2, 1, 3).reshape(batch, time, width)
-        y = dropout(self.output(context), self.dropout, key_for(key, "attention/output"))
+        y = dropout(kept(self.output(context)), self.dropout, key_for(key, "attention/output"))
         return self.norm(x + adapted(self.adapter, y))
 
 
@@ -158,6 +179,6 @@ class MLP(nnx.Module):
         self.adapter: InsertedAdapter | None = None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        hidden = self.activation(self.up(x))
-        y = dropout(self.down(hidden), self.dropout, key_for(key, "mlp/down"))
+        hidden = self.activation(kept(self.up(x)))
+        y = dropout(kept(self.down(hidden)), self.dropout, key_for(key, "mlp/down"))
         return self.norm(x + adapted(self.adapter, y))

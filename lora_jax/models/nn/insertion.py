@@ -7,13 +7,13 @@ A layer's attention and MLP have an attribute `adapter`, and its attention one n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from lora_jax.errors import ArgumentError
 
@@ -58,29 +58,18 @@ class InsertedPrefix(nnx.Module):
 
         return put(self.key, key), put(self.value, value)
 
-    def seen(self, mask: Bool[Array, "*batch time"] | None) -> Bool[Array, "*batch m_and_time"] | None:
-        """Extends a mask so that every token attends to the prefix."""
-        if mask is None:
-            return None
-        length = self.key[...].shape[0]
-        return jnp.concatenate([jnp.ones((*mask.shape[:-1], length), mask.dtype), mask], axis=-1)
+    @property
+    def length(self) -> int:
+        return self.key[...].shape[0]
 
 
 def adapted(adapter: InsertedAdapter | None, h: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     return h if adapter is None else adapter(h)
 
 
-@overload
-def with_prefix(prefix: InsertedPrefix | None, key: Array, value: Array, mask: Array) -> tuple[Array, Array, Array]: ...
-@overload
-def with_prefix(
-    prefix: InsertedPrefix | None, key: Array, value: Array, mask: Array | None
-) -> tuple[Array, Array, Array | None]: ...
-def with_prefix(
-    prefix: InsertedPrefix | None, key: Array, value: Array, mask: Array | None
-) -> tuple[Array, Array, Array | None]:
-    """Keys, values and their mask, with the prefix if there is one."""
-    return (key, value, mask) if prefix is None else (*prefix.before(key, value), prefix.seen(mask))
+def with_prefix(prefix: InsertedPrefix | None, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    """Keys and values with the prefix if there is one, and its length."""
+    return (key, value, 0) if prefix is None else (*prefix.before(key, value), prefix.length)
 
 
 def split_inserted(

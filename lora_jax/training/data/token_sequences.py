@@ -40,6 +40,17 @@ class TokenBatch(NamedTuple):
         return int((self.segments[self.weights.any(axis=1)] > 0).sum())
 
 
+class SingleTextBatch(TokenBatch):
+    """Rows of one text each, padded at their ends: none of its tokens looks at padding, so the model needs no segments.
+
+    Attention then knows without looking at numbers what each token attends to, which a fused kernel needs to be fast.
+    """
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return {"input_ids": self.input_ids}
+
+
 class TokenSequences(NamedTuple):
     """Token ids of many sequences, end to end; `Sequences` of `batching`.
 
@@ -110,7 +121,8 @@ class TokenSequences(NamedTuple):
             targets[i, : end - start - 1] = self.ids[start + 1 : end]
             if i < len(plan.indices):
                 weights[i, : end - start - 1] = self.targets[start + 1 : end]
-        return TokenBatch(ids, segments, targets, weights)
+        kind = TokenBatch if self.segments.max(initial=0) > 1 else SingleTextBatch
+        return kind(ids, segments, targets, weights)
 
     def packed(self, *, seed: int) -> TokenSequences:
         """Sequences of several texts each, by first-fit over a shuffle. No text is split."""

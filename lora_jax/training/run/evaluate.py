@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,7 +27,8 @@ def make_forward(apply: ModelApply, task: Task) -> Forward:
 
     @jax.jit
     def forward(params: PyTree, batch: AnyBatch) -> jax.Array:
-        return task.summarize(apply(params, **batch.inputs), jnp.asarray(batch.targets), jnp.asarray(batch.weights))
+        model = functools.partial(apply, params, **batch.inputs)
+        return task.summarize_model(model, jnp.asarray(batch.targets), jnp.asarray(batch.weights))
 
     return forward
 

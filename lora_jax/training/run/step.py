@@ -96,9 +96,10 @@ def make_step(
     def summed_loss(trainable: PyTree, frozen: PyTree, batch: AnyBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         lora_key, model_key = jax.random.split(key)
         params = lj.with_dropout(lj.combine(trainable, frozen), lora_key)
-        outputs = apply(params, **batch.inputs, dropout_key=model_key if model_dropout else None)
-        targets, weights = jnp.asarray(batch.targets), jnp.asarray(batch.weights)
-        return jnp.sum(weights * task.losses(outputs, targets)), jnp.sum(weights * task.correct(outputs, targets))
+        model = functools.partial(apply, params, **batch.inputs, dropout_key=model_key if model_dropout else None)
+        weights = jnp.asarray(batch.weights)
+        losses, correct = task.score(model, jnp.asarray(batch.targets))
+        return jnp.sum(weights * losses), jnp.sum(weights * correct)
 
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
