@@ -175,7 +175,7 @@ class _Logits(NamedTuple):
 def _logits(hidden: jax.Array, head: jax.Array, targets: jax.Array, settings: _Settings) -> _Logits:
     axis = 1 if settings.tied else 0
     logits = lax.dot_general(hidden, head.astype(hidden.dtype), (((hidden.ndim - 1,), (axis,)), ((), ())))
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(logits.dtype if logits.dtype.itemsize >= 4 else jnp.float32)
     lse = jax.nn.logsumexp(logits, axis=-1)
     # A sum with one term, which is fused with the others, where a lookup would have the logits written out.
     at_target = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]

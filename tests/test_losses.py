@@ -58,7 +58,7 @@ def test_values_and_derivatives_are_the_plain_loss_s(
         for one, other in zip(
             jax.tree.leaves(jax.jit(found)(hidden, head)), jax.tree.leaves(wanted(hidden, head)), strict=True
         ):
-            np.testing.assert_allclose(one, other, atol=3e-6)
+            np.testing.assert_allclose(one, other, atol=1e-5)
     ahead = (jax.jvp(f, (hidden, head), (hidden, head))[1] for f in (ours, theirs))
     np.testing.assert_allclose(*ahead, atol=1e-5)
     ahead = (jax.jvp(lambda h, f=f: f(h, head), (hidden,), (hidden,))[1] for f in (ours, theirs))
@@ -129,6 +129,7 @@ def test_the_temporary_memory_of_a_large_vocabulary():
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     grad = jax.value_and_grad(lambda h, w, t: chunked_cross_entropy(h, w, t, chunk=64).mean())
     analysis = jax.jit(grad).lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
     assert analysis.temp_size_in_bytes <= 130 * 2**20
 
 

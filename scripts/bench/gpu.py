@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from report import RESULTS, Report
+from report import QUICK_RESULTS, RESULTS, Report, shown
 
 # Dense bfloat16 peaks in TFLOP/s, from the makers' data sheets, by a part of the device's name.
 PEAKS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "L4": 121.0}
@@ -353,9 +353,7 @@ def _timed(function: Callable[..., Any], *arguments: Any, calls: int = 20, round
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
-        for _ in range(calls):
-            result = function(*arguments)
-        jax.block_until_ready(result)
+        jax.block_until_ready([function(*arguments) for _ in range(calls)][-1])
         seconds.append((time.perf_counter() - start) / calls)
     return statistics.median(seconds)
 
@@ -405,6 +403,45 @@ def row_of(case: Case, result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+PUBLISHED = [
+    ("Llama-3-8B LoRA, 2 × 4,096 tokens", "NeMo AutoModel, one H100", "12,473 tokens/s, 40.6 %"),
+    ("Qwen2.5-7B LoRA, 2 × 4,096 tokens", "NeMo AutoModel, one H100", "14,110 tokens/s, 42.8 %"),
+]
+
+
+def page() -> str:
+    """`docs/gpu.md`, from what the runs left."""
+    lines = ["# On a GPU", "", *(__doc__ or "").split("\n\n", 1)[1].strip().splitlines(), ""]
+    for name in ("before", "after", "peft", "gpu"):
+        path = RESULTS / "gpu" / f"{name}.json"
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text())
+        versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
+        lines += [f"## {content['about'].splitlines()[0].rstrip('.')}", ""]
+        lines += [f"{content['machine']['device']}, commit {content['commit']}, {content['date']}; {versions}.", ""]
+        if content.get("ceiling"):
+            rate, copy = content["ceiling"]["8192 × 8192 × 8192"], content["ceiling"]["copy, TB/s"]
+            lines += [f"The card's own rates: {rate:.0f} TFLOP/s in a bfloat16 matmul, {copy:.2f} TB/s in a copy.", ""]
+        columns = ["tokens/s", "step, ms", "utilization, %", "peak memory, GB", "start to first steps, s"]
+        heads = ["model", "batch", "library", "kept of a layer", "settings", *columns, "note"]
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for row in content["rows"]:
+            cells = [row["size"], f"{row['batch']} × {row['length']:,}", row["library"], row["kept of a layer"]]
+            cells += [f"`{row['settings']}`" if row["settings"] else ""]
+            cells += [shown(row.get(column)) for column in columns] + [row.get("note", "")]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["## Published", "", "| run | by | figure |", "|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in PUBLISHED]
+    lines += [
+        "",
+        "Written by `scripts/bench/gpu.py --page` from `docs/benchmarks/gpu`; without `--page` it measures.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] == "--one":
         case = Case(**json.loads(sys.argv[2]))
@@ -413,16 +450,22 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] == "--ceiling":
         print(json.dumps(ceiling()))
         return
+    if sys.argv[1:] == ["--page"]:
+        (RESULTS.parent / "gpu.md").write_text(page())
+        return
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the card is for the rows' processes
     report = Report("gpu", __doc__)
-    folder = report.options.output or RESULTS
+    folder = report.options.output or (QUICK_RESULTS if report.quick else RESULTS / "gpu")
+    report.options.output = folder
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     limit = float(os.environ.get("GPU_ROW_SECONDS", "200"))
     end = time.monotonic() + float(os.environ.get("GPU_SECONDS", "36000"))
-    rates, why = run_alone(["--ceiling"], flags="", limit=limit, log=logs / "ceiling.log")
+    rates, why = None, ""
+    if not os.environ.get("GPU_NO_CEILING"):
+        rates, why = run_alone(["--ceiling"], flags="", limit=limit, log=logs / "ceiling.log")
     print(rates or why, flush=True)
     rows: list[dict[str, Any]] = []
     cases = TOY if report.quick else CASES

@@ -256,8 +256,8 @@ def _scores_to_values(
     scores *= jnp.asarray(scale, scores.dtype)
     if seen is not None:
         # The smallest number rather than -inf: a row that sees nothing would become 0 / 0.
-        lowest = jnp.finfo(scores.dtype).min if lowest is None else lowest
-        scores = jnp.where(seen[:, None, None], scores, lowest)
+        least = jnp.finfo(scores.dtype).min if lowest is None else lowest
+        scores = jnp.where(seen[:, None, None], scores, least)
     probs = dropout(jax.nn.softmax(scores).astype(value.dtype), rate, dropout_key)
     return jnp.einsum("bmgts,bmsh->bmgth", probs, value).reshape(batch, heads, time, width)
 
