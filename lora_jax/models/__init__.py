@@ -16,13 +16,13 @@ from .checkpoint_task import checkpoint_head as checkpoint_head
 from .checkpoint_task import checkpoint_task as checkpoint_task
 from .checkpoint_task import has_other_head as has_other_head
 from .families.bert import BertConfig as BertConfig
+from .families.bundled import read_model_config as read_model_config
 from .families.distilbert import DistilBertConfig as DistilBertConfig
 from .families.gpt2 import Gpt2Config as Gpt2Config
 from .families.llama import LlamaConfig as LlamaConfig
 from .families.llama import MistralConfig as MistralConfig
 from .families.llama import Qwen2Config as Qwen2Config
 from .families.llama import Qwen3Config as Qwen3Config
-from .families.registry import read_model_config as read_model_config
 from .families.roberta import RobertaConfig as RobertaConfig
 from .families.roberta import XlmRobertaConfig as XlmRobertaConfig
 from .family import Task as Task

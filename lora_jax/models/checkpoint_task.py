@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..paths import leaves_by_path
 from .checkpoint.hub import find_base
 from .checkpoint.weight_files import locate_tensors, read_config
-from .families.registry import family_of, read_model_config
+from .families.bundled import family_of, read_model_config
 from .family import Family, Task
 from .model import Model
 from .model_config import label_names

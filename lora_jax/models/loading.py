@@ -19,7 +19,7 @@ from ..paths import leaves_by_path, path_key
 from .checkpoint.byte_progress import Progress
 from .checkpoint.hub import find_base
 from .checkpoint.weight_files import Located, locate_tensors, read_tensors
-from .families.registry import family_of, read_model_config
+from .families.bundled import family_of, read_model_config
 from .family import HEAD, WORDS, Family, Task
 from .leaf_reader import read_leaves
 from .model import Model, check_options, difference, skeleton

@@ -18,7 +18,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..interop.module_names import Names
 from ..paths import leaves_by_path, require_key, with_leaves
 from ..weights import is_adapted, is_traced
-from .families.registry import family_of
+from .families.bundled import family_of
 from .family import Family, Task
 from .model_config import ModelConfig
 from .nn.attention import AttentionForm

@@ -19,7 +19,7 @@ from .checkpoint.byte_progress import ByteCount, Progress
 from .checkpoint.hub import find_base
 from .checkpoint.shards import HostTensor, index, is_weights_file, shard, size_in_bytes, total_size
 from .checkpoint.weight_files import INDEX, locate_tensors, read_config, read_tensors
-from .families.registry import family_of
+from .families.bundled import family_of
 from .model import Model, difference
 from .model_config import label_names
 from .nn.insertion import split_inserted

@@ -15,7 +15,7 @@ from lora_jax.adapters.truncate import LowRankFit
 from lora_jax.methods.base import is_trainable, rooted
 from lora_jax.models.checkpoint.hub import ALIASES
 from lora_jax.models.checkpoint.weight_files import read_config
-from lora_jax.models.families.registry import family_of
+from lora_jax.models.families.bundled import family_of
 from lora_jax.models.model_config import label_names
 from lora_jax.models.stacking import is_stacked, layer_path
 from lora_jax.paths import leaves_by_path

@@ -15,7 +15,7 @@ from lora_jax.interop.module_names import Names
 from lora_jax.interop.peft.adapter_config import CONFIG, PeftConfig, is_saved, weights_file
 from lora_jax.interop.peft.keys import PREFIX, FactorKey, parse_key
 from lora_jax.models.checkpoint_task import CheckpointTask, head_outputs, task_of_outputs
-from lora_jax.models.families.registry import family_of
+from lora_jax.models.families.bundled import family_of
 from lora_jax.models.family import HEAD, WORDS, Family
 from lora_jax.models.model_config import ModelConfig
 from lora_jax.models.stacking import is_stacked

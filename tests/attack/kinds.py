@@ -23,7 +23,7 @@ import lora_jax as lj
 from lora_jax import files
 from lora_jax.files import CHECKSUM, FileError, read_safetensors
 from lora_jax.interop import apply_delta, export_delta, export_peft, import_peft, read_peft_config
-from lora_jax.models.families.registry import read_model_config
+from lora_jax.models.families.bundled import read_model_config
 from lora_jax.paths import leaves_by_path
 from lora_jax.study.grid.candidates import read_grid
 from lora_jax.study.runs.results import ResultsFile

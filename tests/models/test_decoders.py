@@ -14,7 +14,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import models
 from lora_jax.models.families import gpt2
-from lora_jax.models.families.registry import config_from_dict
+from lora_jax.models.families.bundled import config_from_dict
 from lora_jax.models.model import skeleton
 from lora_jax.models.nn import attention
 from lora_jax.models.nn.layers import RMSNorm

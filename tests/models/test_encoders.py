@@ -13,7 +13,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import models
-from lora_jax.models.families.registry import config_from_dict
+from lora_jax.models.families.bundled import config_from_dict
 from lora_jax.models.model import skeleton
 from lora_jax.models.nn import encoder, heads, layers
 from lora_jax.paths import leaf_paths, leaves_by_path

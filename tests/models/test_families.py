@@ -15,7 +15,7 @@ import pytest
 from lora_jax import models
 from lora_jax.files import FileError, read_json, read_safetensors, read_safetensors_header, write_safetensors
 from lora_jax.models import loading
-from lora_jax.models.families import registry as families
+from lora_jax.models.families import bundled as families
 from lora_jax.paths import leaves_by_path
 from tests.tiny_encoders import PREFIXES, write_tiny
 

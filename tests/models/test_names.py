@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_jax.models.families.registry import ENCODERS, FAMILIES, config_from_dict
+from lora_jax.models.families.bundled import ENCODERS, FAMILIES, config_from_dict
 from lora_jax.models.model import skeleton
 from lora_jax.paths import leaf_paths
 from tests.tiny_bert import random_tensors

@@ -1,1 +1,1 @@
-"""The families of models, one file each; `registry` finds a family by its `model_type`."""
+"""The families of models, one file each; `bundled` finds a family by its `model_type`."""

@@ -100,7 +100,7 @@ class Encoder(nnx.Module):
         attention: AttentionForm = "auto",
         rngs: nnx.Rngs,
     ) -> None:
-        self.remat = remat
+        self.remat: Remat | None = remat
         self.layers = nnx.List(
             [Layer(config, dtype=dtype, attention=attention, rngs=rngs) for _ in range(config.num_hidden_layers)]
         )
