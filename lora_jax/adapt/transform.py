@@ -96,8 +96,8 @@ def adapt(
 
     Args:
         fn: Any function of pytrees that JAX can trace.
-        on_materialize: What happens where a weight has to be merged: `"warn"` (`MaterializeWarning`, with the leaf path,
-            the operation and the source line), `"error"` (`MaterializeError`) or `"silent"`. `explain` shows every place.
+        on_materialize: What happens where a weight has to be merged: `"warn"` (`MaterializeWarning`, with the leaf
+            path, the operation and the source line), `"error"` (`MaterializeError`) or `"silent"`. `explain` shows all.
             Methods that have no other way (`RandomMask`, `RandomSubspace`) say so themselves, and don't warn.
         matmul: For experiments, the strategy of every matmul that can follow it: `"low_rank_first"` or
             `"merged_weight"`. By default `matmul.choose_strategy` decides by sizes, dtype and backend.
