@@ -22,9 +22,9 @@ def attach(params: Params, method: Method, *, key: jax.Array, uses: Uses | None 
     depend on `key` and on the leaf's path alone, so adding a target never changes another's start.
 
     Args:
-        params: the base parameters, any pytree.
-        method: what to train.
-        key: random key of the initial factors.
+        params: The base parameters, any pytree.
+        method: What to train.
+        key: Random key of the initial factors.
         uses: `{path: Use}` from `trace_weights`; needed where a target has more than two axes, and for presets on a
             model that isn't bundled. Without it, or where it says nothing of the axes, a two-axis weight is read as
             `(in, out)`, JAX's convention; a model that stores `(out, in)`, as Equinox does, trains
@@ -39,10 +39,10 @@ def attach(params: Params, method: Method, *, key: jax.Array, uses: Uses | None 
         donating them leaves the base whole; all others are the same objects.
 
     Raises:
-        SelectionError: a selector matches nothing, or nothing suitable (state is never suitable); a leaf is both target
+        SelectionError: A selector matches nothing, or nothing suitable (state is never suitable); a leaf is both target
             and head.
-        TypeError: a leaf is an array of another library, a Keras variable say; `key` is no random key.
-        ValueError: a rank is larger than a weight allows; the roles of a weight's axes are unknown; a target has
+        TypeError: A leaf is an array of another library, a Keras variable say; `key` is no random key.
+        ValueError: A rank is larger than a weight allows; the roles of a weight's axes are unknown; a target has
             factors already; `uses` names a leaf that `params` does not have.
 
     Example:

@@ -14,9 +14,9 @@ class Place(NamedTuple):
     """Where a leaf is within a stack of layers.
 
     Attributes:
-        stack: the path of the layers, `encoder/layers`.
-        layer: the number of this one.
-        term: the rest of the path, `attention/query/bias`.
+        stack: The path of the layers, `encoder/layers`.
+        layer: The number of this one.
+        term: The rest of the path, `attention/query/bias`.
     """
 
     stack: str

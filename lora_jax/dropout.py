@@ -19,8 +19,8 @@ def with_dropout(params: Params, key: jax.Array | None) -> Params:
     too.
 
     Args:
-        params: a tree from `attach`.
-        key: a key of its own for each step.
+        params: A tree from `attach`.
+        key: Random key, a new one for each step.
 
     Returns:
         The tree with keys set. Use it for the call and drop it: keys are no parameters.

@@ -50,8 +50,8 @@ def label_params(params: Params, method: Method) -> Labels:
     """A tree of labels with the structure of `params`: what each leaf is to the method.
 
     Args:
-        params: a parameter tree; for `LoRA`, one returned by `attach`.
-        method: what is trained.
+        params: A parameter tree; for `LoRA`, one returned by `attach`.
+        method: The method, which says what is trained.
 
     Returns:
         `params` with a string in place of every array: `"frozen"`, `"head"`, or a label of the method (`"lora_a"`,
@@ -59,9 +59,9 @@ def label_params(params: Params, method: Method) -> Labels:
         State (batch statistics, caches, random streams: see `state`) is `"frozen"`, whatever the method.
 
     Raises:
-        ValueError: the method trains nothing, or expects factors that the tree does not have.
-        SelectionError: a selector of the method matches nothing, or state alone.
-        TypeError: a leaf is an array of another library.
+        ValueError: The method trains nothing, or expects factors that the tree does not have.
+        SelectionError: A selector of the method matches nothing, or state alone.
+        TypeError: A leaf is an array of another library.
 
     Example:
         >>> import lora_jax as lj
@@ -122,14 +122,14 @@ def partition(params: Params, mask: Mask) -> Partition:
     the frozen side, or compile with `equinox.filter_jit`.
 
     Args:
-        params: any tree.
-        mask: booleans, in the structure of `params`.
+        params: Any tree.
+        mask: Booleans, in the structure of `params`.
 
     Returns:
         `Partition(trainable, frozen)`, both with the structure of `params` and `None` for each absent leaf.
 
     Raises:
-        ValueError: the structures differ.
+        ValueError: The structures differ.
 
     Example:
         >>> partition({"w": 1.0, "b": 2.0}, {"w": False, "b": True})
@@ -153,7 +153,7 @@ def combine(trainable: Params, frozen: Params) -> Params:
     """Puts the two sides of a `Partition` together again.
 
     Raises:
-        ValueError: the structures differ, or both sides have the same leaf.
+        ValueError: The structures differ, or both sides have the same leaf.
 
     Example:
         >>> combine({"w": None, "b": 2.0}, {"w": 1.0, "b": None})
@@ -181,14 +181,14 @@ def count_params(params: Params, labels: Labels) -> ParamCount:
     """Counts what a labelled tree trains.
 
     Args:
-        params: arrays, or anything with `size` and `dtype` (`jax.ShapeDtypeStruct`).
-        labels: strings in the structure of `params`, from `label_params`.
+        params: Arrays, or anything with `size` and `dtype` (`jax.ShapeDtypeStruct`).
+        labels: Strings in the structure of `params`, from `label_params`.
 
     Returns:
         A `ParamCount`; `total` includes the factors of adapted weights, and no projection that a seed determines.
 
     Raises:
-        ValueError: the structures differ.
+        ValueError: The structures differ.
 
     Example:
         >>> params = {"w": jnp.ones((9, 11)), "b": jnp.ones(1)}

@@ -19,8 +19,8 @@ class Masters(NamedTuple):
     """The optimizer's state where some trained leaf has fewer bits than float32.
 
     Attributes:
-        copies: float32 where such a leaf stands, `None` elsewhere.
-        inner: the wrapped transformation's state.
+        copies: A float32 copy of every such leaf; `None` for the others.
+        inner: State of the wrapped transformation.
     """
 
     copies: Params
@@ -42,8 +42,8 @@ def with_masters(
     the place of its copy.
 
     Args:
-        tx: what is wrapped.
-        moves: from a tree of parameters to one of booleans: which leaves are updated at all.
+        tx: The transformation to wrap.
+        moves: Function from a tree of parameters to one of booleans, true for leaves that are updated.
     """
     import optax
 

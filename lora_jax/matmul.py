@@ -34,10 +34,10 @@ def choose_strategy(tokens: int, inner: int, outer: int, *, dtype: DTypeLike, ba
     weight. That leaves float32 on CPUs; other backends round float32 operands of a product by default.
 
     Args:
-        tokens: rows of activations that meet the weight, all token axes together.
-        inner: size of what is contracted, all axes together.
-        outer: size of what is not.
-        dtype: of the base where it is used, and of the activations.
+        tokens: Number of rows of activations that meet the weight, over all token axes.
+        inner: Number of contracted elements, over all axes.
+        outer: Number of output elements, over all axes.
+        dtype: Dtype of the base where it is used, and of the activations.
         backend: `jax.default_backend()`.
 
     Example:
@@ -70,11 +70,11 @@ def low_rank_matmul(
     JAX transformation works on them, and `jax.checkpoint` policies see them.
 
     Args:
-        x: activations.
-        reduce: the factor that is contracted with `x`.
-        expand: the factor that leads to the output.
-        scale: applied to the reduced activations, the smallest array on the way.
-        precision: as for `lax.dot_general`.
+        x: Activations.
+        reduce: The factor that is contracted with `x`.
+        expand: The factor that leads to the output.
+        scale: Factor of the reduced activations, the smallest array on the way.
+        precision: See `lax.dot_general`.
 
     Returns:
         The low-rank path's output, in `x`'s dtype.
@@ -108,7 +108,7 @@ def low_rank_product(
     Args:
         a: `(stack…, r, inner…)`.
         b: `(stack…, r, outer…)`.
-        stack: how many stack axes there are.
+        stack: Number of stack axes.
 
     Returns:
         `(stack…, inner…, outer…)`.
@@ -175,10 +175,10 @@ def merged_matmul(
     policies and `shard_map` work as without it.
 
     Args:
-        x, base, a, b: the activations, the weight and its factors, in any layout.
-        run: the product with a weight in the base's place; linear in both.
-        merge: the merged weight.
-        low_rank: the low-rank path of the product; linear in each argument.
+        x, base, a, b: The activations, the weight and its factors, in any layout.
+        run: The product with a weight in the base's place; linear in both.
+        merge: Computes the merged weight.
+        low_rank: The low-rank path of the product; linear in each argument.
     """
 
     def merged_product(base: jax.Array, a: jax.Array, b: jax.Array, x: jax.Array) -> jax.Array:

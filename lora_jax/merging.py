@@ -33,14 +33,14 @@ def merge_params(params: Params, *, dtype: DTypeLike | None = None) -> Params:
     adapted are the same objects.
 
     Args:
-        params: a tree from `attach`, trained or not; under `jit` as well.
-        dtype: of the merged weights; the base's when `None`.
+        params: A tree from `attach`, trained or not; under `jit` as well.
+        dtype: Dtype of the merged weights; `None` keeps the base's.
 
     Returns:
         A tree of plain arrays.
 
     Raises:
-        ValueError: a factor holds NaN or infinity, or a merged number is too large for float16 or a float of 8 bits
+        ValueError: A factor holds NaN or infinity, or a merged number is too large for float16 or a float of 8 bits
             (both checked where values are concrete); the message names the leaf. `dtype` is no floating type, or a base
             is complex.
 

@@ -43,16 +43,16 @@ def make_optimizer(
     (Optax's `sgd`, `adam`, `adamw` with its decay; with schedules, too) is to multiply that rate.
 
     Args:
-        tx: one transformation for all that is trained, or `{label: transformation}`, for settings of their own (a
+        tx: One transformation for all that is trained, or `{label: transformation}`, for settings of their own (a
             higher rate for `lora_b`, no weight decay on `bias`). Frozen leaves get `optax.set_to_zero()`.
-        labels: from `label_params`.
+        labels: Labels from `label_params`.
         rate_ratios: `{label: factor of the learning rate}`; 1 for a label that isn't in it.
 
     Returns:
         The Optax transformation.
 
     Raises:
-        ValueError: a label has no transformation; a ratio is negative or not finite, or of a label that isn't trained.
+        ValueError: A label has no transformation; a ratio is negative or not finite, or of a label that isn't trained.
 
     Example:
         >>> params = {"w": jnp.ones(2), "b": jnp.ones(2)}

@@ -28,9 +28,9 @@ class _Kind(NamedTuple):
     """What state a leaf is.
 
     Attributes:
-        name: what its own library calls it, for messages.
-        lasts: whether it is worth keeping with what was trained: statistics are, caches and random streams aren't.
-        in_place: whether modules change it in place, so that a pure function loses the change without a word. Other
+        name: Its own library's word for it, for messages.
+        lasts: Whether it is worth keeping with what was trained: statistics are, caches and random streams aren't.
+        in_place: Whether modules change it in place, so that a pure function loses the change without a word. Other
             libraries make functions return it.
     """
 
@@ -75,7 +75,7 @@ def marked_leaves(tree: Params) -> dict[LeafPath, Leaf]:
     """`{path: leaf}` as a method is to see it: a `StateLeaf` in place of each leaf that is state.
 
     Raises:
-        ValueError, TypeError: see `leaves_by_path`.
+        ValueError, TypeError: See `leaves_by_path`.
 
     Example:
         >>> variables = {"params": {"bn": {"scale": 1.0}}, "batch_stats": {"bn": {"mean": 0.0}}}

@@ -23,9 +23,9 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from .class_registry import Registry
 from .errors import ArgumentTypeError
 from .matmul import Strategy
-from .registry import Registry
 from .types import DTypeLike, PyTree
 
 IN, OUT, STACK = "i", "o", "s"

@@ -134,7 +134,7 @@ def test_bfloat16_is_kept(tmp_path: Path) -> None:
     chex.assert_trees_all_equal(loaded, params)
 
 
-def test_frozen_leaves_are_the_base_s_own(folder: Path) -> None:
+def test_frozen_leaves_are_those_of_the_base(folder: Path) -> None:
     tree = base()
     loaded = lj.load_adapter(folder, tree).params
     assert loaded["dense"]["bias"] is tree["dense"]["bias"]
@@ -158,7 +158,7 @@ def test_a_loaded_adapter_lies_as_an_attached_one_does(folder: Path) -> None:
         assert ours.committed == theirs.committed
 
 
-def test_two_adapters_of_one_base_take_each_other_s_place(tmp_path: Path) -> None:
+def test_two_adapters_of_one_base_replace_each_other(tmp_path: Path) -> None:
     first, second = trained(), jax.tree.map(lambda leaf: leaf, trained())
     second["head"]["kernel"] = -second["head"]["kernel"]
     lj.save_adapter(tmp_path, first, METHOD)
@@ -520,7 +520,7 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
         lj.save_adapter(tmp_path / "file", trained(), METHOD)
 
 
-def test_peft_s_file_names_are_not_used(folder: Path) -> None:
+def test_file_names_of_peft_are_not_used(folder: Path) -> None:
     """PEFT would load such a folder with B = 0 and only warn."""
     assert not {"adapter_config.json", "adapter_model.safetensors"} & set(files(folder))
 

@@ -213,7 +213,7 @@ def test_attach_to_shapes_alone() -> None:
     assert tree["dense"]["kernel"].a.shape == (2, 8)
 
 
-def test_factors_lie_where_the_base_s_axes_lie() -> None:
+def test_factors_lie_where_the_axes_of_the_base_lie() -> None:
     """Each factor is split along the axes that it shares with a sharded base; values do not depend on it."""
     mesh = jax.make_mesh((2,), ("x",))
     for spec, a_spec, b_spec in (

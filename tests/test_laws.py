@@ -262,7 +262,7 @@ def test_law_2_holds_under_strict_dtype_promotion(dtype: str) -> None:
 
 
 @with_bfloat16(FOLDED)
-def test_law_3_merged_parameters_run_in_the_base_s_program(name: str, method: str, dtype: str) -> None:
+def test_law_3_merged_parameters_run_in_the_program_of_the_base(name: str, method: str, dtype: str) -> None:
     """`merge_params` returns the base's structure, shapes, dtypes and shardings; a jitted `f` compiles nothing new."""
     row = case(name, dtype)
     apply, base = plain(name, dtype), row.params
@@ -461,7 +461,7 @@ def weight_gradients(program: str) -> set[Any]:
     return weights & set(shapes)
 
 
-def test_law_7_the_step_has_no_dot_of_a_weight_s_shape() -> None:
+def test_law_7_the_step_has_no_dot_of_the_shape_of_a_weight() -> None:
     """No dot of the compiled LoRA step contracts tokens into an `in x out` result; in full fine-tuning each does."""
     lora = compiled_step(lj.LoRA(rank=RANK, alpha=RANK, targets=("kernel",))).as_text()
     assert "dot" in lora
@@ -580,7 +580,7 @@ def bert_shapes(sizes: dict[str, int]) -> Any:
 @pytest.mark.parametrize(
     ("sizes", "biases", "percent"), [(BERT_BASE, 102_912, 0.09), (BERT_LARGE, 272_384, 0.08)], ids=["base", "large"]
 )
-def test_law_8_bitfit_s_counts_are_the_paper_s(sizes: dict[str, int], biases: int, percent: float) -> None:
+def test_law_8_counts_of_bitfit_are_those_of_the_paper(sizes: dict[str, int], biases: int, percent: float) -> None:
     """A layer has 7 biases of the hidden size (4 of attention, 2 norms, MLP-down) and MLP-up's; then two more."""
     params = bert_shapes(sizes)
     width, mlp_width, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
@@ -599,12 +599,12 @@ def test_law_8_bitfit_s_counts_are_the_paper_s(sizes: dict[str, int], biases: in
         (lj.FullFineTune(targets=("attention/query",)), 12 * 768 * 768 + 12 * 768),
     ],
 )
-def test_law_8_a_selection_s_count_is_its_formula(method: lj.Method, formula: int) -> None:
+def test_law_8_the_count_of_a_selection_is_its_formula(method: lj.Method, formula: int) -> None:
     params = bert_shapes(BERT_BASE)
     assert lj.count_params(params, lj.label_params(params, method)).trainable == formula
 
 
-def test_law_8_lora_s_count_is_its_formula() -> None:
+def test_law_8_the_count_of_lora_is_its_formula() -> None:
     """r·(in + out) for each matrix: 294,912 for r = 8 on query and value of a 12-layer, 768-wide encoder."""
     params = bert_shapes(BERT_BASE)
     method = lj.LoRA(rank=8, alpha=8, targets=("query", "value"))

@@ -64,7 +64,7 @@ def test_leaves_that_cannot_be_trained_are_frozen() -> None:
     chex.assert_trees_all_equal_structs(labels, tree)
 
 
-def test_another_method_s_factors_are_frozen() -> None:
+def test_factors_of_another_method_are_frozen() -> None:
     labels = lj.label_params(lj.attach(base(), lora(), key=KEY), lj.BitFit())
     assert set(jax.tree.leaves(labels["dense"]["kernel"])) == {"frozen"}
     assert labels["dense"]["bias"] == "bias"
@@ -106,7 +106,7 @@ def test_donating_the_trainable_part_leaves_the_base_whole(method: lj.Method) ->
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((tree, frozen)))
 
 
-def test_donating_the_whole_attached_tree_takes_the_head_s_copy() -> None:
+def test_donating_the_whole_attached_tree_takes_the_copy_of_the_head() -> None:
     tree = base()
     params = lj.attach(tree, lora(), key=KEY)
     params["head"]["kernel"].delete()

@@ -97,7 +97,7 @@ def test_under_jit_and_grad() -> None:
 
 
 @pytest.mark.parametrize("spec", [jax.P("x"), jax.P(None, "x"), jax.P()])
-def test_the_base_s_sharding_is_kept(spec: Any) -> None:
+def test_the_sharding_of_the_base_is_kept(spec: Any) -> None:
     mesh = jax.make_mesh((2,), ("x",))
     sharding = jax.NamedSharding(mesh, spec)
     base = jax.device_put(jnp.asarray(RNG.normal(size=(6, 4)).astype(np.float32)), sharding)

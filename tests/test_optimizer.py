@@ -114,7 +114,7 @@ def test_a_label_without_transformation_is_refused() -> None:
         lj.make_optimizer({"lora_a": optax.sgd(1.0)}, labels)
 
 
-def test_a_label_s_own_transformation_for_frozen_is_kept() -> None:
+def test_a_given_transformation_for_frozen_is_kept() -> None:
     labels = {"w": "frozen", "bias": "bias"}
     tx = lj.make_optimizer({"frozen": optax.sgd(1.0), "bias": optax.sgd(2.0)}, labels)
     params = {"w": jnp.ones(1), "bias": jnp.ones(1)}

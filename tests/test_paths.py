@@ -67,7 +67,7 @@ def test_two_leaves_of_one_path_are_refused() -> None:
         leaves_by_path(tree)
 
 
-def test_a_path_s_key_depends_on_key_and_path() -> None:
+def test_the_key_of_a_path_depends_on_key_and_path() -> None:
     draws = {
         tuple(jax.random.key_data(path_key(jax.random.key(seed), path)).tolist())
         for seed in (0, 1)

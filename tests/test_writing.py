@@ -442,7 +442,7 @@ def test_others_never_read_files_of_two_writes(tmp_path):
             break
 
 
-def test_a_kill_while_another_s_write_is_put_in_its_place(tmp_path):
+def test_a_kill_while_the_write_of_another_is_put_in_its_place(tmp_path):
     """A reader may be killed too, at whatever step."""
     step = 0
     for step in range(100):
@@ -681,7 +681,7 @@ def test_factors_that_are_not_what_the_method_says(tmp_path):
     np.testing.assert_equal(plain["method"]["rank"], 1)
 
 
-def test_a_new_folder_whose_name_begins_as_a_neighbour_s_leaves_that_alone(tmp_path: Path) -> None:
+def test_a_new_folder_whose_name_begins_like_its_neighbour_leaves_that_alone(tmp_path: Path) -> None:
     with files.new_folder(tmp_path / "out.v2", "output") as other:
         (other / "a").write_text("x")
         with files.new_folder(tmp_path / "out", "output"):

@@ -95,11 +95,11 @@ def adapt(
     weight: right, sometimes slower, never silent.
 
     Args:
-        fn: any function of pytrees that JAX can trace.
-        on_materialize: where a weight has to be merged, `"warn"` (`MaterializeWarning`, with the leaf path, the
-            operation and the source line), `"error"` (`MaterializeError`) or `"silent"`. `explain` shows every place.
+        fn: Any function of pytrees that JAX can trace.
+        on_materialize: What happens where a weight has to be merged: `"warn"` (`MaterializeWarning`, with the leaf
+            path, the operation and the source line), `"error"` (`MaterializeError`) or `"silent"`. `explain` shows all.
             Methods that have no other way (`RandomMask`, `RandomSubspace`) say so themselves, and don't warn.
-        matmul: for experiments, the strategy of every matmul that can follow it: `"low_rank_first"` or
+        matmul: For experiments, the strategy of every matmul that can follow it: `"low_rank_first"` or
             `"merged_weight"`. By default `matmul.choose_strategy` decides by sizes, dtype and backend.
 
     Returns:

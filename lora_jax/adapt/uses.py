@@ -112,9 +112,9 @@ def trace_weights(fn: Callable[..., PyTree], params: Params, *args: PyTree, **kw
     convolutions), or where two-axis weights are stored `(out, in)`.
 
     Args:
-        fn: the model's function, not adapted.
-        params: its base parameters (arrays or `jax.ShapeDtypeStruct`s), the first argument.
-        *args, **kwargs: the other arguments, arrays or shapes.
+        fn: The model's function, not adapted.
+        params: The base parameters (arrays or `jax.ShapeDtypeStruct`s), its first argument.
+        *args, **kwargs: The other arguments, arrays or shapes.
 
     Returns:
         `{path: Use(op, labels)}` for every weight that `fn` uses, in the order of first use. A weight that two
@@ -188,9 +188,9 @@ def explain(fn: Callable[..., PyTree], params: Params, *args: PyTree, **kwargs: 
     An abstract run: nothing is computed.
 
     Args:
-        fn: the model's function, not adapted.
-        params: a tree from `attach`, the first argument.
-        *args, **kwargs: the other arguments, arrays or `jax.ShapeDtypeStruct`s.
+        fn: The model's function, not adapted.
+        params: A tree from `attach`, its first argument.
+        *args, **kwargs: The other arguments, arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
         A tuple of `Encounter(path, op, factored, source, reason)` that prints as a table; `materialized` lists the

@@ -49,11 +49,11 @@ class Walker:
     """Runs a jaxpr whose inputs may be adapted weights.
 
     Args:
-        rules: what to do with a primitive that meets an adapted weight, by its name: `rules.RULES`.
-        report: told of every encounter.
-        on_materialize: what to do, beyond reporting, where a weight has to be merged.
-        matmul: the strategy of every matmul that can follow it; `None` chooses by sizes.
-        enclosing: the equations whose body this is, outermost first.
+        rules: What to do with a primitive that meets an adapted weight, by its name: `rules.RULES`.
+        report: Receives every encounter.
+        on_materialize: What to do, beyond reporting, where a weight has to be merged.
+        matmul: The strategy of every matmul that can follow it; `None` chooses by sizes.
+        enclosing: The equations whose body this is, outermost first.
     """
 
     def __init__(

@@ -15,8 +15,8 @@ class WeightsProgress:
     """A `lora_jax.models.Progress` and a context manager.
 
     Args:
-        console: where to draw; standard error by default, so that results can be piped on.
-        delay: in seconds, before a bar appears.
+        console: Console to draw on; standard error by default, so that results can be piped on.
+        delay: Seconds before a bar appears.
     """
 
     def __init__(self, console: Console | None = None, *, delay: float = _SECONDS) -> None:

@@ -37,7 +37,7 @@ def text_metrics(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
         references: One or more references for each text.
 
     Raises:
-        TrainingError: sacrebleu or rouge-score isn't installed.
+        TrainingError: The package sacrebleu or rouge-score isn't installed.
 
     Example:
         >>> text_metrics(["the cat sat on the mat"], [["a cat sat on the mat", "the cat sat down"]])["rouge_l"]

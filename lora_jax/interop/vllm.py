@@ -24,7 +24,7 @@ def vllm_problems(
 
     Args:
         folder: Folder with `adapter_config.json` and `adapter_model.safetensors`. No tensor is read.
-        max_lora_rank: vLLM's `--max-lora-rank`, one of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
+        max_lora_rank: Value of vLLM's `--max-lora-rank`: one of 1, 8, 16, 32, 64, 128, 256, 320 and 512.
         modules: Last segments of the modules that the served model can adapt, `{"q_proj", "v_proj", …}`; targets
             aren't checked if `None`, since they depend on the model.
 
@@ -33,7 +33,7 @@ def vllm_problems(
 
     Raises:
         AdapterError, FileError: The folder can't be read, see `read_peft_config` and `import_peft`.
-        ValueError: vLLM doesn't accept `max_lora_rank`.
+        ValueError: `max_lora_rank` isn't a value that vLLM accepts.
 
     Example:
         >>> import lora_jax as lj, tempfile

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..class_registry import Registry
 from ..errors import ArgumentError
 from ..paths import is_weight_name
-from ..registry import Registry
 from ..selection import SelectionError, Selector, select
 from ..state import StateLeaf
 from ..types import LeafPath, Params, PyTree, Uses

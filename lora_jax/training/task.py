@@ -33,10 +33,10 @@ class Task(abc.ABC):
     """What a model learns.
 
     Attributes:
-        kind: its name.
-        metrics: what `measure` gives, the one that checkpoints are chosen by first.
-        has_accuracy: whether outputs are right or wrong.
-        labels: the label names in the order of the logits; empty where there are none.
+        kind: Name of the task.
+        metrics: Names of the metrics that `measure` computes, beginning with the one that chooses checkpoints.
+        has_accuracy: Whether outputs are right or wrong.
+        labels: Label names in the order of the logits; empty where there are none.
     """
 
     kind: ClassVar[TaskKind]

@@ -534,7 +534,7 @@ def test_a_defect_in_a_thread_is_seen(monkeypatch):
     assert seen == [f"invalid literal for int() with base 10: '{text}'" for text in ("x", "left")]
 
 
-def test_what_orbax_s_threads_say_of_a_failed_save_is_left_out(monkeypatch):
+def test_messages_of_orbax_threads_about_a_failed_save_are_left_out(monkeypatch):
     from lora_jax.cli import inspect
 
     def broken(args):

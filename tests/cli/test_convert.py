@@ -246,7 +246,7 @@ def test_models_of_two_kinds_are_refused(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_a_decoder_s_adapter_goes_out_and_comes_back(scan, tmp_path, capsys):
+def test_the_adapter_of_a_decoder_goes_out_and_comes_back(scan, tmp_path, capsys):
     base = write_tiny_decoder(tmp_path / "base", "llama")
     model = lj.models.load(base, task="causal-lm", scan_layers=scan)
     ids = jnp.array([[5, 6, 7, 8]])

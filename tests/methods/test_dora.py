@@ -84,7 +84,7 @@ def test_the_norm_needs_no_merged_weight(shape: tuple[int, ...], axes: str, init
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_temporary_of_a_weight_s_size(dtype: str) -> None:
+def test_no_temporary_has_the_size_of_a_weight(dtype: str) -> None:
     """By the compiler's count, for the norm, and for the layer beyond what the base's needs (on CPUs, a wide copy of a
     16-bit weight): a merged copy would be the weight's size at least."""
     node = trained(dora(rank=12), 2048, 1024, dtype=dtype)
@@ -135,7 +135,7 @@ def test_a_bias_is_not_scaled() -> None:
     np.testing.assert_allclose(found, x @ formula(node) + bias[None], rtol=1e-4, atol=1e-4)
 
 
-def test_slices_keep_the_whole_weight_s_norm() -> None:
+def test_slices_keep_the_norm_of_the_whole_weight() -> None:
     """Half of the inputs have half of the weight, scaled by the norm of all: it isn't taken anew."""
     node, x = trained(dora(), 8, 6), random(4, 8)
 

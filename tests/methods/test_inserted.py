@@ -232,7 +232,7 @@ def test_remat_has_the_same_gradient(method: lj.Method, folder: Any) -> None:
     chex.assert_trees_all_close(gradient(remat.apply), gradient(plain.apply), rtol=1e-4, atol=1e-5)
 
 
-def test_the_base_s_program_is_untouched(folder: Any) -> None:
+def test_the_program_of_the_base_is_untouched(folder: Any) -> None:
     """Without insertions no trace of them: as many operations as a base that has never seen any."""
     model = encoder("bert", folder / "bert")
     before = str(jax.make_jaxpr(model.apply)(model.params, IDS, MASK))

@@ -146,7 +146,7 @@ def test_a_stack_of_them_is_not_taken_apart() -> None:
         lj.models.unstack_layers({"layers": {"w": node}})
 
 
-def test_bitfit_s_size_is_a_number_on_disk(tmp_path: Any) -> None:
+def test_the_size_of_bitfit_is_a_number_on_disk(tmp_path: Any) -> None:
     method = lj.RandomMask(targets=("up", "down"))
     params, _ = attached(method)
     loaded = lj.load_adapter(lj.save_adapter(tmp_path, params, method), base())

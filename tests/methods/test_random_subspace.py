@@ -182,7 +182,7 @@ def test_it_learns_what_its_dimensions_allow() -> None:
     np.testing.assert_allclose(value, residual, rtol=1e-3)
 
 
-def test_nothing_of_the_projection_s_size_is_in_the_program_or_kept() -> None:
+def test_nothing_as_large_as_the_projection_is_in_the_program_or_kept() -> None:
     """No constant beyond the Hadamard matrix of 32 rows: the compiler doesn't draw at its own time and store."""
     method = lj.RandomSubspace(dimension=100)
     params = lj.attach({"w": jnp.ones((300, 200))}, method, key=KEY)

@@ -53,7 +53,7 @@ def test_it_trains_two_vectors_that_start_at_d_and_zero() -> None:
     }
 
 
-def test_projections_are_uniform_within_kaiming_s_bounds() -> None:
+def test_projections_are_uniform_within_the_bounds_of_kaiming() -> None:
     a, b = projection_a(0, 64, 300), projection_b(0, 64, 200)
     for array, bound in ((a, (6 / 300) ** 0.5), (b, (6 / 64) ** 0.5)):
         assert np.abs(array).max() <= bound
@@ -63,7 +63,7 @@ def test_projections_are_uniform_within_kaiming_s_bounds() -> None:
     assert np.abs(np.corrcoef(a[:, :64].ravel(), b[:, :64].ravel())[0, 1]) < 0.05
 
 
-def test_projections_are_the_seed_s_alone() -> None:
+def test_projections_depend_on_the_seed_alone() -> None:
     """The same on every run and under every setting of JAX's; a larger weight's begin with a smaller one's."""
     first = np.asarray(projection_b(7, 3, 4))
     np.testing.assert_array_equal(projection_b(7, 3, 9)[:, :4], first)

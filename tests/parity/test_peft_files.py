@@ -318,7 +318,7 @@ def test_the_foreign_model_is_the_same_function(base: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", [("query", "value"), "all-linear", ("attention/out", "words", "down")], ids=str)
-def test_a_foreign_model_s_adapter_gives_equal_logits_there(base: Path, tmp_path: Path, targets: Any) -> None:
+def test_the_adapter_of_a_foreign_model_gives_equal_logits_there(base: Path, tmp_path: Path, targets: Any) -> None:
     apply, base_params, names, uses = foreign(base)
     method = lj.LoRA(rank=4, alpha=8, targets=targets, also_train=("head",))
     params = moved(lj.attach(base_params, method, key=jax.random.key(0), uses=uses), method)

@@ -13,7 +13,10 @@ from tests.result_rows import result_row
 
 
 def row(name: str, error: str | None = None) -> ResultRow:
-    return {**result_row(name, candidate="c", score=None if error else 0.5, error=error), "content": {"text": "größer\u2028 <b>"}}
+    return {
+        **result_row(name, candidate="c", score=None if error else 0.5, error=error),
+        "content": {"text": "größer\u2028 <b>"},
+    }
 
 
 def test_rows_come_back(tmp_path):

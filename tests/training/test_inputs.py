@@ -34,7 +34,7 @@ def test_equal_content_elsewhere_is_the_same(options, tmp_path):
     assert mine.differences(inputs_of(options, lr=1.0, test=None)) == ["`test`", "`lr`", "test"]
 
 
-def test_a_base_in_the_hub_s_cache_is_told_by_its_commit(options, tmp_path, monkeypatch):
+def test_a_base_in_the_cache_of_the_hub_is_identified_by_its_commit(options, tmp_path, monkeypatch):
     """Its weights needn't be read for that."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "models--a--b" / "snapshots" / commit
@@ -70,7 +70,7 @@ def test_parts_of_a_large_base_are_read_whole(options, tmp_path):
     assert len(found) == 3
 
 
-def test_a_language_model_s_inputs(tmp_path):
+def test_the_inputs_of_a_language_model(tmp_path):
     base = write_language_base(tmp_path / "base")
     (tmp_path / "train.jsonl").write_text('{"q": "a b", "a": "c"}\n{"q": "b", "a": "a c"}\n')
     options = {

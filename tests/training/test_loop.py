@@ -690,7 +690,7 @@ def test_what_is_lost_of_a_complete_run_is_made_anew(case, options, finished, tm
     assert train(config) == result
 
 
-def test_another_adapter_in_the_place_of_a_run_s_is_left_alone(options, finished, tmp_path):
+def test_another_adapter_in_place_of_that_of_a_run_is_left_alone(options, finished, tmp_path):
     shutil.copytree(finished.output, tmp_path / "run")
     lj.save_adapter(tmp_path / "run" / "adapter", {"w": jax.numpy.ones(2)}, lj.FullFineTune())
     before = tensors(tmp_path / "run")
@@ -722,7 +722,7 @@ def test_a_log_that_is_none(content, twice, options, tmp_path):
         train(TrainConfig(**options, output=str(tmp_path / "run")))
 
 
-def test_a_folder_is_one_process_s_at_a_time(twice, options, tmp_path):
+def test_a_folder_belongs_to_one_process_at_a_time(twice, options, tmp_path):
     shutil.copytree(twice, tmp_path / "run")
     config = TrainConfig(**options, output=str(tmp_path / "run"))
     with held_alone(tmp_path / "run"), pytest.raises(RunFolderError, match=r"run is in use by process \d+ on .*: wait"):
