@@ -100,7 +100,9 @@ CASES = {
     "square": Merging(lambda p, x: x @ (p["w"] @ p["w"]), "dot_general", "both operands are adapted weights"),
     "returned": Merging(lambda p, x: (x @ p["w"], p["w"]), "return", "the function returns it"),
     "cast to integers": Merging(
-        lambda p, x: x @ p["w"] + x @ (9 * p["w"]).astype(jnp.int8).astype(x.dtype), "convert_element_type", "a cast to int8"
+        lambda p, x: x @ p["w"] + x @ (9 * p["w"]).astype(jnp.int8).astype(x.dtype),
+        "convert_element_type",
+        "a cast to int8",
     ),
     "changing carry": Merging(changing_carry, "scan", "carries it from one iteration to the next, changed"),
     "swapped carry": Merging(swapped_carry, "scan", "carries it from one iteration to the next, changed"),
