@@ -57,14 +57,16 @@ def _leniently(function: Callable[..., Any]) -> Callable[..., Any]:
     return lenient
 
 
-# Optax raises floats to an integer count and multiplies gradients by a boolean; Flax computes a batch's statistics in
-# the wider of two dtypes, and asks by promotion what dtype a layer of two computes in.
+# Optax raises floats to an integer count and multiplies gradients by a boolean; Flax computes statistics, and
+# normalizes, in the wider of two dtypes, and asks by promotion what dtype a layer of two computes in.
 for _owner, _name in (
     (optax.tree, "bias_correction"),
     (optax.tree_utils, "tree_bias_correction"),
     (optax.MultiSteps, "update"),
     (linen_normalization, "_compute_stats"),
+    (linen_normalization, "_normalize"),
     (nnx_normalization, "_compute_stats"),
+    (nnx_normalization, "_normalize"),
     (nnx_dtypes, "canonicalize_dtype"),
 ):
     setattr(_owner, _name, _leniently(getattr(_owner, _name)))

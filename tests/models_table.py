@@ -160,11 +160,11 @@ def plain_attention(params: Any, tokens: jax.Array) -> jax.Array:
     weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k))
     mixed = jnp.einsum("bnts,bsnh->btnh", weights, v)
     output = params["attention"]["output"]
-    x = x + jnp.einsum("btnh,nhd->btd", mixed, output["kernel"]) + output["bias"]
+    x = x + jnp.einsum("btnh,nhd->btd", mixed, output["kernel"]) + output["bias"][None, None]
     up, down = params["mlp"]["up"], params["mlp"]["down"]
-    x = x + jnp.tanh(x @ up["kernel"] + up["bias"]) @ down["kernel"] + down["bias"]
+    x = x + jnp.tanh(x @ up["kernel"] + up["bias"][None, None]) @ down["kernel"] + down["bias"][None, None]
     words = x @ params["embed"]["table"].T
-    return jnp.mean(words, axis=1) @ params["head"]["kernel"] + params["head"]["bias"]
+    return jnp.mean(words, axis=1) @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
 def _plain_shapes() -> Any:

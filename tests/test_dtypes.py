@@ -354,7 +354,7 @@ def test_complex_numbers_stay_complex() -> None:
         lj.merge_params(params, dtype=jnp.float32)
 
 
-START = r"the start of `w`'s `{}` isn't finite, for the weight holds NaN, infinity, or numbers whose squares exceed"
+START = r"the start of `w`'s `{}` isn't finite, since the weight holds NaN, infinity, or numbers whose squares exceed"
 
 
 PISSA = lj.LoRA(rank=1, alpha=1, targets=("w",), init="pissa")

@@ -430,7 +430,7 @@ SIZES = (160, 320, 288, 224)  # no two alike, none that a reshape of another wou
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
     for layer in params:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+        x = jax.nn.relu(x @ layer["kernel"] + jnp.expand_dims(layer["bias"], range(x.ndim - 1)))
     return x
 
 

@@ -64,7 +64,8 @@ def _gather(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]
     shape, sizes = value.node.shape, tuple(param(eqn, "slice_sizes"))
     # Where starts are clipped, that of an axis taken whole is 0 whatever it says: so `vmap` of `weight[index]` looks.
     clips = mode == lax.GatherScatterMode.CLIP
-    axes = [axis for axis in numbers.start_index_map if not (clips and sizes[axis] == shape[axis])]
+    indexed = [int(axis) for axis in numbers.start_index_map]  # `vmap` leaves NumPy integers there
+    axes = [axis for axis in indexed if not (clips and sizes[axis] == shape[axis])]
     if (
         len(axes) != 1
         or tuple(1 if axis in axes else size for axis, size in enumerate(shape)) != sizes
@@ -73,7 +74,7 @@ def _gather(walker: Walker, eqn: Equation, operands: list[Value]) -> list[Value]
     ):
         raise Unfactorable("a gather that is no lookup of whole slices along one axis")
     (axis,) = axes
-    place = numbers.start_index_map.index(axis)
+    place = indexed.index(axis)
     # A lookup that keeps its axis, of size one, is computed without and gets it back.
     kept = None if numbers.collapsed_slice_dims else numbers.offset_dims[axis]
     others = [dim for dim in numbers.offset_dims if dim != kept]

@@ -100,7 +100,9 @@ CASES = {
     "square": Merging(lambda p, x: x @ (p["w"] @ p["w"]), "dot_general", "both operands are adapted weights"),
     "returned": Merging(lambda p, x: (x @ p["w"], p["w"]), "return", "the function returns it"),
     "cast to integers": Merging(
-        lambda p, x: x @ p["w"] + x @ (9 * p["w"]).astype(jnp.int8), "convert_element_type", "a cast to int8"
+        lambda p, x: x @ p["w"] + x @ (9 * p["w"]).astype(jnp.int8).astype(x.dtype),
+        "convert_element_type",
+        "a cast to int8",
     ),
     "changing carry": Merging(changing_carry, "scan", "carries it from one iteration to the next, changed"),
     "swapped carry": Merging(swapped_carry, "scan", "carries it from one iteration to the next, changed"),
@@ -168,6 +170,7 @@ def test_explanation_shows_it(case: Merging) -> None:
     assert first.source in str(rows)
 
 
+@pytest.mark.wrong_types
 def test_unknown_mode() -> None:
     with pytest.raises(ValueError, match='`on_materialize` must be "warn", "error" or "silent", got \'quiet\''):
         lj.adapt(lambda p: p, on_materialize="quiet")  # pyright: ignore[reportArgumentType]

@@ -25,7 +25,8 @@ D = 8
 
 
 def model(params: Any, x: jax.Array) -> jax.Array:
-    hidden = checkpoint_name(jnp.tanh(x @ params["up"] + params["bias"][None]), "hidden")
+    bias = jnp.expand_dims(params["bias"], range(x.ndim - 1))
+    hidden = checkpoint_name(jnp.tanh(x @ params["up"] + bias), "hidden")
     return hidden @ params["down"]
 
 

@@ -161,9 +161,10 @@ class LoRA(WeightMethod):
         names = (*(("a", "b") if self.init in FROM_WEIGHT else ()), *self.node.starts_from_weight)
         started = {(path, name): getattr(node, name) for path, node in nodes.items() for name in names}
         for path, name in not_finite(started):
+            dtypes = dict.fromkeys([str(nodes[path].dtype), "float32"])
             raise ArgumentError(
                 f"the start of `{path}`'s `{name}` isn't finite, since the weight holds NaN, infinity, or numbers "
-                f"whose squares exceed the range of {nodes[path].dtype} or float32: fix the weight"
+                f"whose squares exceed the range of {' or '.join(dtypes)}: fix the weight"
                 + (f', or choose another `init` than "{self.init}"' if self.init in FROM_WEIGHT else "")
             )
 
