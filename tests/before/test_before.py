@@ -56,7 +56,7 @@ def test_a_peft_folder() -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_jax.training import TrainConfig, train
-    from lora_jax.training.config import read_yaml
+    from lora_jax.training.config_file import read_yaml
 
     for name in ("base", "data", "run"):
         shutil.copytree(HERE / name, tmp_path / name)

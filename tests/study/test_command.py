@@ -56,13 +56,13 @@ def test_the_plan_runs_nothing(flags, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--methods", "lorra"], "`--methods` has 'lorra'"),
+        (["--methods", "lorra"], "`--methods` must be one of adapter, "),
         (["--grid", "none.yaml"], "`--grid` none.yaml doesn't exist"),
         (["--grid", "g.yaml", "--methods", "lora"], "`--grid` and `--methods` each say what is compared"),
         (["--preset", "low-data", "--ranks", "2"], "`--preset` and `--ranks` each say what is compared"),
         (["--grid", "g.yaml", "--rate-factors", "1"], "`--grid` and `--rate-factors` each say which rates are tried"),
         (["--minutes", "-1"], "`--minutes` must be a positive number, got -1.0"),
-        (["--seeds", "0", "0"], "`seeds` must differ"),
+        (["--seeds", "0", "0"], "`--seeds` must differ"),
     ],
 )
 def test_mistakes_are_one_line(flags, more, message, capsys, tmp_path):
