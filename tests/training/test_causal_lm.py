@@ -250,7 +250,9 @@ def test_special_tokens_come_from_the_folder(tmp_path):
 def test_an_end_beyond_the_embeddings_is_refused(tmp_path):
     folder = Path(write_language_base(tmp_path / "base", eos_token_id=50256))
     write_json(folder / "tokenizer_config.json", {})
-    with pytest.raises(files.FileError, match=r"`eos_token_id` must be less than `vocab_size` in config.json, \d+, got 50,256"):
+    with pytest.raises(
+        files.FileError, match=r"`eos_token_id` must be less than `vocab_size` in config.json, \d+, got 50,256"
+    ):
         lj.models.read_special_tokens(folder)
 
 
