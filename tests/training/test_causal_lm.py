@@ -216,7 +216,7 @@ def test_defaults_of_a_language_model(options):
     config = TrainConfig(**{**options, "lr": None, "max_length": None}, output="out")
     settled = resolve(config)
     assert (settled.lr, settled.max_length, settled.method.also_train) == (2e-4, 512, ())
-    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert resolve(TrainConfig.from_dict(config.to_dict())) == settled
 
 
 # ---------------------------------------------------------------------------------------------------- special tokens
