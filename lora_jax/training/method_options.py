@@ -11,8 +11,12 @@ from lora_jax.text import clipped, nearest_name
 from .errors import ConfigError
 
 
-def method_class(name: object) -> type[Method]:
+def method_class(name: object, argument: str = "method") -> type[Method]:
     """The class of a method by its name on the command line.
+
+    Args:
+        name: The method's name.
+        argument: Argument that has the name, for the message.
 
     Raises:
         ConfigError: No method has the name; the nearest is named.
@@ -21,7 +25,7 @@ def method_class(name: object) -> type[Method]:
         known = sorted(Method.by_name)
         near = nearest_name(name, known) if isinstance(name, str) else None
         hint = f"; the nearest is `{near}`" if near else ""
-        raise ConfigError(f"`method` must be one of {', '.join(known)}, got {name!r:.200}{hint}.")
+        raise ConfigError(f"`{argument}` must be one of {', '.join(known)}, got {name!r:.200}{hint}.")
     return Method.by_name[name]
 
 

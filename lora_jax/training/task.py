@@ -271,7 +271,7 @@ def make_task(kind: str, train: Examples) -> LabelledTask:
     if kind == "regression":
         return Regression()
     if kind != "classification":
-        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(TASKS)} is expected.")
+        raise ConfigError(f"`task` must be one of {', '.join(TASKS)}, got {kind!r}.")
     names = set(_converted(train, _label_name))
     if len(names) < 2:
         raise DataError(f"{train.name} has only the label {next(iter(names))!r}: two or more are needed to learn from.")
@@ -294,7 +294,7 @@ def restore_task(kind: str, labels: Sequence[str]) -> Task:
     """The task of a saved adapter."""
     tasks = {"classification": Classification, "regression": Regression, "causal-lm": CausalLM}
     if kind not in tasks:
-        raise ConfigError(f"`task` is {kind!r}, and one of {', '.join(TASKS)} is expected.")
+        raise ConfigError(f"`task` must be one of {', '.join(TASKS)}, got {kind!r}.")
     return tasks[kind](labels=tuple(labels))
 
 

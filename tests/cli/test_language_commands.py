@@ -196,6 +196,7 @@ def test_special_tokens_in_a_prompt_are_told_and_escaped(adapter, tmp_path, caps
     assert run(*arguments) == 0
     captured = capsys.readouterr()
     assert "note: 1 of 2 texts spell out special tokens: '</s>'" in captured.err
+    assert "`--escape-special-tokens` takes them as plain text" in captured.err
     assert run(*arguments, "--escape-special-tokens") == 0
     escaped = capsys.readouterr()
     assert "note" not in escaped.err

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_jax.study import Comparison, compare, make_candidate
+from lora_jax.training.config import resolve
 from lora_jax.training.run.loop import RunResult
 from tests.training.conftest import (  # noqa: F401
     _compile_each_program_once,
@@ -56,7 +57,7 @@ class FakeTraining:
         return self.now
 
     def __call__(self, config, *, on_progress=None) -> RunResult:
-        run = (type(config.method).__name__, config.lr, config.seed)
+        run = (type(resolve(config).method).__name__, config.lr, config.seed)
         if run in self.errors:
             raise self.errors[run]
         self.ran.append(run)

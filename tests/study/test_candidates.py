@@ -48,7 +48,7 @@ def test_methods_and_ranks_are_chosen():
     chosen = [(c.method["rank"], c.method["targets"]) for c in default_candidates(["lora"], ranks=[1, 64])]
     assert chosen == [(r, t) for t in (["query", "value"], "all-linear") for r in (1, 64)]
     with pytest.raises(
-        ConfigError, match=r"`method` must be one of adapter, bitfit, .*, got 'lorra'; the nearest is `lora`"
+        ConfigError, match=r"`methods` must be one of adapter, bitfit, .*, got 'lorra'; the nearest is `lora`"
     ):
         default_candidates(["lorra"])
 

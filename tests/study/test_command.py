@@ -56,7 +56,7 @@ def test_the_plan_runs_nothing(flags, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--methods", "lorra"], "got 'lorra'; the nearest is `lora`"),
+        (["--methods", "lorra"], "`--methods` must be one of adapter, "),
         (["--grid", "none.yaml"], "`--grid` none.yaml doesn't exist"),
         (["--grid", "g.yaml", "--methods", "lora"], "`--grid` and `--methods` each say what is compared"),
         (["--preset", "low-data", "--ranks", "2"], "`--preset` and `--ranks` each say what is compared"),

@@ -156,7 +156,7 @@ def test_wrong_settings_are_refused_before_anything_is_run(small, fake, change, 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"epocs": 3}, ConfigError, "`epocs` is no option of a training run; the nearest is `epochs`"),
+        ({"epocs": 3}, ConfigError, "'epocs' is no option of a training run; the nearest is 'epochs'"),
         ({"metric": "f1"}, ConfigError, "`metric` is 'f1'"),
         ({"train": "none.tsv"}, DataError, "none.tsv doesn't exist"),
         ({"base": "nowhere/at-all"}, ValueError, "nowhere/at-all"),
@@ -213,7 +213,7 @@ def test_a_comparison_from_before_an_option_existed_is_resumed(option, small, fa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"options": {"method": "lora"}}, "`method` can't be set for a comparison"),
+        ({"options": {"method": "lora"}}, "`method` can't be given to a comparison"),
         ({"seeds": ()}, r"`seeds` must be .*, got \(\)"),
         ({"seeds": (1, 1)}, "`seeds` must differ"),
         ({"minutes": 0.0}, "`minutes` must be a positive number, got 0.0"),

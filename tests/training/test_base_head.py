@@ -183,7 +183,7 @@ def test_a_new_head_is_that_of_a_base_without(family, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, new["classifier"], other["classifier"])
     own = models.load(source, task="classification").params
     np.testing.assert_array_equal(new["embeddings"]["word"]["embedding"], own["embeddings"]["word"]["embedding"])
-    with pytest.raises(ValueError, match=r"`new_head` is for a classification or a regression, and `task` is None"):
+    with pytest.raises(ValueError, match=r"`new_head` applies to classification and regression, and `task` is None"):
         models.load(source, new_head=True)
 
 

@@ -188,15 +188,15 @@ def test_other_data_is_no_going_on(finished, options):
         ({"label": "y"}, r"`label` is for classification and regression, and `task` is causal-lm: leave it out"),
         ({"text_pair": "y"}, r"`text_pair` is for classification and regression"),
         ({"pooling": "mean"}, r"`pooling` is for classification and regression"),
-        ({"completion": None}, r"`prompt` is given without `completion`: name the columns of both"),
+        ({"completion": None}, r"`prompt` is given without `completion`: name both columns"),
         ({"prompt": None}, r"`completion` is given without `prompt`"),
         ({"messages": "m"}, r"`messages` are whole conversations: leave out `prompt` and `completion`"),
         ({"base": "minilm"}, r"`base` must be a decoder \(GPT-2, .*, got the bert encoder"),
         ({"method": "frozen"}, r"`method` frozen: it trains the head alone, and a causal-lm adds none"),
         ({"metric": "accuracy"}, r"`metric` is 'accuracy', and a causal-lm has perplexity, token_accuracy, loss"),
         ({"task": "classification"}, r"`prompt` is for causal-lm, and `task` is classification: leave it out"),
-        ({"label_smoothing": 1.0}, r"`label_smoothing` is 1.0, and a number of at least 0 and below 1"),
-        ({"packing": "no"}, r"`packing` is 'no', and one of True, False"),
+        ({"label_smoothing": 1.0}, r"`label_smoothing` must be a number of at least 0 and below 1, got 1.0"),
+        ({"packing": "no"}, r"`packing` must be one of True, False, got 'no'"),
     ],
 )
 def test_options_that_do_not_fit(options, changed, message, request):
@@ -213,9 +213,10 @@ def test_a_base_must_be_given(options):
 
 
 def test_defaults_of_a_language_model(options):
-    config = resolve(TrainConfig(**{**options, "lr": None, "max_length": None}, output="out"))
-    assert (config.lr, config.max_length, config.method.also_train) == (2e-4, 512, ())
-    assert resolve(TrainConfig.from_dict(config.to_dict())) == config
+    config = TrainConfig(**{**options, "lr": None, "max_length": None}, output="out")
+    settled = resolve(config)
+    assert (settled.lr, settled.max_length, settled.method.also_train) == (2e-4, 512, ())
+    assert resolve(TrainConfig.from_dict(config.to_dict())) == settled
 
 
 # ---------------------------------------------------------------------------------------------------- special tokens
@@ -249,7 +250,9 @@ def test_special_tokens_come_from_the_folder(tmp_path):
 def test_an_end_beyond_the_embeddings_is_refused(tmp_path):
     folder = Path(write_language_base(tmp_path / "base", eos_token_id=50256))
     write_json(folder / "tokenizer_config.json", {})
-    with pytest.raises(files.FileError, match=r"must be less than `vocab_size` in config.json, \d+, got 50,256"):
+    with pytest.raises(
+        files.FileError, match=r"`eos_token_id` must be less than `vocab_size` in config.json, \d+, got 50,256"
+    ):
         lj.models.read_special_tokens(folder)
 
 

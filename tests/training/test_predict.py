@@ -141,7 +141,9 @@ def test_special_tokens_in_a_text_are_told_and_escaped(options, tmp_path, capsys
     (tmp_path / "texts.txt").write_text("good [SEP] bad\n")
     arguments = ["predict", "--adapter", str(tmp_path / "plain"), str(tmp_path / "texts.txt")]
     assert main(arguments) == 0
-    assert "note: 1 of 1 texts spell out special tokens: '[SEP]'" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "note: 1 of 1 texts spell out special tokens: '[SEP]'" in told
+    assert "`--escape-special-tokens` takes them as plain text" in told
     assert main([*arguments, "--escape-special-tokens"]) == 0
     assert "note" not in capsys.readouterr().err
 

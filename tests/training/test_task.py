@@ -78,7 +78,7 @@ def test_regression_targets():
 
 
 def test_unknown_kind():
-    with pytest.raises(ConfigError, match=r"`task` is 'ranking', and one of classification, regression"):
+    with pytest.raises(ConfigError, match=r"`task` must be one of classification, regression, .*got 'ranking'"):
         make_task("ranking", examples("a", "b"))
 
 

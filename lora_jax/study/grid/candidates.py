@@ -206,7 +206,7 @@ def _made(method: Mapping[str, object] | str) -> Method:
 
 
 def _of_name(name: str) -> list[Mapping[str, object]]:
-    defaults = method_class(name).task_defaults("classification")
+    defaults = method_class(name, "methods").task_defaults("classification")
     return [options for options in GRID if options["name"] == name] or [{"name": name, **defaults}]
 
 
