@@ -413,17 +413,17 @@ FOUND = """\
 ## Where the time goes
 
 Of the 568 ms that the kernels of an 8B step take (2 × 4,096 tokens, `products_saveable`), the large matmuls take 319,
-fused attention 70, copies of a scanned layer's weights and writes of what is kept 42, the thin products of the factors
-38, and the rest is elementwise. A packed row's segments reach cuDNN as one array of (time, time) for all heads, which
-doubles the attention.
+fused attention 70, copies of a scanned layer's weights and writes of what is kept 42, the thin products of the
+factors 38, and the rest is elementwise. A packed row's segments reach cuDNN as one array of (time, time) for all
+heads, which doubles the attention.
 
 ## How far these rows go
 
 Each is one process, run once; the settings of the first row are the fastest of those listed. PEFT kept nothing of a
-layer in every row, so its like is our row that keeps nothing. It ran without autocast: its factors are float32 and so are
-the products with them, which costs it time that bfloat16 autocast would save. Its rows that keep everything were not run,
-nor, to the end of their first steps (147 s), its compiled ones; neither were layers without a scan, 1B without
-rematerialization, and a TPU. So the targets against PEFT are not settled.
+layer in every row, so its like is our row that keeps nothing. It ran without autocast: its factors are float32 and so
+are the products with them, which costs it time that bfloat16 autocast would save. Its rows that keep everything were
+not run, nor, to the end of their first steps (147 s), its compiled ones; neither were layers without a scan, 1B
+without rematerialization, and a TPU. So the targets against PEFT are not settled.
 """
 
 
