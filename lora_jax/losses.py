@@ -226,7 +226,7 @@ def _(settings: _Settings, primals: tuple[jax.Array, ...], tangents: tuple[jax.A
     if not isinstance(d_head, SymbolicZero):
         if isinstance(d_hidden, SymbolicZero):
             d_hidden = jnp.zeros_like(hidden)
-        return jax.jvp(lambda *pair: _plain(*pair, targets, settings), (hidden, head), (d_hidden, d_head))
+        return jax.jvp(lambda h, w: _plain(h, w, targets, settings), (hidden, head), (d_hidden, d_head))
     if isinstance(d_hidden, SymbolicZero):
         losses, correct = _scores(hidden, head, targets, settings)
         return (losses, correct), (jnp.zeros_like(losses), jnp.zeros_like(correct))

@@ -23,7 +23,7 @@ BATCH, HEADS, SHARED, WIDTH = 2, 4, 2, 64
 RNG = np.random.default_rng(3)
 
 
-def arrays(time: int, keys: int | None = None, width: int = WIDTH, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
+def arrays(time: int, keys: int | None = None, width: int = WIDTH, dtype: Any = jnp.float32) -> Any:
     sizes = ((HEADS, time), (SHARED, keys or time), (SHARED, keys or time))
     return tuple(jnp.asarray(RNG.normal(size=(BATCH, *size, width)), dtype) for size in sizes)
 

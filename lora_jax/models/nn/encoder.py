@@ -109,8 +109,9 @@ class Encoder(nnx.Module):
         self, x: Float[Array, "batch time d"], mask: Bool[Array, "batch time"] | None, key: PRNGKeyArray | None
     ) -> Float[Array, "batch time d"]:
         run = Layer.__call__
-        if self.remat is not None:
-            run = nnx.remat(run, policy=policy(self.remat))
+        remat: Remat | None = self.remat
+        if remat is not None:
+            run = nnx.remat(run, policy=policy(remat))
         for index, layer in enumerate(self.layers):
             x = run(layer, x, mask, key_for(key, f"encoder/layers/{index}"))
         return x
