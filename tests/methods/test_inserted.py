@@ -287,10 +287,10 @@ def test_wrong_options_are_refused(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda adapter: adapter.pop("up"), r"has a part of .*mlp/adapter and lacks up/kernel, up/bias"),
+        (lambda adapter: adapter.pop("up"), r"`params` has an incomplete .*mlp/adapter: it lacks up/kernel, up/bias"),
         (
             lambda adapter: adapter["down"].update(kernel=jnp.ones((5, 3))),
-            r"mlp/adapter/down/kernel of shape \(5, 3\), and \(\d+, 3\) fits",
+            r"mlp/adapter/down/kernel must have shape \(\d+, 3\), got \(5, 3\)",
         ),
     ],
 )
