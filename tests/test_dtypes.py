@@ -76,7 +76,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
     layer = params["layers"]["0"]
 
     def linear(part: Any, h: jax.Array) -> jax.Array:
-        return h @ part["kernel"] + part["bias"][None, None]
+        return h @ part["kernel"] + jnp.expand_dims(part["bias"], range(h.ndim - 1))
 
     def adapted(part: Any, h: jax.Array) -> jax.Array:
         if "adapter" not in part:
@@ -92,7 +92,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
         value = jnp.concatenate([jnp.broadcast_to(prefix["value"], lead + prefix["value"].shape), value], 1)
     mixed = jax.nn.softmax(query @ key.swapaxes(1, 2)) @ value
     x = x + adapted(attention, linear(attention["output"], mixed))
-    x = x * layer["norm"]["scale"] + layer["norm"]["bias"]
+    x = x * layer["norm"]["scale"][None, None] + layer["norm"]["bias"][None, None]
     hidden = jnp.tanh(linear(layer["mlp"]["up"], x))
     x = x + adapted(layer["mlp"], linear(layer["mlp"]["down"], hidden))
     return linear(params["head"], x.mean(1))

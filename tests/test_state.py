@@ -470,7 +470,7 @@ def test_state_that_is_forgotten_or_does_not_fit_is_refused(tmp_path: Path) -> N
         lj.save_adapter(tmp_path / "numbers", params, LORA, state={"steps": 7, "mean": jnp.ones(4)})
     description = json.loads((with_state / "lora_jax_adapter.json").read_text())
     (with_state / "lora_jax_adapter.json").write_text(json.dumps(description | {"state": {"bn": 1}}))
-    with pytest.raises(lj.AdapterError, match=r"`state` must be a list of tensors' names, got"):
+    with pytest.raises(lj.AdapterError, match=r"`state` must be a list of tensor names, got"):
         lj.load_adapter(with_state, base, state=state)
 
 

@@ -79,6 +79,10 @@ class WeightMethod(Method):
         """Whether a preset finds the targets, rather than the user naming them."""
         return isinstance(self.targets, str) and self.targets in self.presets
 
+    def selected(self, leaves: Leaves, uses: Uses | None = None) -> list[LeafPath]:
+        """Paths of the weights that are adapted."""
+        return self._choice(leaves, uses).found
+
     def _choice(self, leaves: Leaves, uses: Uses | None) -> Choice:
         if not self.by_preset:
             return Choice(

@@ -350,7 +350,7 @@ def _timed(function: Callable[..., Any], *arguments: Any, calls: int = 20, round
 
     for _ in range(3):
         jax.block_until_ready(function(*arguments))
-    seconds, result = [], None
+    seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
         jax.block_until_ready([function(*arguments) for _ in range(calls)][-1])
