@@ -288,13 +288,7 @@ def test_wrong_options_are_refused(make: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-<<<<<<< HEAD
-        (lambda adapter: adapter.pop("up"), r"has an incomplete .*mlp/adapter: it lacks up/kernel, up/bias"),
-||||||| b3cf652
-        (lambda adapter: adapter.pop("up"), r"has a part of .*mlp/adapter and lacks up/kernel, up/bias"),
-=======
         (lambda adapter: adapter.pop("up"), r"`params` has an incomplete .*mlp/adapter: it lacks up/kernel, up/bias"),
->>>>>>> ee1f71199828f237a372a0ba4822443b00719b0b
         (
             lambda adapter: adapter["down"].update(kernel=jnp.ones((5, 3))),
             r"mlp/adapter/down/kernel must have shape \(\d+, 3\), got \(5, 3\)",
