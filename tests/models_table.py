@@ -216,7 +216,7 @@ class NnxAttention(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embed(tokens)
         x = self.norm(x + self.attention(x))
-        return self.head((x + self.embed.attend(x) @ self.embed.embedding[...]).mean(1))
+        return self.head((x + self.embed.attend(x) @ self.embed.embedding[...].astype(x.dtype)).mean(1))
 
 
 def _nnx(build: Callable[[nnx.Rngs], nnx.Module], dtype: Any, **row: Any) -> Case:

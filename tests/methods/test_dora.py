@@ -124,7 +124,7 @@ def test_the_norm_is_a_constant_to_the_gradient() -> None:
 
     def through_the_norm(b: Any) -> Any:
         direction = node.base + node.scale * node.a.T @ b
-        return jnp.sum(ct * (x @ (node.magnitude * direction / jnp.linalg.norm(direction, axis=0))))
+        return jnp.sum(ct * (x @ (node.magnitude[None] * direction / jnp.linalg.norm(direction, axis=0)[None])))
 
     assert np.abs(jax.grad(through_the_norm)(node.b) - jax.grad(layer, 1)(*arguments)).max() > 1e-2
 

@@ -46,7 +46,7 @@ def test_outputs_and_inputs_are_rescaled() -> None:
     inputs = {"w": lj.IA3Weight(weight, input_scale=scales["input"], axes="io")}
     np.testing.assert_allclose(apply(outputs, x), (x @ weight) * scales["output"][None], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(apply(inputs, x), (x * scales["input"][None]) @ weight, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(outputs["w"].merge(), weight * scales["output"])
+    np.testing.assert_array_equal(outputs["w"].merge(), weight * scales["output"][None])
     np.testing.assert_array_equal(inputs["w"].merge(), weight * scales["input"][:, None])
 
 

@@ -106,8 +106,8 @@ def test_a_prefix_and_a_cache_in_blocks(blocked: bool, monkeypatch: pytest.Monke
         monkeypatch.setattr(attention, "BLOCKED_FROM", 4)
         monkeypatch.setattr(attention, "BLOCK", 5)
     mask = jnp.asarray(np.arange(24) < 20)[None].repeat(BATCH, 0)
-    longer = [jnp.pad(array, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=9.0) for array in (k, v)]
-    cached = attend(q[:, :, 8:], *longer, Scope(mask=mask, start=jnp.int32(8)), scale=0.3)
+    keys, values = (jnp.pad(array, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=9.0) for array in (k, v))
+    cached = attend(q[:, :, 8:], keys, values, Scope(mask=mask, start=jnp.int32(8)), scale=0.3)
     np.testing.assert_allclose(cached, whole[:, :, 8:], atol=1e-5)
     # The last 14 tokens, with the first 6 for a prefix.
     prefixed = attend(q[:, :, 6:], k, v, Scope(prefix=6), scale=0.3)
@@ -201,15 +201,15 @@ def test_the_platform_of_the_program_decides(remat: Any, packed: bool):
 
 def test_what_a_kernel_cannot_do_is_said_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "_said", set())
-    parts = arrays(16)
+    q, k, v = arrays(16)
     with pytest.warns(AttentionWarning, match=r'attention="cudnn" takes bfloat16 and float16, not float32: "xla"'):
-        found = attend(*parts, Scope(), scale=0.3, attention="cudnn")
-    np.testing.assert_array_equal(found, attend(*parts, Scope(), scale=0.3, attention="xla"))
+        found = attend(q, k, v, Scope(), scale=0.3, attention="cudnn")
+    np.testing.assert_array_equal(found, attend(q, k, v, Scope(), scale=0.3, attention="xla"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attend(*parts, Scope(), scale=0.3, attention="cudnn")
+        attend(q, k, v, Scope(), scale=0.3, attention="cudnn")
     with pytest.warns(AttentionWarning, match=r'"splash" takes a multiple of 128 tokens, not 16'):
-        attend(*parts, Scope(), scale=0.3, attention="splash")
+        attend(q, k, v, Scope(), scale=0.3, attention="splash")
 
 
 @pytest.mark.parametrize(
