@@ -66,7 +66,9 @@ def run(path: Path, python_blocks: list[Block]) -> None:
         printed = io.StringIO()
         # Blank lines in front, so that a traceback shows the lines of the file.
         code = compile("\n" * (block.line - 1) + block.code, str(path), "exec", dont_inherit=True)
-        with contextlib.redirect_stdout(printed):
+        # As a reader runs it, who has not asked for strict promotion.
+        lenient = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+        with contextlib.redirect_stdout(printed), lenient[0], lenient[1]:
             exec(code, namespace)
         if block.output is not None:
             found = printed.getvalue()

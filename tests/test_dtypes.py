@@ -420,12 +420,14 @@ def test_a_complex_change_has_no_low_rank() -> None:
     """Half of it would be lost, and the reported error would be that of the other half."""
     rng = np.random.default_rng(9)
     real = {"w": jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), "other": jnp.ones(3)}
-    turned = real["w"].astype(jnp.complex64) + 1j * jnp.outer(jnp.arange(5.0), jnp.arange(4.0))
+    turned = real["w"].astype(jnp.complex64) + jnp.complex64(1j) * jnp.outer(jnp.arange(5.0), jnp.arange(4.0)).astype(
+        jnp.complex64
+    )
     base = {**real, "w": real["w"].astype(jnp.complex64)}
     for before in (base, real):
         with pytest.raises(lj.SelectionError, match=r"selects `w` \(5, 4\) complex64: .*factors are real"):
             lj.extract_lora(before, {**before, "w": turned}, targets=("w",), rank=1)
-    changed = {**real, "w": real["w"] + 1, "other": real["other"] + 1j}
+    changed = {**real, "w": real["w"] + 1, "other": real["other"].astype(jnp.complex64) + 1j}
     with pytest.raises(
         ValueError, match=r"""`other` changed, and can't be trained, since it is complex64.*`rest="drop"`"""
     ):
@@ -433,7 +435,7 @@ def test_a_complex_change_has_no_low_rank() -> None:
     with pytest.raises(lj.SelectionError, match=r"`tuned_params` selects `other` \(3,\) complex64"):
         lj.extract_lora(real, changed, targets=("w",), also_train=("other",), rank=1)
     assert lj.extract_lora(real, changed, targets=("w",), rank=1, rest="drop").dropped == ["other"]
-    node = lj.LoRAWeight(turned, jnp.ones((2, 5)), jnp.ones((2, 4)) * 1j, scale=1.0, axes="io")
+    node = lj.LoRAWeight(turned, jnp.ones((2, 5)), jnp.full((2, 4), 1j, jnp.complex64), scale=1.0, axes="io")
     with pytest.raises(ValueError, match="`w` is complex64, and only real factors can be given another rank"):
         lj.truncate_lora({"w": node}, lj.LoRA(rank=2, alpha=2, targets=("w",)), rank=1)
 

@@ -58,11 +58,11 @@ def test_values_and_derivatives_are_the_plain_loss_s(
         for one, other in zip(
             jax.tree.leaves(jax.jit(found)(hidden, head)), jax.tree.leaves(wanted(hidden, head)), strict=True
         ):
-            np.testing.assert_allclose(one, other, atol=1e-5)
+            np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6)
     ahead = (jax.jvp(f, (hidden, head), (hidden, head))[1] for f in (ours, theirs))
-    np.testing.assert_allclose(*ahead, atol=1e-5)
+    np.testing.assert_allclose(*ahead, rtol=2e-6, atol=2e-6)
     ahead = (jax.jvp(lambda h, f=f: f(h, head), (hidden,), (hidden,))[1] for f in (ours, theirs))
-    np.testing.assert_allclose(*ahead, atol=1e-5)
+    np.testing.assert_allclose(*ahead, rtol=2e-6, atol=2e-6)
 
 
 def test_the_second_derivative_too():
@@ -98,7 +98,7 @@ def test_an_adapted_head_stays_factored(tied: bool):
     adapted = functools.partial(total, lj.adapt(loss, on_materialize="error"))
     found = jax.jit(by_both(adapted))(trained, hidden)
     wanted = by_both(functools.partial(total, merged))(trained, hidden)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), found, wanted)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-6), found, wanted)
 
 
 def test_a_foreign_custom_jvp_still_gets_the_merged_weight():

@@ -313,7 +313,7 @@ def load_options(folder: Path) -> float:
 def save_row(folder: Path, value: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results = ResultsFile(folder / "results.jsonl")
-    results.append(result_row(f"{value}", rate=value))
+    results.append(result_row(f"{value}", rate=value, score=0.5))
     if value == 3:
         results.append(result_row("failed", error="x"))
         assert results.forget_failures() == 1

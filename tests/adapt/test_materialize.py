@@ -90,7 +90,7 @@ def grouped_convolution(p: Any, x: jax.Array) -> jax.Array:
 KERNEL = functools.partial(node, "kernel", 3, D // 2, 6, axes="iio")
 CASES = {
     "custom_vjp": Merging(lambda p, x: x @ straight_through(p["w"]), "custom_vjp_call", "no rule"),
-    "custom_jvp": Merging(lambda p, x: x @ steep(p["w"]), "custom_jvp_call", "no rule"),
+    "custom_jvp": Merging(lambda p, x: x @ steep(p["w"]), "custom_jvp_call", "it has a custom derivative"),
     "layer with custom_vjp": Merging(lambda p, x: linear_with_own_gradient(p["w"], x), "custom_vjp_call", "no rule"),
     "elementwise": Merging(lambda p, x: x @ jnp.tanh(p["w"]), "tanh", "no rule"),
     "weight norm": Merging(weight_norm, "mul|div", "only the merged array can stand|more than a scalar"),

@@ -170,7 +170,7 @@ def test_a_conversation_is_trained_on_and_answered(paths, tmp_path, capsys, monk
         (("eval", "--label", "y"), "`--label` is for classification and regression, and `task` is causal-lm"),
         (("eval", "--generate", "--prompt", "gone"), "has no column 'gone'"),
         (("predict", "--all"), "`--all` is for adapters with labels"),
-        (("predict", "--top-k", "3"), "`--top-k` is for drawing tokens: pass a `--temperature` above 0"),
+        (("predict", "--top-k", "3"), "`--top-k` applies to sampling: pass a `--temperature` above 0"),
         (("predict", "--max-new-tokens", "0"), "`--max-new-tokens` must be an integer of at least 1"),
     ],
 )

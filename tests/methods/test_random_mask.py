@@ -169,7 +169,7 @@ def test_the_size_of_bitfit_is_a_number_on_disk(tmp_path: Any) -> None:
         ({"kind": "cells"}, r"`kind` must be one of \('uniform', 'rows', 'columns'\), got 'cells'"),
         ({"seed": 0.5}, "`seed` must be an integer, got 0.5"),
         ({"targets": ()}, "`targets` is empty"),
-        ({"size": 10_000}, "`size` must be at most 615, the targets' number of parameters, got 10000"),
+        ({"size": 10_000}, "`size` must be at most 615, the number of parameters in the targets, got 10000"),
         ({"size": 1, "kind": "rows"}, "`size` 1 is less than one of the rows: choose a larger `size`"),
         ({"targets": ("up",), "also_train": ("up/bias",)}, "`targets` and `also_train` both select up/bias"),
         ({"targets": ("bias",), "kind": "rows"}, "`targets` entry 'bias' matches no weight, only down/bias"),

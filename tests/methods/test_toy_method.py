@@ -71,8 +71,8 @@ def test_the_command_line_knows_it(
     with pytest.raises(SystemExit):
         make_parser().parse_args(["train", "--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    assert "toy: one gain for each weight" in help_text
-    assert "toy: Initial gain (default: 1.0)" in help_text
+    assert "toy, one gain for each weight" in help_text
+    assert "toy: Initial gain. Default: 1.0." in help_text
     flags = [word for name, value in data.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     flags += ["--base", str(base), "--output", str(tmp_path / "run"), "--epochs", "1"]
     assert main(["train", *flags, "--method", "toy", "--first-gain", "1.5"]) == 0
@@ -124,7 +124,7 @@ def test_a_subclass_without_a_name_is_not_registered(toy: ModuleType, tmp_path: 
     assert (Quiet.name, Quiet.saved_as, lj.Method.by_name) == ("", "", before)
     method: Any = Quiet(targets=("w",))
     params = lj.attach({"w": jnp.ones((4, 3))}, method, key=jax.random.key(0))
-    with pytest.raises(lj.AdapterError, match="a Quiet can't be saved: give the class a `name`"):
+    with pytest.raises(lj.AdapterError, match="A Quiet can't be saved: give the class a `name`"):
         lj.save_adapter(tmp_path, params, method)
 
 

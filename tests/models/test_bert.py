@@ -17,7 +17,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models.families import bert
 from lora_jax.models.model import skeleton
-from lora_jax.models.nn import encoder, layers
+from lora_jax.models.nn import attention, encoder, layers
 from lora_jax.paths import leaf_paths, leaves_by_path
 
 SIZES: dict[str, Any] = {
@@ -185,7 +185,7 @@ def test_dropout_draws_anew_at_every_layer_and_use(monkeypatch: pytest.MonkeyPat
         seen.append((tuple(np.asarray(jax.random.key_data(key))), rate))
         return x
 
-    for module in (layers, encoder, bert):
+    for module in (attention, layers, encoder, bert):
         monkeypatch.setattr(module, "dropout", record)
     config = models.BertConfig(
         **SIZES, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3, classifier_dropout=0.4

@@ -145,18 +145,12 @@ def test_lora_on_gpt2_has_the_papers_count():
     assert lj.count_params(tree, lj.label_params(tree, method)).trainable == 24 * 4 * (1024 + 3 * 1024)
 
 
-def found(preset: str, shapes: Any) -> list[str]:
-    """Paths of the weights that a preset of LoRA adapts."""
-    method = lj.LoRA(rank=1, alpha=1, targets=preset)
-    tree = jax.eval_shape(lambda: lj.attach(shapes, method, key=jax.random.key(0)))
-    return [path for path, leaf in leaves_by_path(tree).items() if isinstance(leaf, lj.LoRAWeight)]
-
-
 @pytest.mark.parametrize(("family", "count"), [("gpt2", 4), ("llama", 7), ("qwen3", 7)])
 def test_presets_know_the_layers(family: str, count: int):
     shapes = skeleton(config_from_dict(settings(family)), task="causal-lm").params
-    assert len(found("all-linear", shapes)) == 3 * count
-    attention = found("attention", shapes)
+    leaves = leaves_by_path(shapes)
+    assert len(lj.LoRA(rank=1, alpha=1, targets="all-linear").selected(leaves)) == 3 * count
+    attention = lj.LoRA(rank=1, alpha=1, targets="attention").selected(leaves)
     assert len(attention) == 3 * (count - (2 if family == "gpt2" else 3))
     assert not any(path.startswith(("embeddings", "lm_head")) for path in attention)
 
@@ -167,8 +161,8 @@ def test_presets_leave_no_weight_of_a_layer_over(family: str, scan: bool):
     """Nor is anything said to be left out, by LoRA's presets or by BitFit."""
     shapes = skeleton(config_from_dict(settings(family)), task="causal-lm", scan_layers=scan).params
     leaves = leaves_by_path(shapes)
-    parts = {name: found(name, shapes) for name in ("attention", "mlp")}
-    taken = found("all-linear", shapes)
+    parts = {name: lj.LoRA(rank=1, alpha=1, targets=name).selected(leaves) for name in ("attention", "mlp")}
+    taken = lj.LoRA(rank=1, alpha=1, targets="all-linear").selected(leaves)
     assert sorted(taken) == sorted(parts["attention"] + parts["mlp"])
     kernels = {path for path in leaves if path.endswith("/kernel")}
     assert kernels - set(taken) <= {"lm_head/kernel"}

@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax import models
 from lora_jax.models.families.bundled import config_from_dict
 from lora_jax.models.model import skeleton
-from lora_jax.models.nn import encoder, heads, layers
+from lora_jax.models.nn import attention, encoder, heads, layers
 from lora_jax.paths import leaf_paths, leaves_by_path
 
 ROBERTA_SIZES: dict[str, Any] = {
@@ -287,7 +287,7 @@ def test_dropout_draws_anew_at_every_layer_and_use(family: str, monkeypatch: pyt
         seen.append((tuple(np.asarray(jax.random.key_data(key))), rate))
         return x
 
-    for module in (layers, encoder, heads):
+    for module in (attention, layers, encoder, heads):
         monkeypatch.setattr(module, "dropout", record)
     config, rates = DROPOUT[family]
     apply, shapes = skeleton(config, task="classification", num_labels=2)

@@ -42,7 +42,7 @@ def test_no_gradient_crosses_a_border(family: str):
 
     @jax.jit
     def grads(segments: Any, counts: Any) -> Any:
-        return jax.grad(lambda p: (apply(p, ROW, segments=segments) * weights * counts[:, None]).sum())(params)
+        return jax.grad(lambda p: (apply(p, ROW, segments=segments) * weights * counts[None, :, None]).sum())(params)
 
     def only(text: slice) -> np.ndarray:
         counts = np.zeros(ROW.shape[1], np.float32)

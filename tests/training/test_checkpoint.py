@@ -154,7 +154,7 @@ def test_a_link_that_has_no_plain_name_either(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t[mp]"))
     with pytest.raises(
         CheckpointError,
-        match=r"can't be opened: .*characters of .*run\[1\] are read as a pattern or a scheme: rename it",
+        match=r"can't be opened: .*run\[1\] has characters that are read as a pattern or a scheme: rename it",
     ):
         Checkpoints(tmp_path / "run[1]")
     assert not list((tmp_path / "t[mp]").iterdir())
