@@ -129,9 +129,12 @@ def _one_line_each() -> Iterator[None]:
 
 
 def _is_orbax(trace: TracebackType | None) -> bool:
-    """Whether an exception was raised in Orbax or TensorStore: it reaches the command as a `CheckpointError` too."""
+    """Whether an exception was raised in Orbax, TensorStore or the event loops that they alone have.
+
+    What goes wrong there reaches the command as a `CheckpointError` too.
+    """
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(trace)]
-    return any(module.partition(".")[0] in ("orbax", "tensorstore") for module in modules)
+    return any(module.partition(".")[0] in ("asyncio", "orbax", "tensorstore") for module in modules)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:

@@ -87,8 +87,9 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """A message of the library, which names arguments in backticks, with a command's flags in their place.
 
     Example:
-        >>> in_flags("`rank` must be positive. Pass `skip=True`, or `kind='a'`.", {"skip": "--skip", "kind": "--kind"})
-        "`rank` must be positive. Pass `--skip`, or `--kind a`."
+        >>> flags = {"skip": "--skip", "kind": "--kind"}
+        >>> print(in_flags("`rank` must be positive. Pass `skip=True`, or `kind='a'`.", flags))
+        `rank` must be positive. Pass `--skip`, or `--kind a`.
     """
 
     def flag(match: re.Match[str]) -> str:

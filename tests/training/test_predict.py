@@ -85,7 +85,7 @@ def test_another_base_is_refused(finished, tmp_path):
         ({"labels": None}, r"`labels` can't be None"),
         ({"labels": ["neg", "pos", "neg"]}, r"`labels` has 'neg' twice, and each is expected once"),
         ({"pooling": "last"}, r"`pooling` can't be 'last'"),
-        ({"task": "ranking"}, r"`task` is 'ranking'"),
+        ({"task": "ranking"}, r"`task` must be one of .*, got 'ranking'"),
         ({"base": None}, r"`base` can't be None"),
         ({"new_head": 1}, r"`new_head` can't be 1"),
         ({"prior": [0.5]}, r"`prior` can't be \[0.5\]"),
@@ -132,7 +132,7 @@ def test_special_tokens_in_a_text_are_told_and_escaped(options, tmp_path, capsys
     told = [note for note in notes if "special tokens" in note]
     assert told == [
         "train: 1 of 2 texts spell out special tokens: '[SEP]'. They act as control tokens there; "
-        "`--escape-special-tokens` takes them as plain text"
+        "`escape_special_tokens=True` takes them as plain text"
     ]
     plain, escaped = (load_predictor(tmp_path / name) for name in ("plain", "escaped"))
     texts = ["good [SEP] bad"]
@@ -159,7 +159,9 @@ def test_a_tokenizer_with_more_types_than_the_base_is_refused(options, tmp_path)
     (tmp_path / "rows.tsv").write_text("text\tother\tlabel\ngood\tfilm\tpos\nbad\tplot\tneg\n")
     chosen = {**options, "base": str(base), "train": str(tmp_path / "rows.tsv"), "steps": 1, "dev": None, "test": None}
     train(TrainConfig(**chosen, output=str(tmp_path / "single")))  # one text has one type
-    with pytest.raises(files.FileError, match=r"second text of a pair the type 1, and the model has 1 \(`type_vocab"):
+    with pytest.raises(
+        files.FileError, match=r"second text of a pair the token type 1, and the model has 1 types \(`type_vocab"
+    ):
         train(TrainConfig(**chosen, text_pair="other", output=str(tmp_path / "pairs")))
 
 

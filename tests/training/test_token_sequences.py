@@ -221,7 +221,9 @@ def test_a_batch_asks_for_the_next_token(made):
     assert batch.weights.tolist() == [[0] * 5 + [1, 1, 0, 0, 0], [0] * 2 + [1, 1] + [0] * 6, [0] * 10]
     assert batch.segments.tolist()[:2] == [[1] * 8 + [0] * 2, [1] * 5 + [0] * 5]
     assert batch.tokens == 13
-    assert set(batch.inputs) == {"input_ids", "segments"}
+    assert set(batch.inputs) == {"input_ids"}  # one text each: there is nothing to tell apart
+    packed = rows.packed(seed=0).batch(BatchPlan(np.array([0]), 24), 1)
+    assert set(packed.inputs) == {"input_ids", "segments"}
 
 
 def test_long_plain_text_is_predicted_once_and_in_order(made):

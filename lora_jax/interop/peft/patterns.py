@@ -38,7 +38,7 @@ class Patterns:
         >>> Patterns(["(a+)+"]).first("aaaa")
         Traceback (most recent call last):
         ...
-        lora_jax.interop.patterns.PatternError: '(a+)+' is a regular expression
+        lora_jax.interop.peft.patterns.PatternError: '(a+)+' is a regular expression
     """
 
     def __init__(self, keys: Iterable[str]) -> None:

@@ -129,7 +129,7 @@ def orthogonal(
 
     Example:
         >>> a, b = orthogonal(jnp.array([[3.0, 4.0], [1.0, 1.0]]), 1)
-        >>> bool(jnp.allclose(b @ b.T, 1.0)), bool(jnp.allclose(jnp.abs(b), jnp.array([0.6, 0.8])))
+        >>> bool(jnp.allclose(b @ b.T, 1.0)), bool(jnp.allclose(jnp.abs(b), jnp.array([[0.6, 0.8]])))
         (True, True)
 
     Reference:
