@@ -25,7 +25,6 @@ ORDER = (
     "trace",
     "matmul",
     "shared_input",
-    "gpu",
 )
 MINILM, LAYERS = "MiniLM with embeddings, 32 × 64 tokens", "MiniLM's encoder layers alone, 32 × 64 tokens"
 BASE = "BERT-base's shape, 4 of its 12 layers, 32 × 64 tokens"
@@ -67,22 +66,6 @@ def at_most(bound: float) -> Callable[[float], bool]:
 
 def at_least(bound: float) -> Callable[[float], bool]:
     return lambda value: value >= bound
-
-
-def on_gpu(column: str, size: str, method: str = "LoRA", library: str = "lora_jax") -> Callable[[Any], Any]:
-    """A figure of a GPU row without rematerialization."""
-    where = {"size": size, "method": method, "library": library, "kept of a layer": "all"}
-    return lambda content: cell(content["rows"], column, **where)
-
-
-def ratio(over: Callable[[Any], Any], under: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Of two figures, if both were measured."""
-
-    def figure(content: dict[str, Any]) -> Any:
-        values = over(content), under(content)
-        return None if None in values else values[0] / values[1]
-
-    return figure
 
 
 TARGETS = [
@@ -190,38 +173,6 @@ TARGETS = [
             at_most(1.15),
         )
         for statement, column in (("import lora_jax", "ratio"), ("import jax, optax, lora_jax", "ratio, all three"))
-    ),
-    Target(
-        "GPU, 1B: utilization of the dense bfloat16 peak, %",
-        "≥ 45",
-        "gpu",
-        on_gpu("utilization, %", "1B"),
-        at_least(45),
-    ),
-    Target(
-        "GPU, 8B: utilization of the dense bfloat16 peak, %",
-        "≥ 45",
-        "gpu",
-        on_gpu("utilization, %", "8B"),
-        at_least(45),
-    ),
-    Target(
-        "GPU, 1B: LoRA / full, step",
-        "≤ 0.72",
-        "gpu",
-        ratio(on_gpu("step, ms", "1B"), on_gpu("step, ms", "1B", "full")),
-        at_most(0.72),
-    ),
-    *(
-        Target(
-            f"GPU, {size}: tokens/s / {library}",
-            f"≥ {bound}",
-            "gpu",
-            ratio(on_gpu("tokens/s", size), on_gpu("tokens/s", size, library=library)),
-            at_least(bound),
-        )
-        for size in ("1B", "8B")
-        for library, bound in (("PEFT eager", 1.3), ("PEFT compiled", 1.05))
     ),
 ]
 
