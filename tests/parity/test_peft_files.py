@@ -259,7 +259,8 @@ class Foreign(nnx.Module):
         self.head = nnx.Linear(width, LABELS, rngs=rngs)
 
     def __call__(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> jax.Array:
-        x = self.words(input_ids) + self.positions(jnp.arange(input_ids.shape[1])) + self.types(token_type_ids)
+        positions = self.positions(jnp.arange(input_ids.shape[1]))[None]
+        x = self.words(input_ids) + positions + self.types(token_type_ids)
         x = self.norm(x)
         for layer in self.layers:
             x = layer(x, (attention_mask > 0)[:, None, None, :])
