@@ -40,8 +40,8 @@ class Theirs(torch.nn.Module):
 
 def ours(params: Any, ids: Any) -> jax.Array:
     x = jnp.take(params["embed"]["embedding"], ids, axis=0)
-    x = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"])
-    return x @ params["down"]["kernel"] + params["down"]["bias"]
+    x = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"][None, None])
+    return x @ params["down"]["kernel"] + params["down"]["bias"][None, None]
 
 
 def theirs() -> Any:
