@@ -25,6 +25,7 @@ ORDER = (
     "trace",
     "matmul",
     "shared_input",
+    "gpu",
 )
 MINILM, LAYERS = "MiniLM with embeddings, 32 × 64 tokens", "MiniLM's encoder layers alone, 32 × 64 tokens"
 BASE = "BERT-base's shape, 4 of its 12 layers, 32 × 64 tokens"
