@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -185,3 +187,29 @@ def test_arrays_of_another_checkpoint(step, reason, tmp_path):
         pytest.raises(CheckpointError, match=rf"The checkpoint of step 2 in .* can't be read: {reason}\. Delete"),
     ):
         checkpoints.restore(2, state(0))
+
+
+def test_what_is_still_being_written_when_a_save_fails_is_removed(tmp_path, monkeypatch):
+    """Orbax writes in threads; one may go on after the error of another, and make its folder anew."""
+    unfinished = tmp_path / "checkpoints" / "step_2.orbax-checkpoint-tmp"
+    quiet = threading.Event()
+
+    def go_on() -> None:
+        for number in range(30):
+            unfinished.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # removed in between
+                (unfinished / f"{number}").write_text("x")
+            time.sleep(0.01)
+        quiet.set()
+
+    def failing(*args: object, **kwargs: object) -> None:
+        threading.Thread(target=go_on).start()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Checkpoints(unfinished.parent) as checkpoints:
+        save(checkpoints, 1, None)
+        monkeypatch.setattr(checkpoints._manager, "save", failing)
+        with pytest.raises(CheckpointError, match=r"the disk .* is full\. That of step 1 is intact"):
+            save(checkpoints, 2, None)
+    assert quiet.wait(10)
+    assert [path.name for path in unfinished.parent.iterdir()] == ["step_1"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,9 @@ from lora_jax.types import PyTree
 from ..errors import CheckpointError, DamagedCheckpointError, NotFiniteError
 from .meter import MeterState
 from .step import TrainState
+
+# After a failed save: how often what is left is looked for, how many looks in a row must find nothing, seconds between.
+_LOOKS, _CLEAN, _PAUSE = 60, 4, 0.05
 
 # Arrays by name in a plain nested dictionary, which any Orbax can read.
 Arrays = dict[str, Any]
@@ -231,9 +235,17 @@ class Checkpoints:
         return metrics["score"] if metrics else None
 
     def _remove_unfinished(self) -> None:
-        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path)
+        """Removes what a failed save leaves, until it stays away: Orbax's other threads may still be writing."""
+        clean = 0
+        for _ in range(_LOOKS):
+            left = list(self.folder.glob("*.orbax-checkpoint-tmp*"))
+            for path in left:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(path)
+            clean = 0 if left else clean + 1
+            if clean == _CLEAN:
+                return
+            time.sleep(_PAUSE)
 
 
 class _BestAndLast:
